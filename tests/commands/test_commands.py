@@ -86,6 +86,7 @@ def test_the_commands_and_options_are_these_and_no_others():
         "client join": ["--ca", "--data", "--home", "--insecure", "--key", "--server"],
         "client check": ["--client"],
         "client approve": ["--home", "--yes"],
+        "client budget": ["--home"],
         "client leave": ["--home"],
         "data show": ["--row", "--set"],
         "follow": ["--home", "--quiet", "-q"],

@@ -14,7 +14,7 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import TEMPLATE_DATE
 from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.error_report import LINES, text_for_server
-from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.policy import REVEALING, PolicySettings, PrivacyPolicySettings
 from fedloom.deployment.policy_enforcement import (
     DECIDED,
     LEFT,
@@ -29,10 +29,11 @@ from fedloom.deployment.policy_enforcement import (
     permitted,
     require_steps,
 )
-from fedloom.errors import PolicyError
+from fedloom.errors import PolicyError, SettingsError
 from fedloom.experiment.experiment import SECTIONS, Experiment
 from fedloom.methods import METHODS
 from fedloom.objectives import OBJECTIVES
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.settings.schema import Settings, descriptions
 from loopback import OPEN
 
@@ -123,7 +124,8 @@ def test_every_bound_is_a_line_of_the_policy():
     beyond = {"max_seconds", "max_bytes", "max_runs_a_day", "max_rounds_a_day"}  # asked for later
     assert {*MOST.values(), *METHODS_OWN.values()} - {""} == bounds - beyond
     assert descriptions(PolicySettings).keys() == policy.keys()  # what `fedloom client check` says
-    assert set(REVEALING) | bounds | {"objectives", "methods", "models", "approve"} == policy.keys()
+    others = {"objectives", "methods", "models", "privacy", "approve"}
+    assert set(REVEALING) | bounds | others == policy.keys()
 
 
 def test_what_a_method_can_reveal_has_a_line():
@@ -281,6 +283,80 @@ def test_the_share_of_built_in_rows_is_the_experiments(own):
     assert examine(asked.to_toml(), own(SHARED), 0).experiment == asked
     other = {"data": {"source": "builtin:opposed", "share": "experiment"}}
     assert lines(examine(asked.to_toml(), own(other), 0)) == ["data.source"]
+
+
+# Privacy
+
+
+HIDDEN = {"unit": "row", "delta": 1e-3, "noise_multiplier": 1.0}
+UNJUDGED = {"evaluation": {"per_client": False}}
+DEMANDS = {
+    "row": {"require": "row"},
+    "budget": {"max_epsilon": 8.0, "delta": 1e-5},
+    "patient": {"require": "row", "column": "patient"},
+    "client": {"require": "client"},
+}
+OF_CLIENTS = {**HIDDEN, "unit": "client"}
+
+
+@pytest.mark.parametrize(
+    ("demand", "asked", "said"),
+    [
+        ("row", {"privacy": HIDDEN, **UNJUDGED}, None),
+        ("budget", {"privacy": HIDDEN, **UNJUDGED}, None),
+        ("client", {"privacy": HIDDEN}, None),
+        ("client", {"privacy": OF_CLIENTS}, None),
+        ("patient", {"privacy": {**HIDDEN, "column": "patient"}, **UNJUDGED}, None),
+        ("row", UNJUDGED, 'privacy.unit is missing, here it must be "row"'),
+        ("budget", UNJUDGED, "privacy.unit is missing"),
+        ("client", {}, "privacy.unit is missing: the experiment adds no noise at all"),
+        ("row", {"privacy": OF_CLIENTS, **UNJUDGED}, "privacy.unit is 'client'"),
+        ("row", {"privacy": {**HIDDEN, "seeded": True}, **UNJUDGED}, "subtracts the noise"),
+        ("client", {"privacy": {**OF_CLIENTS, "seeded": True}}, "subtracts the noise"),
+        ("budget", {"privacy": {**HIDDEN, "noise_multiplier": 0.0}, **UNJUDGED}, "adds no noise"),
+        ("row", {"privacy": HIDDEN}, "evaluation.per_client = true sends exact scores"),
+        ("patient", {"privacy": HIDDEN, **UNJUDGED}, "privacy.column = None is requested"),
+        ("row", {"privacy": {**HIDDEN, "column": "x"}, **UNJUDGED}, "here it is no column"),
+    ],
+)  # fmt: skip
+def test_what_hides_less_than_the_client_demands_is_refused(own, demand, asked, said):
+    found = ask(own(OWN, privacy=DEMANDS[demand]), **asked)
+    if said is None:
+        assert not found.refusals
+        return
+    (refusal,) = found.refusals
+    assert said in refusal.reason and refusal.line in LINES and found.experiment is None
+    assert text_for_server(PolicyError(refusal)) == f"{refusal.line}: {LINES[refusal.line]}"
+
+
+def test_how_rows_are_hidden_here_is_taken_over_and_what_the_server_adds_is_not(own):
+    asked = {**HIDDEN, "clip": 0.5, "accountant": "rdp", "column": "patient"}
+    taken = ask(own(OWN), privacy=asked, **UNJUDGED).experiment.privacy
+    assert taken.model_dump(exclude_unset=True) == PrivacySettings(
+        **asked, target_epsilon=None, seeded=False
+    ).model_dump(exclude_unset=True)
+    assert ask(own(OWN), privacy=OF_CLIENTS).experiment.privacy == PrivacySettings()
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ({"max_epsilon": 8.0}, "policy.privacy.max_epsilon needs policy.privacy.delta"),
+        ({"delta": 1e-5}, "policy.privacy.delta needs policy.privacy.max_epsilon"),
+        (
+            {"max_epsilon": 8.0, "delta": 1e-5, "require": "client"},
+            "which no budget here can count",
+        ),
+        ({"column": "patient"}, 'goes with require = "row" or max_epsilon'),
+        ({"max_epsilon": 0.0, "delta": 1e-5}, "policy.privacy.max_epsilon = 0.0: must be greater"),
+        ({"requires": "row"}, "policy.privacy.requires: unknown key; did you mean 'require'"),
+        ({"require": "rows"}, "policy.privacy.require = 'rows': did you mean 'row'"),
+    ],
+)
+def test_a_demand_that_contradicts_itself_is_said(own, policy, said):
+    with pytest.raises(SettingsError) as wrong:
+        own(OWN, privacy=policy)
+    assert said in str(wrong.value)
 
 
 # Public rows
@@ -602,6 +678,8 @@ def test_lines_that_refuse_are_lines_of_the_file():
     for line in LINES:
         section, _, key = line.partition(".")
         assert section in ("policy", "data", "experiment")
+        key, _, inner = key.partition(".")
+        assert not inner or inner in PrivacyPolicySettings.model_fields
         assert (
             not key
             or key in (PolicySettings if section == "policy" else SECTIONS["data"]).model_fields

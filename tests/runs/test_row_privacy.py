@@ -15,7 +15,7 @@ from fedloom.runs.assembly import assemble
 from fedloom.runs.client_privacy import key_file
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
-from fedloom.runs.row_privacy import RowPlan, noise_multipliers, row_statement
+from fedloom.runs.row_privacy import RowPlan, noise_multipliers, own_steps, row_statement
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.storage.run_folder import RunFolder
 from fedloom.training.row_privacy import GRID, ClippedSum
@@ -150,7 +150,7 @@ def test_units_are_values_of_a_column_and_delta_is_below_one_over_them(private):
         values = {row.columns["domain"] for row in division.train[client]}
         assert own.count == len(values) > 1
         assert isinstance(division.train[client][0], Preference)
-    said = " ".join(row_statement(built, parts.row_privacies)["sentences"])
+    said = " ".join(row_statement(built, own_steps(built, parts.row_privacies))["sentences"])
     assert "any one value of 'domain' at a client" in said
     missing = private({"seeded": True, "column": "patient"})
     with pytest.raises(DataError, match="'patient' is not in the data"):

@@ -104,6 +104,17 @@ def approve_run(
     say(f"run {waiting.run[:8]} is approved; the server asks again within half a minute")
 
 
+@client_app.command("budget")
+def show_budget(client_folder: ClientFolderOption = CLIENT_FOLDER) -> None:
+    """Show what row-level privacy has spent of this client's rows, in all runs of all coordinators."""
+    require_data_folder(client_folder, "client")
+    from fedloom.deployment.folders import ClientFolder
+    from fedloom.deployment.privacy_budget import budget_lines
+
+    for line in budget_lines(ClientFolder(client_folder)):
+        say(line)
+
+
 @client_app.command("leave")
 def leave_federation(client_folder: ClientFolderOption = CLIENT_FOLDER) -> None:
     """Stop taking part; the client's files stay on its disk."""

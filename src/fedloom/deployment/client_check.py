@@ -29,7 +29,7 @@ from fedloom.data.tokenize import tokenize
 from fedloom.deployment.client_file import OwnData, OwnFile
 from fedloom.deployment.consent import Approvals, Waiting
 from fedloom.deployment.folders import ClientFolder
-from fedloom.deployment.policy import REVEALING, PolicySettings
+from fedloom.deployment.policy import REVEALING, PolicySettings, PrivacyPolicySettings
 from fedloom.deployment.policy_enforcement import Examined, examine, fewest_steps, open_methods
 from fedloom.deployment.rows import partitioned
 from fedloom.display.untrusted_text import message, named, placed
@@ -40,6 +40,7 @@ from fedloom.methods import METHODS, make_method
 from fedloom.methods.contract.method import Reveal
 from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.randomness import generator
 from fedloom.reports import row_account
 from fedloom.runs.model_building import model_folder
@@ -182,6 +183,7 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
             ("methods", ", ".join(open_methods(own)) or "none"),
             ("objectives", ", ".join(policy.objectives or OBJECTIVES)),
             ("models", ", ".join(_models(own))),
+            ("privacy", _demanded(policy.privacy)),
             ("approval", "each run waits for approval here" if policy.approve else "not needed"),
         ]
     )
@@ -197,6 +199,22 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
         _section("What the server will be able to learn", shown),
         _section("What the server may ask for", Group(asked, Text(), bounds)),
     ]
+
+
+def _demanded(policy: PrivacyPolicySettings) -> str:
+    """Return the privacy that a client's file demands, in words."""
+    if policy.demands_rows:
+        unit = "each row" if policy.column is None else f"each value of {policy.column!r}"
+        text = f"noise in this client's own steps must hide {unit}"
+        if policy.max_epsilon is not None:
+            text += (
+                f"; all runs on these rows may spend epsilon {policy.max_epsilon:g} at delta "
+                f"{policy.delta:g} together"
+            )
+        return text
+    if policy.require == "client":
+        return "rows or clients must be hidden by noise, at least by the coordinator's word"
+    return "none is demanded ([policy.privacy])"
 
 
 def _models(own: OwnFile) -> list[str]:
@@ -463,8 +481,10 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
             else "the experiment's seed, which all parties know"
         )
         yield "noise", f"{', '.join(noise)}, drawn from {source}"
-    else:
+    elif experiment.privacy.unit != "row":
         yield "noise", "none is added to what leaves this machine"
+    if experiment.privacy.unit == "row":
+        yield "privacy", _hidden(experiment.privacy)
     policy = own.policy
     yield (
         "bounds",
@@ -475,6 +495,16 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
             f"and {human_count(policy.max_runs_a_day)} runs a day"
         ),
     )
+
+
+def _hidden(asked: PrivacySettings) -> str:
+    """Return how the steps of a client hide its rows, in words."""
+    unit = "each row" if asked.column is None else f"each value of {asked.column!r}"
+    noise = f"noise multiplier {asked.noise_multiplier}"
+    if asked.target_epsilon is not None:
+        noise = f"epsilon {asked.target_epsilon:g} at delta {asked.delta:g} for the whole run"
+    source = "the experiment's seed: it hides nothing" if asked.seeded else "a key of this machine"
+    return f"noise in this client's own steps hides {unit}: {noise}, drawn from {source}"
 
 
 def _said(name: str) -> str:

@@ -131,6 +131,8 @@ class OwnFile:
             parts[section] = settings
         if isinstance(parts.get("data"), OwnData):
             problems += parts["data"].contradictions()
+        if isinstance(parts.get("policy"), PolicySettings):
+            problems += parts["policy"].privacy.contradictions()
         if problems:
             raise SettingsError(problems, str(path))
         return cls(**_beside(parts, path.resolve().parent))

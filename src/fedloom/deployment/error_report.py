@@ -22,6 +22,7 @@ from fedloom.errors import (
     MessageError,
     NonFiniteLoss,
     PolicyError,
+    PrivacyError,
     VerificationError,
 )
 from fedloom.wire.envelope import LACKS_START
@@ -44,6 +45,9 @@ LINES |= dict.fromkeys(
 LINES |= {
     "data": "this client offers no rows",
     "experiment": "this client cannot take part in it",
+    "policy.privacy.require": "the experiment hides less of this client's rows than this client demands",
+    "policy.privacy.column": "the experiment's unit of privacy is another than this client demands",
+    "policy.privacy.max_epsilon": "this client's rows have no such privacy budget left",
 }
 """Lines of a client's file that can refuse, with the text that is sent."""
 
@@ -54,6 +58,8 @@ class Sentence(StrEnum):
     WAITS = "waits for a person's approval (policy.approve)"
     READING = "its rows cannot be used as the experiment asks" + WHY
     LOADING = "its model cannot be loaded" + WHY
+    HIDING = "its rows cannot be hidden as [privacy] asks" + WHY
+    SPENT = "it makes no more noisy steps in this run, or its privacy ledger is damaged" + WHY
     WORKING = "its work failed" + WHY
     NOT_FINITE = "its loss became NaN or infinite" + WHY
     MEMORY = "not even one example at a time fits into its memory"
@@ -112,6 +118,8 @@ def _sentence(error: Exception) -> Sentence:
             return Sentence.NOT_FINITE
         case VerificationError():
             return Sentence.UNVERIFIED
+        case PrivacyError():
+            return Sentence.SPENT
         case MemoryError():
             return Sentence.MEMORY
         case AuditError():

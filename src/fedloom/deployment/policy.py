@@ -7,6 +7,9 @@ No torch here: commands that only read a client's file need none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal
+
 from pydantic import Field
 
 from fedloom.settings.schema import Settings
@@ -20,6 +23,47 @@ REVEALING = (
     "public_rows",
 )
 """Lines that open something; each says in its docstring what it shows the server."""
+
+
+class PrivacyPolicySettings(Settings):
+    """``[policy.privacy]``: the privacy that a run must have, and what all runs together may spend."""
+
+    require: Literal["row", "client"] | None = None
+    """What a run must hide, by privacy.unit: "row" (this client adds the noise itself, in its own steps,
+    and sends no scores on its own held-out rows), or "client" (that, or noise that the coordinator adds
+    once it has seen this client's update; its word is all there is for it). Default: nothing."""
+    max_epsilon: float | None = Field(default=None, gt=0)
+    """epsilon that all runs on the same rows may spend together, whichever coordinator asks for them. It
+    demands "row"; a run that would pass it is refused before it begins, and `fedloom client budget` says
+    what has been spent."""
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    """delta at which that is added up: below 1 / rows."""
+    column: str | None = None
+    """Rows with the same value in this column (a patient) are one unit, of runs and of the budget: a run
+    with another privacy.column is refused. Default: each row is a unit."""
+
+    @property
+    def demands_rows(self) -> bool:
+        """Whether a run must hide rows in this client's own steps."""
+        return self.require == "row" or self.max_epsilon is not None
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield what in these settings contradicts itself."""
+        if (self.max_epsilon is None) != (self.delta is None):
+            here, there = (
+                ("max_epsilon", "delta") if self.delta is None else ("delta", "max_epsilon")
+            )
+            yield f"policy.privacy.{here} needs policy.privacy.{there}: give both, or neither"
+        if self.require == "client" and self.max_epsilon is not None:
+            yield (
+                'policy.privacy.require = "client" lets in runs whose noise the coordinator adds, which '
+                'no budget here can count: use "row", or leave out max_epsilon and delta'
+            )
+        if self.column is not None and not self.demands_rows:
+            yield (
+                f"policy.privacy.column = {self.column!r} says what the unit of row-level privacy is: it "
+                'goes with require = "row" or max_epsilon'
+            )
 
 
 class PolicySettings(Settings):
@@ -86,6 +130,8 @@ class PolicySettings(Settings):
     in a round counts twice."""
     max_runs_a_day: int = Field(default=50, ge=1)
     """Most runs that are begun in a day (UTC); each loads the model and reads all rows."""
+    privacy: PrivacyPolicySettings = PrivacyPolicySettings()
+    """The privacy that a run must have, and what all runs together may spend of these rows."""
     approve: bool = False
     """Whether a run waits until somebody here has looked at it: `fedloom client approve`."""
 

@@ -29,6 +29,7 @@ from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterSettings
 from fedloom.models.load import TINY, ModelSettings
 from fedloom.objectives import OBJECTIVES
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.runs.initial_adapter import SENT
 from fedloom.settings.schema import Settings
 from fedloom.settings.toml import parse_toml
@@ -104,6 +105,9 @@ MOST = {
 }
 """Settings that are taken where they are no larger than a line of ``[policy]``."""
 
+PRIVATE = "unit delta clip noise_multiplier target_epsilon accountant column seeded"
+"""Of ``[privacy]``, what a client's own steps hide its rows by."""
+
 DECIDED = _names(
     {
         "model": "path revision",
@@ -114,6 +118,7 @@ DECIDED = _names(
         "public": "source kind ambiguous control_tokens",
         "partition": "kind column alpha minimum sizes feedback",
         "training": "device threads",
+        "privacy": PRIVATE,
     }
 )
 """Settings that the functions of this file compare with the client's file, or take in some cases
@@ -143,9 +148,8 @@ LEFT = _names(
         "reconnect patience",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
-        "privacy": "profile unit delta clip noise_multiplier target_epsilon accountant column seeded "
-        "secure_aggregation clip_quantile clip_learning_rate clip_count_noise amplification "
-        "sum_bits sum_bound sum_rounding",
+        "privacy": "profile secure_aggregation clip_quantile clip_learning_rate clip_count_noise "
+        "amplification sum_bits sum_bound sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort",
@@ -305,6 +309,7 @@ class _Examiner:
         """Return the result."""
         self._bounded("the classes", classes, "max_width")
         self._require_method()
+        self._require_privacy()
         data = self._data()
         sections: dict[str, Any] = {
             "model": self._model(),
@@ -314,6 +319,7 @@ class _Examiner:
             "method": self._method(),
             "partition": self._partition(),
             "training": self._training(),
+            "privacy": self._privacy(),
         }
         for name in SECTIONS.keys() - {"data", *sections}:
             sections[name] = self._section(name)
@@ -375,6 +381,39 @@ class _Examiner:
         for what in _closed(make_method(method), self.own):
             line = f"policy.{what}" if what in REVEALING else "policy.methods"
             self.refuse(line, f"method.name = {method.name!r} sends {what.replace('_', ' ')}")
+
+    def _require_privacy(self) -> None:
+        """Refuse what hides less of the rows than this client demands."""
+        demanded, asked = self.policy.privacy, self.asked.privacy
+        line = "policy.privacy.require"
+        if not demanded.demands_rows:
+            if demanded.require == "client" and asked.unit is None:
+                self.refuse(line, "privacy.unit is missing: the experiment adds no noise at all")
+            if demanded.require is None:
+                return
+        elif asked.unit != "row":
+            unit = "missing" if asked.unit is None else repr(asked.unit)
+            self.refuse(line, f'privacy.unit is {unit}, here it must be "row"')
+        elif asked.column != demanded.column:
+            here = "no column" if demanded.column is None else repr(demanded.column)
+            reason = f"privacy.column = {asked.column!r} is requested, here it is {here}"
+            self.refuse("policy.privacy.column", reason)
+        if asked.seeded:
+            self.refuse(
+                line, "privacy.seeded = true: whoever has the experiment subtracts the noise"
+            )
+        if asked.noise_multiplier == 0:
+            self.refuse(line, "privacy.noise_multiplier = 0 adds no noise")
+        if demanded.demands_rows and self.asked.judges_clients:
+            what = "evaluation.per_client = true"
+            self.refuse(line, f"{what} sends exact scores on this client's own held-out rows")
+
+    def _privacy(self) -> PrivacySettings:
+        """Return how this client's own steps hide its rows; noise elsewhere is the server's affair."""
+        asked = self.asked.privacy
+        if asked.unit != "row":
+            return PrivacySettings()
+        return PrivacySettings(**{name: getattr(asked, name) for name in PRIVATE.split()})
 
     def _model(self) -> ModelSettings:
         """Return the backbone: the client's own file's, or the experiment's where it may be loaded."""
@@ -530,5 +569,5 @@ def leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 def _is_servers(name: str) -> bool:
     """Return whether a setting concerns the server alone."""
     section = name.partition(".")[0]
-    own = ("federation", "aggregation", "admission", "output")
+    own = ("federation", "aggregation", "admission", "output", "privacy")  # rows' is taken whole
     return section in own or name in ("name", "evaluation.samples")

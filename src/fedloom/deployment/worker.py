@@ -27,12 +27,19 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
+from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.consent import Approvals, Day
 from fedloom.deployment.error_report import ReportedError, Sentence, failing_as, text_for_server
 from fedloom.deployment.folders import ClientFolder
 from fedloom.deployment.gateway_client import GatewayClient, RunIsOver
 from fedloom.deployment.policy import PolicySettings
 from fedloom.deployment.policy_enforcement import permitted, require_steps
+from fedloom.deployment.row_privacy import (
+    ClientPrivacy,
+    costs_to_report,
+    forget_key,
+    private_work,
+)
 from fedloom.deployment.rows import partitioned
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
@@ -69,7 +76,6 @@ from fedloom.wire.envelope import (
     Joined,
     ReplyHeader,
     RequestHeader,
-    WorkDone,
     seal,
 )
 from fedloom.wire.framing import StreamOver, listen, read_frame, reader, write_frame
@@ -105,6 +111,7 @@ class Run:
         every: Rounds between the server's checkpoints.
         secret_noise: Whether noise that hides rows is drawn from the client's key.
         policy: The client's policy when the run was prepared.
+        privacy: How its own steps hide its rows.
         moment: Segment and round of the store in memory.
         latest: The latest segment and round with a request for work; earlier ones are over.
     """
@@ -118,6 +125,7 @@ class Run:
     every: int
     secret_noise: bool
     policy: PolicySettings
+    privacy: ClientPrivacy
     moment: Version | None = None
     latest: tuple[int, int] = (0, 0)
 
@@ -217,14 +225,12 @@ class Worker:
             if header.kind == "join":
                 return reply.model_copy(update={"joined": self._joined(run)}), b""
             if header.kind == "end":
+                forget_key(self.client_folder, run.id)
                 self._write_model(run, header, envelope.payload)
                 return reply, b""
             payload, error = self._exchanged(run, header, envelope.payload)
-            work = [
-                WorkDone(**{name: getattr(cost, name) for name in WorkDone.model_fields})
-                for cost in run.parts.ledger.take()[-PHASES:]
-            ]
-            said = {"work": work, "error": error}
+            costs = run.parts.ledger.take()[-PHASES:]
+            said = {"work": costs_to_report(costs, run.experiment), "error": error}
             if payload:
                 said["payload"] = digest = digest_of(payload)
                 self._note("answered", header, payload, digest)
@@ -271,11 +277,7 @@ class Worker:
         if self._failed is not None and self._failed.again(asked):
             raise self._failed.error
         try:
-            with failing_as(Sentence.READING):
-                division = partitioned(experiment, own, number, tuple(header.classes))
-            require_steps(experiment, own, len(division.train[number]))
-            with failing_as(Sentence.LOADING):
-                parts = assemble(experiment, division, only=number, stage=LOG.info, start=start)
+            parts, privacy = self._assembled(header, experiment, own, start)
         except (PolicyError, ReportedError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
@@ -292,9 +294,35 @@ class Worker:
         secret = own.worker.secret_noise
         segment = len(header.began)
         self.run = Run(
-            header.run, number, segment, experiment, parts, kept, every, secret, own.policy
+            header.run, number, segment, experiment, parts, kept, every, secret, own.policy, privacy
         )
         return self.run
+
+    def _assembled(
+        self, header: RequestHeader, experiment: Experiment, own: OwnFile, start: Start | None
+    ) -> tuple[RunComponents, ClientPrivacy]:
+        """Return a run with this client's rows and model, and how its steps hide its rows.
+
+        Raises:
+            PolicyError: It takes more steps, or more of the privacy budget, than the file allows.
+            ReportedError: Rows or model cannot be used.
+        """
+        number = header.client
+        with failing_as(Sentence.READING):
+            division = partitioned(experiment, own, number, tuple(header.classes))
+        require_steps(experiment, own, len(division.train[number]))
+        privacy = ClientPrivacy(self.client_folder, header, experiment, own)
+        with failing_as(Sentence.LOADING), privacy.failing():
+            parts = assemble(
+                experiment,
+                division,
+                only=number,
+                stage=LOG.info,
+                start=start,
+                noise=privacy.noise,
+            )
+        privacy.keep_ledger(parts, number, self.registration.gateway)
+        return parts, privacy
 
     def _start(
         self, header: RequestHeader, payload: bytes, experiment: Experiment, policy: PolicySettings
@@ -336,6 +364,7 @@ class Worker:
             version=version("fedloom"),
             protocol=PROTOCOL,
             plugins=plugin_digests(run.experiment),
+            private=private_work(parts.row_privacies.get(number)),
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
@@ -351,6 +380,7 @@ class Worker:
         self._remember(run, header, header.round)
         if run.secret_noise:  # the same request gets the same noise, another request other noise
             engine.noise_seed = secret_number(self.key, run.id, header.payload)
+        run.privacy.begin_request(header, engine.store, number, going_on=going_on)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
         (answer,) = engine.exchange(exchange)
         engine.finish_round()

@@ -12,6 +12,7 @@ from fedloom.federation.records import Absence, Participant
 from fedloom.federation.violations import Report, ViolationObserver
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import Tensors
+from fedloom.wire.envelope import PrivateWork
 from fedloom.wire.messages import Answer, Exchange, Payload
 
 
@@ -67,6 +68,7 @@ class RunDescription:
         warn: Called with a text that names the clients that the run waits for.
         start: Payload with the start of the run, sent once to every client; ``None`` where there is none.
         plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
+        private: Whether clients are to hide rows in their own steps, and must say how.
     """
 
     run: str
@@ -80,6 +82,7 @@ class RunDescription:
     warn: Callable[[str], None] = lambda text: None
     start: Tensors | None = None
     plugins: Mapping[str, str] = field(default_factory=dict)
+    private: bool = False
 
 
 class RemoteEngine(Engine, Protocol):
@@ -107,6 +110,10 @@ class RemoteEngine(Engine, Protocol):
 
     def held_out(self) -> dict[int, int]:
         """Return the number of held-out rows of each registered client."""
+        ...
+
+    def private_work(self) -> dict[int, PrivateWork]:
+        """Return what registered clients have said of their private steps."""
         ...
 
     def begin(self, run_description: RunDescription, ledger: Ledger) -> None:

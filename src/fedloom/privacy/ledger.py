@@ -8,8 +8,6 @@ round is counted beside it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +15,7 @@ from typing import Any
 
 from fedloom.errors import PrivacyError
 from fedloom.privacy.accounting import Releases
-from fedloom.privacy.ledger_file import append_line, whole_lines
-
-FIRST = "0" * 64
-"""What stands for the hash before the first line."""
+from fedloom.privacy.ledger_file import FIRST, append_entry, entries
 
 
 class PrivacyLedger:
@@ -50,11 +45,12 @@ class PrivacyLedger:
         if not path.exists():
             self._append({"ledger": 1, **self.facts})
             return
-        lines = self._read()
+        lines = entries(path)
         if not lines:
             self._append({"ledger": 1, **self.facts})
             return
         first, *self.entries = lines
+        self.head = lines[-1]["hash"]
         found = {key: own for key, own in first.items() if key not in ("ledger", "hash")}
         if facts is not None and found != self.facts:
             raise PrivacyError(
@@ -120,28 +116,9 @@ class PrivacyLedger:
         return _composed(self.entries)
 
     def _append(self, entry: dict[str, Any]) -> dict[str, Any]:
-        entry = {**entry, "hash": _hash(self.head, entry)}
-        append_line(self.path, json.dumps(entry, sort_keys=True))
+        entry = append_entry(self.path, self.head, entry)
         self.head = entry["hash"]
         return entry
-
-    def _read(self) -> list[dict[str, Any]]:
-        """Return all lines; cut off an unfinished last one, whose noise was not drawn."""
-        found = []
-        for number, line in enumerate(whole_lines(self.path), 1):
-            try:
-                entry = dict(json.loads(line))
-                right = entry["hash"] == _hash(self.head, entry)
-            except (ValueError, KeyError, TypeError):
-                right = False
-            if not right:
-                raise PrivacyError(
-                    f"{self.path}: line {number} is not what was written: what was spent is not known; "
-                    "start a new run"
-                )
-            self.head = entry["hash"]
-            found.append(entry)
-        return found
 
 
 def _composed(entries: list[dict[str, Any]]) -> list[Releases]:
@@ -163,8 +140,3 @@ def _composed(entries: list[dict[str, Any]]) -> list[Releases]:
             z = 1 / math.sqrt(sum(one**-2 for one in own))
         found.append(Releases(z, sampling, 1))
     return found
-
-
-def _hash(before: str, entry: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in entry.items() if key != "hash"}
-    return hashlib.sha256(f"{before}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()

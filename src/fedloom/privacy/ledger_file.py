@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fedloom.errors import OutputError
+from fedloom.errors import OutputError, PrivacyError
+
+FIRST = "0" * 64
+"""What the first line of a chain names as the hash of the line before."""
 
 
 def append_line(path: Path, line: str) -> None:
@@ -24,8 +31,12 @@ def append_line(path: Path, line: str) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """Return all lines; cut off an unfinished last one, whose noise was not drawn.
+def whole_lines(path: Path, *, repair: bool = True) -> list[bytes]:
+    """Return all lines but an unfinished last one, whose noise was not drawn.
+
+    Args:
+        path: The file; one that is not there has none.
+        repair: Cut off the unfinished line: for the process that writes, as another may be about to.
 
     Raises:
         OutputError: It cannot be read.
@@ -33,11 +44,59 @@ def whole_lines(path: Path) -> list[bytes]:
     try:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if repair and len(whole) < len(data):
             os.truncate(path, len(whole))
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror}") from error
     return whole.splitlines()
+
+
+def append_entry(path: Path, before: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Append an entry as JSON, with a hash over it and the line before; return it with that.
+
+    Raises:
+        OutputError: It cannot be written whole.
+    """
+    found = {**entry, "hash": _hash(before, entry)}
+    append_line(path, json.dumps(found, sort_keys=True))
+    return found
+
+
+def entries(
+    path: Path, advice: str = "start a new run", *, repair: bool = True
+) -> list[dict[str, Any]]:
+    """Return what :func:`append_entry` wrote, each with its hash.
+
+    Args:
+        path: The file; one that is not there has none.
+        advice: What can be done where it was changed.
+        repair: As of :func:`whole_lines`.
+
+    Raises:
+        PrivacyError: A line is not what was written.
+        OutputError: It cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    before = FIRST
+    for number, line in enumerate(whole_lines(path, repair=repair), 1):
+        try:
+            entry = dict(json.loads(line))
+            right = entry["hash"] == _hash(before, entry)
+        except (ValueError, KeyError, TypeError):
+            right = False
+        if not right:
+            raise PrivacyError(
+                f"{path}: line {number} is not what was written: what was spent is not known; "
+                f"{advice}"
+            )
+        before = entry["hash"]
+        found.append(entry)
+    return found
+
+
+def _hash(before: str, entry: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(f"{before}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()
 
 
 def _write(path: Path, data: bytes, flags: int) -> None:

@@ -109,6 +109,10 @@ class NoiseSource:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
         return cls(key, run)
 
+    def of(self, run: str) -> NoiseSource:
+        """Return the source under the same secret for another id; both are independent."""
+        return NoiseSource(self._key, run)
+
     @property
     def commitment(self) -> str:
         """SHA-256 over key and run, which may be published: it does not tell the key."""

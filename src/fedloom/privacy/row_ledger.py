@@ -8,12 +8,11 @@ whichever round it repeats: the lines are never cut back.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.errors import OutputError, PrivacyError
-from fedloom.privacy.ledger_file import append_line, whole_lines
-
-FIRST = "0" * 64
+from fedloom.privacy.ledger_file import FIRST, append_line, whole_lines
 
 
 class RowLedger:
@@ -22,11 +21,18 @@ class RowLedger:
     Attributes:
         path: The file: on each line the release's hash, and one over it and the line before.
         allowed: How many there may be, ``None`` for any number.
+        room: Called with their number before one more is written, which it counts; raises where that is
+            too many.
     """
 
-    def __init__(self, path: Path, allowed: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        allowed: int | None = None,
+        room: Callable[[int], None] = lambda count: None,
+    ) -> None:
         """Take the file, which need not be there."""
-        self.path, self.allowed = path, allowed
+        self.path, self.allowed, self.room = path, allowed, room
         self._known: dict[str, None] = {}
         self._head = FIRST
 
@@ -57,6 +63,7 @@ class RowLedger:
 
         Raises:
             PrivacyError: There are as many as the budget allows.
+            FedloomError: What ``room`` raises.
             OutputError: It cannot be written.
         """
         name = release.hex()
@@ -64,10 +71,11 @@ class RowLedger:
             return
         if self.allowed is not None and len(self._known) >= self.allowed:
             raise PrivacyError(
-                f"{self.path}: {len(self._known)} noisy steps, as many as target_epsilon allows: "
+                f"{self.path}: {len(self._known)} noisy steps, as many as this run may make: "
                 "steps that were made again differed in rounding, so that each counts. The last "
                 "checkpoint holds what was reached"
             )
+        self.room(len(self._known) + 1)
         chain = _chained(self._head, name)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from fedloom.runs.partitioning import PartitionedData
 from fedloom.storage.run_folder import RunFolder
 from fedloom.training.row_privacy import RowPrivacy, expected_batch, private_steps, units_of
 from fedloom.training.settings import Work
+from fedloom.wire.envelope import PrivateWork
 
 EACH_BY_ITSELF = 3
 """Clients with different sampling or steps up to which noise is solved for each, which takes a while."""
@@ -54,6 +55,9 @@ class RowPlan:
     steps: int
 
 
+FEW_ELSEWHERE = 20
+"""As many clients on other machines, each of which has solved its noise by itself."""
+
 LEDGERS = "privacy"
 """Folder in a run folder: a ledger for each client."""
 
@@ -61,30 +65,38 @@ RUN = "row-level"
 """Names the run in its key's derivations: each run has a key of its own."""
 
 
-def new_noise(experiment: Experiment, folder: RunFolder) -> NoiseSource | None:
+def new_noise(experiment: Experiment, folder: RunFolder, *, elsewhere: bool) -> NoiseSource | None:
     """Return the noise of a run that begins, ``None`` for one without row-level privacy or from the seed.
+
+    Args:
+        experiment: The run's.
+        folder: Its folder.
+        elsewhere: Whether clients are on other machines, where each draws its own.
 
     Raises:
         OutputError: Its key cannot be written.
     """
-    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded or elsewhere:
         return None
     key_file(folder).unlink(missing_ok=True)  # of a run that was deleted
     return NoiseSource.kept(key_file(folder), RUN, create=True)
 
 
-def kept_noise(experiment: Experiment, folder: RunFolder, *, finished: bool) -> NoiseSource | None:
+def kept_noise(
+    experiment: Experiment, folder: RunFolder, *, finished: bool, elsewhere: bool
+) -> NoiseSource | None:
     """Return the noise of a run that is continued; see :func:`new_noise`.
 
     Args:
         experiment: The run's.
         folder: Its folder.
         finished: Whether nothing is trained any more, so that any noise will do.
+        elsewhere: Whether clients are on other machines, where each has its own.
 
     Raises:
         CheckpointError: The key is missing or damaged.
     """
-    if experiment.privacy.unit != "row" or experiment.privacy.seeded:
+    if experiment.privacy.unit != "row" or experiment.privacy.seeded or elsewhere:
         return None
     if finished:
         return NoiseSource.fresh(RUN)
@@ -248,19 +260,64 @@ def keep_ledgers(
         own.ledger = RowLedger(folder.path / LEDGERS / f"{client:06d}.txt", allowed)
 
 
-def row_statement(
-    experiment: Experiment,
-    privacies: Mapping[int, RowPrivacy],
-    *,
-    made: bool = False,
-) -> dict[str, Any]:
-    """Return what a run promises each unit, for ``run.json`` and ``summary.json``.
+@dataclass(frozen=True)
+class ClientSteps:
+    """The private steps of one client, from which its epsilon follows.
+
+    Attributes:
+        units: How many it has.
+        noise_multiplier: z.
+        sampling: q.
+        steps: Made so far, or planned at most.
+    """
+
+    units: int
+    noise_multiplier: float
+    sampling: float
+    steps: int
+
+
+def own_steps(
+    experiment: Experiment, privacies: Mapping[int, RowPrivacy], *, made: bool = False
+) -> dict[int, ClientSteps]:
+    """Return the private steps of clients of this machine.
 
     Args:
         experiment: With ``privacy.unit = "row"``.
         privacies: How each client's steps hide its units.
         made: Whether the run is over, and what counts is what the ledgers hold; else as many steps as are
             planned at most.
+    """
+    found = {}
+    for client, own in sorted(privacies.items()):
+        steps = len(own.ledger) if made and own.ledger is not None else own.steps
+        sampling = expected_batch(own.count, experiment.training.batch_size) / own.count
+        found[client] = ClientSteps(own.count, own.noise_multiplier, sampling, steps)
+    return found
+
+
+def reported_steps(
+    experiment: Experiment, reported: Mapping[int, PrivateWork]
+) -> dict[int, ClientSteps]:
+    """Return the private steps of clients on other machines, each by its own word: those planned."""
+    batch = experiment.training.batch_size
+    return {
+        client: ClientSteps(
+            own.units, own.noise_multiplier, expected_batch(own.units, batch) / own.units, own.steps
+        )
+        for client, own in sorted(reported.items())
+    }
+
+
+def row_statement(
+    experiment: Experiment, clients: Mapping[int, ClientSteps], *, elsewhere: bool = False
+) -> dict[str, Any]:
+    """Return what a run promises each unit, for ``run.json`` and ``summary.json``.
+
+    Args:
+        experiment: With ``privacy.unit = "row"``.
+        clients: The private steps of each, at least one.
+        elsewhere: Whether they are on other machines, and keep their ledgers themselves.
 
     Returns:
         The largest epsilon of all clients, with its noise, sampling and steps; and ``clients``: each
@@ -268,32 +325,27 @@ def row_statement(
     """
     own = experiment.privacy
     assert own.delta is not None, "the section asks for it with a unit"
-    steps = {client: privacy.steps for client, privacy in privacies.items()}
-    if made:
-        steps = {
-            client: privacy.steps if privacy.ledger is None else len(privacy.ledger)
-            for client, privacy in privacies.items()
-        }
-    releases = {}
-    for client, privacy in sorted(privacies.items()):
-        sampling = expected_batch(privacy.count, experiment.training.batch_size) / privacy.count
-        releases[client] = Releases(privacy.noise_multiplier, sampling, steps[client])
-    several = own.accountant == "auto" and len(set(releases.values())) > EACH_BY_ITSELF
+    releases = {
+        client: Releases(of.noise_multiplier, of.sampling, of.steps)
+        for client, of in clients.items()
+    }
+    few = FEW_ELSEWHERE if elsewhere else EACH_BY_ITSELF
+    several = own.accountant == "auto" and len(set(releases.values())) > few
     accountant = "rdp" if several else own.accountant
     known = {one: epsilon([one], own.delta, accountant) for one in set(releases.values())}
-    clients: dict[str, dict[str, Any]] = {}
+    each: dict[str, dict[str, Any]] = {}
     for client, one in releases.items():
         spent = known[one]
-        clients[str(client)] = {
+        each[str(client)] = {
             "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
             "noise_multiplier": one.noise_multiplier,
             "sampling": one.sampling,
             "steps": one.steps,
-            "units": privacies[client].count,
+            "units": clients[client].units,
             "accountant": spent.accountant,
         }
     worst = max(
-        clients.values(), key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"]
+        each.values(), key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"]
     )
     record = {
         "unit": "row",
@@ -308,22 +360,30 @@ def row_statement(
         "neighbours": NEIGHBOURS,
         "seeded": own.seeded,
         "target_epsilon": own.target_epsilon,
-        "not_covered": _not_covered(experiment),
-        "clients": clients,
+        "not_covered": _not_covered(experiment, elsewhere=elsewhere),
+        "clients": each,
     }
     of = "row" if own.column is None else f"value of {own.column!r} at a client, with all its rows,"
     return {**record, "sentences": sentences({**record, "unit": of})}
 
 
-def _not_covered(experiment: Experiment) -> list[str]:
+def _not_covered(experiment: Experiment, *, elsewhere: bool) -> list[str]:
     """Return what row-level privacy of the steps says nothing of."""
+    told = "(tokens, operations, seconds)"
+    if elsewhere:
+        told = "in seconds"
     found = [
-        "how many rows each client has, and what its work cost (tokens, operations, seconds), from which "
-        "may be guessed whose turn a step was",
+        f"how many rows each client has, and what its work cost {told}, from which may be guessed whose "
+        "turn a step was",
         "the run folder beside the model (label counts, digests and accounts of rows)",
         "a person with several units, or rows at several clients (their epsilons add up)",
         "other runs on the same rows",
     ]
+    if elsewhere:
+        found[1] = (
+            "each client's word for its units, its noise and its steps, which nobody else can check"
+        )
+        found[-1] = "other runs on the same rows, of which each client's own ledger knows"
     if experiment.evaluation.per_client:
         found.append("the held-out rows of clients (evaluation.per_client)")
     return found

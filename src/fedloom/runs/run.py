@@ -110,7 +110,14 @@ from fedloom.runs.resume_checks import (
     where_it_goes_on,
     with_recorded_layout,
 )
-from fedloom.runs.row_privacy import keep_ledgers, kept_noise, new_noise, row_statement
+from fedloom.runs.row_privacy import (
+    keep_ledgers,
+    kept_noise,
+    new_noise,
+    own_steps,
+    reported_steps,
+    row_statement,
+)
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
@@ -231,7 +238,7 @@ def run_experiment(
             if start is not None:
                 _require_base(experiment, start, observer)
                 start = start.kept_in(folder)
-            noise = new_noise(experiment, folder)
+            noise = new_noise(experiment, folder, elsewhere=remote is not None)
             parts = given.components(experiment, division, start, noise)
             keep_ledgers(parts.row_privacies, experiment, folder)
             state = first_state(parts.method, parts.initial)
@@ -317,7 +324,8 @@ def resume_run(
         require_same_data(folder, begun, digest)
         laid_out = with_recorded_layout(experiment, begun)
         finished = (folder.path / names.SUMMARY).is_file() and from_round is None
-        noise = kept_noise(experiment, folder, finished=finished)
+        away = remote is not None
+        noise = kept_noise(experiment, folder, finished=finished, elsewhere=away)
         parts = given.components(laid_out, division, start, noise, saved)
         keep_ledgers(parts.row_privacies, experiment, folder)
         require_same_model(folder, begun, parts)
@@ -492,6 +500,7 @@ class _Run:
                 self.observer.warning,
                 start if travels(self.experiment) else None,
                 plugin_digests(self.experiment),
+                self.experiment.privacy.unit == "row",
             )
             self.remote.begin(run_description, self.parts.ledger)
         elif known is None and travels(self.experiment):
@@ -557,14 +566,25 @@ class _Run:
             record["privacy"] = promise = self.privacy.promise(numbers=self._sent_numbers)
             if warning := noise_warning(promise):
                 self.observer.warning(warning)
-        if parts.row_privacies:
-            record["privacy"] = promise = row_statement(self.experiment, parts.row_privacies)
-            for sentence in promise["sentences"]:
+        if (of_rows := self._row_promise(made=False)) is not None:
+            record["privacy"] = of_rows
+            for sentence in of_rows["sentences"]:
                 self.observer.stage(sentence)
         record["privacy_of_settings"] = of_settings(experiment.privacy)
         for sentence in record["privacy_of_settings"]:
             self.observer.stage(sentence)
         self.folder.write_json(names.RUN, record)
+
+    def _row_promise(self, *, made: bool) -> Record | None:
+        """Return what the run promises each row, ``None`` where it does not or nobody is there yet."""
+        if self.experiment.privacy.unit != "row":
+            return None
+        if self.remote is None:
+            steps = own_steps(self.experiment, self.parts.row_privacies, made=made)
+        else:
+            steps = reported_steps(self.experiment, self.remote.private_work())
+        away = self.remote is not None
+        return row_statement(self.experiment, steps, elsewhere=away) if steps else None
 
     @property
     def _sent_numbers(self) -> int:
@@ -767,8 +787,8 @@ class _Run:
             )
         if self.privacy is not None:
             summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)
-        if self.parts.row_privacies:
-            summary["privacy"] = row_statement(self.experiment, self.parts.row_privacies, made=True)
+        if (promise := self._row_promise(made=True)) is not None:
+            summary["privacy"] = promise
         summary["records"] = self.marks.now()
         self._write_cards(summary)
         if self.experiment.output.verify:

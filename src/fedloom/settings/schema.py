@@ -101,7 +101,7 @@ def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any])
     keys = [str(part) for part in item["loc"]]
     path = ".".join([where, *keys])
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown key; {nearest(keys[-1], settings_class.model_fields)}"
+        return f"{path}: unknown key; {nearest(keys[-1], _fields_at(settings_class, keys[:-1]))}"
     if item["type"] == "missing":
         return f"{path}: missing; it has no default"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -112,6 +112,16 @@ def _complaint(settings_class: type[Settings], where: str, item: dict[str, Any])
     if not keys:
         return f"[{where}]: {message}"
     return f"{path} = {quoted(item['input'], 60)}: {message[:1].lower()}{message[1:]}"
+
+
+def _fields_at(settings_class: type[Settings], keys: list[str]) -> list[str]:
+    """Return the names of the settings in a table within a section, or of the nearest table above it."""
+    fields = settings_class.model_fields
+    for key in keys:
+        inner = fields[key].annotation if key in fields else None
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            fields = inner.model_fields
+    return list(fields)
 
 
 def reason_of(error: Exception) -> str:

@@ -14,8 +14,9 @@ each step
 Presence or absence of one unit moves the sum by at most C. What is not finite is left out. The sum is
 rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
 tell nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their
-own for each release: that of the coins is named by the adapter that training starts from, that of the
-noise by this and the sum.
+own for each release: that of a step's coins is named by the adapter that it starts from, so that a
+training which differs in anything draws its batches anew, as the accountant takes for granted; that of
+the noise by the adapter that training starts from, and the sum.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class PrivateSteps:
     """The private steps of one training."""
 
     def __init__(self, privacy: RowPrivacy, training: Training) -> None:
-        """Look at the rows, and begin the stream of coins.
+        """Look at the rows.
 
         Raises:
             SettingsError: The objective's loss of a row depends on others, or several steps on one
@@ -184,7 +185,6 @@ class PrivateSteps:
         self.steps = private_steps(options["work"], units, batch, width)
         self.together = not reason_for_one_by_one(self.model)
         self.start = bytes.fromhex(self.model.digest())
-        self.coins = self._stream("coins", self.start)
         self.step = 0
         if privacy.ledger is not None:
             privacy.ledger.read()
@@ -204,9 +204,10 @@ class PrivateSteps:
             yield [part for own in each for part in self.layout.batches(own)]
 
     def _drawn(self) -> Indices:
-        """Return the examples of the units that are in a batch, each by a coin of its own."""
+        """Return the examples of the units in the next step's batch, each by a coin of its own."""
         units = self.privacy.count
-        present = self.coins.uniform(units) * units < self.expected
+        coins = self._stream(f"coins {self.step + 1}", bytes.fromhex(self.model.digest()))
+        present = coins.uniform(units) * units < self.expected
         return np.flatnonzero(present[self.privacy.units])
 
     def gradients(self, parts: list[Batch], totals: Totals) -> RemoteGradients:

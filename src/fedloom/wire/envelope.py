@@ -112,6 +112,17 @@ class WorkDone(Settings):
     steps: Tally
 
 
+class PrivateWork(Settings):
+    """What a client says of its private steps: what their privacy follows from, and nothing else."""
+
+    units: int = Field(ge=1, le=1 << 40)
+    """Rows, or values of privacy.column."""
+    noise_multiplier: float = Field(ge=0, le=1e6)
+    """z, its noise over the clip."""
+    steps: int = Field(ge=0, le=1 << 24)
+    """Noisy steps of the whole run at most."""
+
+
 class Joined(Settings):
     """Report of a client that is ready; it holds counts and hashes alone."""
 
@@ -130,6 +141,8 @@ class Joined(Settings):
         Annotated[str, Field(max_length=64), AfterValidator(printable)],
     ] = Field(default={}, max_length=8)
     """SHA-256 of the file of each class that is not fedloom's own, by section of the experiment."""
+    private: PrivateWork | None = None
+    """How its own steps hide its rows, where the experiment asks for that."""
 
 
 class ReplyHeader(Settings):

@@ -41,7 +41,7 @@ from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
 from fedloom.federation.violations import ViolationObserver
 from fedloom.security.audit_log import Limited, no_op_recorder
-from fedloom.wire.envelope import LACKS_START, Envelope, RequestHeader, WorkDone, seal
+from fedloom.wire.envelope import LACKS_START, Envelope, PrivateWork, RequestHeader, WorkDone, seal
 from fedloom.wire.messages import Answer, Exchange, Payload, encode
 from fedloom.wire.schema import Schema
 
@@ -135,6 +135,11 @@ class FlowerEngine:
         """Return the number of held-out rows of each registered client."""
         return {client: own.held_out for client, own in sorted(self.run_clients.registered.items())}
 
+    def private_work(self) -> dict[int, PrivateWork]:
+        """Return what registered clients have said of their private steps."""
+        registered = sorted(self.run_clients.registered.items())
+        return {client: own.private for client, own in registered if own.private is not None}
+
     def title(self, client: int) -> str:
         """Return the name of a client in messages."""
         return self.run_clients.title(client)
@@ -151,6 +156,7 @@ class FlowerEngine:
             Limited(run_description.audit),
         )
         self.run_clients.plugins = run_description.plugins
+        self.run_clients.private = run_description.private
         if run_description.start is not None:
             schema = Schema.of(run_description.start)
             self._start = schema, encode(Payload(run_description.start), schema)

@@ -59,6 +59,7 @@ class RunClients:
         proven: Whether each node has proven its member's key.
         model: SHA-256 of the backbone and tokenizer that all must have.
         plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
+        private: Whether all must hide rows in their own steps.
         audit: Audit log of clients that register and that are refused.
         report: Called with violations of clients.
         registered: The report of each client when it became ready.
@@ -72,6 +73,7 @@ class RunClients:
     proven: bool = False
     model: str = ""
     plugins: Mapping[str, str] = field(default_factory=dict)
+    private: bool = False
     audit: Record = no_op_recorder
     report: Report = lambda client, kind, reason: None
     registered: dict[int, Joined] = field(default_factory=dict)
@@ -289,6 +291,9 @@ class RunClients:
                 f"it has fedloom {reply.joined.version} (protocol {reply.joined.protocol}), the server "
                 f"{version('fedloom')} (protocol {PROTOCOL}): upgrade the older one"
             )
+        if self.private and reply.joined.private is None:
+            old = reply.joined.version
+            return f"it has fedloom {old}, which would train without [privacy]: upgrade it"
         if reply.joined.model != self.model:
             return (
                 f"its model or tokenizer differs: SHA-256 {reply.joined.model[:12]}, the "
