@@ -89,6 +89,13 @@ class Network:
         """Return the words before a command of a machine; what is none is called at the server."""
         return ["ip", "netns", "exec", self.spaces.get(name, self.spaces["server"])]
 
+    def limit(self, name, rate):
+        """Let a cable carry no more than a rate, such as ``10mbit``, in either direction."""
+        shape = ("root", "tbf", "rate", rate, "burst", "32kb", "latency", "400ms")
+        for space, device in ((self.spaces[name], "eth0"), (self.spaces["switch"], name)):
+            words = ["tc", "-n", space, "qdisc", "add", "dev", device, *shape]
+            subprocess.run(words, check=True, capture_output=True)
+
     def pull(self, name):
         """Pull the cable: packets are lost, and nobody is told."""
         self.on_switch("set", name, "down")

@@ -98,6 +98,7 @@ SLOW = {
     "deployment/test_members_lives.py": 5,  # 40 s each
     "deployment/test_methods_on_machines.py": 1,
     "deployment/test_releases.py": 1,
+    "deployment/test_slow_link.py": 0,  # 2 minutes
     "engines/test_ray.py": 1,  # 2 minutes each
     "experiment/test_mistakes.py::test_a_mistake_is_one_message_at_once": 100,
     "federation/test_secure_memory.py": 1,  # a minute each
