@@ -40,7 +40,7 @@ def generator(seed: int, purpose: str, client: int = -1, round: int = -1) -> np.
 
 
 def portable_normals(seed: int, size: int) -> NDArray[np.float32]:
-    """Return ``(size,)`` standard normals, the same bits on every machine and with every version of numpy.
+    """Return ``(size,)`` standard normals, the same bits on every machine.
 
     They are quantiles of the normal distribution in the middle of 65,536 equal parts, up to 4.2, drawn by
     the whole numbers of Philox.

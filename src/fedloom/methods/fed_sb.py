@@ -2,15 +2,16 @@
 
     y = W x + s B R A x,    R <- sum_k p_k R_k,
 
-B and A fixed and equal everywhere, s = alpha / rank as of LoRA: the product is linear in R, so the mean of
-the R_k has the mean of the products, with any weights. Source: Singhal et al. 2025, "Fed-SB: A Silver Bullet
-for Extreme Communication Efficiency and Performance in (Private) Federated LoRA Fine-Tuning",
-https://arxiv.org/abs/2502.15436. A layer sends r^2 numbers whatever its width; r is to be larger than
-LoRA's, and so is the learning rate: a step of AdamW moves each entry of R by it, and B R A by s r times it.
+B and A fixed and equal everywhere, s = alpha / rank as of LoRA: the product is linear in R, so the mean
+of the R_k has the mean of the products, with any weights. Source: Singhal et al. 2025, "Fed-SB: A
+Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
+Fine-Tuning", https://arxiv.org/abs/2502.15436. A layer sends r^2 numbers whatever its width; r is to be
+larger than LoRA's, and so is the learning rate: a step of AdamW moves each entry of R by it, and B R A
+by s r times it.
 
-The paper's factors are singular vectors of the first step of full fine-tuning, which its code takes on the
-pooled rows of all clients. Here that step is taken on public rows, and R begins with zeros in place of the
-singular values: the model does not move before it is trained.
+The paper's factors are singular vectors of the first step of full fine-tuning, which its code takes on
+the pooled rows of all clients. Here that step is taken on public rows, and R begins with zeros in place
+of the singular values: the model does not move before it is trained.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class FedSBSettings(NamedSettings):
 
     name: Literal["fed_sb"] = "fed_sb"
     factors: Literal["random", "weights", "gradient"] = "random"
-    """What A and B are. "random": orthonormal, drawn from the seed; nothing is sent, and no row is read.
-    "weights": singular vectors of the layer's own weights, of its largest singular values; no row is read.
-    "gradient": singular vectors of the sign of the loss's gradient on the public rows, Adam's first step
-    (the paper's, on rows that are nobody's secret); it tells nothing of clients' rows, and needs
-    public.labelled. The last two are sent once to each client, as large as LoRA's factors."""
+    """What A and B are. random: orthonormal, drawn from the seed; they are not sent, and no row is read.
+    weights: singular vectors of the layer's own weights, of the largest singular values; no row is read.
+    gradient: singular vectors of the sign of a gradient, Adam's first step as in the paper, of the loss of
+    public rows' completions or labels (public.labelled); they tell nothing of clients' rows. The last two
+    are sent to each client once, as large as LoRA's factors."""
 
 
 class FedSB(TrainsCoordinates):
@@ -84,7 +85,7 @@ class FedSB(TrainsCoordinates):
     taken = ("factors",)
     two_factors = True
     no_start = (
-        "its factors are fixed ones of its own; merge the adapter into its model (fedloom export) and give "
+        "it has fixed factors of its own; merge the adapter into its model (fedloom export) and give "
         "that as model.path"
     )
 
@@ -105,15 +106,8 @@ class FedSB(TrainsCoordinates):
         kind, opening = view.method.factors, f'method.factors = "{view.method.factors}"'
         if kind != "random" and view.model is not None and view.model.quantization != "none":
             yield f'{opening} needs the weights, which are quantised: use "random"'
-        if kind != "gradient":
-            return
-        if view.public is not None and not view.public.labelled:
-            yield f"{opening} needs public.labelled = true: it learns from the rows' answers or labels"
-        if view.objective is not None and view.objective.needs_mismatched:
-            yield (
-                f"{opening}: objective.name = {view.objective_name!r} joins prompts with other rows' "
-                'answers, which public rows have not: use "random" or "weights"'
-            )
+        if kind == "gradient" and view.public is not None and not view.public.labelled:
+            yield f"{opening} needs public.labelled = true: its loss is of the rows' answers or labels"
 
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers.
@@ -124,8 +118,9 @@ class FedSB(TrainsCoordinates):
         super().setup(server)
         if server.model.stacked:
             raise ModelError(
-                f'method.name = "fed_sb": {server.model.stacked} has factors for a stack of experts, whose '
-                'change is not their product: name linear layers as adapter.targets, such as ["q_proj"]'
+                f'method.name = "fed_sb": {server.model.stacked} has factors for a stack of experts, '
+                "whose change is not their product: name linear layers as adapter.targets, such as "
+                '["q_proj"]'
             )
 
     def first(self, adapter: Tensors) -> Tensors:

@@ -2,19 +2,20 @@
 
     w = w_0 + sum_j a_j z_j,    g = (L(w + eps z_j) - L(w - eps z_j)) / (2 eps),    w <- w - eta g z_j,
 
-z_j normal, from the j-th of K candidate seeds; a client draws a seed for each step and sends its history,
-(j, -eta g) step by step. The server adds the histories up, weighted by rows, into the K sums a_j, and sends
-these: that is FedAvg of the clients' models. Source: Qin et al. 2023, "Federated Full-Parameter Tuning of
-Billion-Sized Language Models with Communication Cost under 18 Kilobytes", https://arxiv.org/abs/2312.06353.
-``sampling = "weighted"`` is its FedKSeed-Pro: a seed is drawn with the probability
-softmax((m_j - min m) / (max m - min m)), m_j the mean of |g| seen along z_j, 0 of those not seen.
+z_j normal, from the j-th of K candidate seeds; a client draws a seed for each step and sends its
+history, (j, -eta g) step by step. The server adds the histories up, weighted by rows, into the K sums
+a_j, and sends these: that is FedAvg of the clients' models. Source: Qin et al. 2023, "Federated
+Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18 Kilobytes",
+https://arxiv.org/abs/2312.06353. ``sampling = "weighted"`` is its FedKSeed-Pro: a seed is drawn with
+the probability softmax((m_j - min m) / (max m - min m)), m_j the mean of |g| seen along z_j, 0 of those
+not seen.
 
 w is what the adapter trains: LoRA's factors, or with ``adapter.kind = "full"`` the linear layers of the
 blocks themselves, as the paper trains all parameters; embeddings, norms and the head stay. Rebuilding w
-draws K n normals a round for n trained numbers, once in a process. A step is two forward passes, without
-graphs and without dropout, and plain SGD: of ``[training]`` the optimizer is not read, and
-``max_grad_norm`` bounds |g| (the paper has no bound). The z_j are drawn in whole numbers and the sums are
-added up one by one, so all machines rebuild the same bits.
+draws K n normals a round for n trained numbers, once in a process. A step is two forward passes,
+without graphs and without dropout, and plain SGD: of ``[training]`` the optimizer is not read, and
+``max_grad_norm`` bounds |g| (the paper has no bound). The z_j are drawn in whole numbers and the sums
+are added up one by one, so all machines rebuild the same bits.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class FedKSeedSettings(NamedSettings):
     """K, seeds that directions are drawn from (paper: 4,096): 4 bytes each are sent down a round, 8 with
     sampling = "weighted"; a step sends 6 up."""
     epsilon: float = Field(default=5e-4, gt=0)
-    """eps, by how much the model is moved along a direction to see the loss change (official code: 5e-4)."""
+    """eps, by how much the model is moved along a direction to see losses change (code: 5e-4)."""
     sampling: Literal["uniform", "weighted"] = "uniform"
     """How a seed is drawn: all alike, or (FedKSeed-Pro) those more often whose |g| was larger."""
 
@@ -106,8 +107,8 @@ class FedKSeed(Method):
             for key in ("weight_decay", "momentum", "keep_optimizer_state", "head_learning_rate"):
                 if getattr(training, key):
                     yield (
-                        f"training.{key}: method.name = {name!r} makes plain steps of SGD, which the sums "
-                        "of its scalars stand for: leave it out"
+                        f"training.{key}: method.name = {name!r} makes plain steps of SGD, which the "
+                        "sums of its scalars stand for: leave it out"
                     )
             if training.optimizer == "adam":
                 yield f'training.optimizer: method.name = {name!r} makes steps of SGD: use "sgd"'
@@ -116,7 +117,10 @@ class FedKSeed(Method):
                 f"adapter.dropout: method.name = {name!r} compares losses without dropout: leave it out"
             )
         if view.admission is not None and view.admission.max_change is not None:
-            yield f"admission.max_change: method.name = {name!r} sends steps and no parameters: leave it out"
+            yield (
+                f"admission.max_change: method.name = {name!r} sends steps and no parameters: leave it "
+                "out"
+            )
 
     def setup(self, server: ServerSide) -> None:
         """Store the initial adapter."""

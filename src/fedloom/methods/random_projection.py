@@ -2,16 +2,17 @@
 
     w = w_0 + S u,
 
-w all n trained numbers as one vector, w_0 their start, u the d' numbers that are trained, sent and averaged.
-S divides the n places into d' parts as equal as can be, at random, and has one entry in each row, a random
-sign: HashedNets (Chen et al. 2015, https://arxiv.org/abs/1504.04788) with signs, trained as the subspaces of
-Li et al. 2018, "Measuring the Intrinsic Dimension of Objective Landscapes",
+w all n trained numbers as one vector, w_0 their start, u the d' numbers that are trained, sent and
+averaged. S divides the n places into d' parts as equal as can be, at random, and has one entry in each
+row, a random sign: HashedNets (Chen et al. 2015, https://arxiv.org/abs/1504.04788) with signs, trained
+as the subspaces of Li et al. 2018, "Measuring the Intrinsic Dimension of Objective Landscapes",
 https://arxiv.org/abs/1804.08838, which has dense Gaussian columns: these would take n d' numbers.
 
-The estimator: u moves along S^T g, so w along S S^T g, with the expected value g over the draw of S, and with
-the variance E |S S^T g - g|^2 = (n / d' - 1) |g|^2 where d' divides n: two different places are in one part
-with probability (n / d' - 1) / (n - 1), and their signs are independent. S is drawn once: no round makes up
-for the directions that it lacks, and with n / d' far above 1 a step goes elsewhere than down the gradient.
+The estimator: u moves along S^T g, so w along S S^T g, with the expected value g over the draw of S,
+and with the variance E |S S^T g - g|^2 = (n / d' - 1) |g|^2 where d' divides n: two different places
+are in one part with probability (n / d' - 1) / (n - 1), and their signs are independent. S is drawn
+once: no round makes up for the directions that it lacks, and with n / d' far above 1 a step goes
+elsewhere than down the gradient.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Coordinates: other numbers, mostly fewer, that the trained tensors are a function of.
 
-A method that trains coordinates gives them to the loop of steps, which hands them to the optimizer in place
-of the adapter's tensors. Source of the idea: Li et al. 2018, "Measuring the Intrinsic Dimension of
-Objective Landscapes", https://arxiv.org/abs/1804.08838. This file knows no method.
+A method that trains coordinates gives them to the loop of steps, which hands them to the optimizer in
+place of the adapter's tensors. Source of the idea: Li et al. 2018, "Measuring the Intrinsic Dimension
+of Objective Landscapes", https://arxiv.org/abs/1804.08838. This file knows no method.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class StepOptions(TypedDict):
 
 
 class Driver(Protocol):
-    """Makes trainings by other gradients than :func:`train_locally`, such as those of row-level privacy."""
+    """Makes trainings by other gradients than :func:`train_locally`, such as private ones."""
 
     def train(self, training: Training) -> LocalResult:
         """Carry out a training, in which the frozen tensors are frozen already."""

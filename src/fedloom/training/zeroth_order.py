@@ -2,11 +2,11 @@
 
     g = (L(w + eps z_j) - L(w - eps z_j)) / (2 eps),    w <- w - eta g z_j
 
-(Spall 1992, https://doi.org/10.1109/9.119632; on language models Malladi et al. 2023, "Fine-Tuning Language
-Models with Just Forward Passes", https://arxiv.org/abs/2305.17333). z_j is the j-th of K directions that a seed
-names. As coordinates (``coordinates.py``): w = w_0 + sum_j a_j z_j, of which one a_j at a time is stepped. It is
-a driver of the one loop of steps; a step is two forward passes, without graphs and without dropout. This file
-knows no federation.
+(Spall 1992, https://doi.org/10.1109/9.119632; on language models Malladi et al. 2023, "Fine-Tuning
+Language Models with Just Forward Passes", https://arxiv.org/abs/2305.17333). z_j is the j-th of K
+directions that a seed names. As coordinates (``coordinates.py``): w = w_0 + sum_j a_j z_j, of which one
+a_j at a time is stepped. It is a driver of the one loop of steps; a step is two forward passes, without
+graphs and without dropout. This file knows no federation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Small matrices between two fixed factors: W + s B R A, of which R alone is trained (Fed-SB).
 
-R may be one r x r matrix, or several on the diagonal of one (RAVAN's heads, https://arxiv.org/abs/2506.05568).
-PEFT knows no R: an adapter has R A in A's place and B as it is, which is the same product.
+R may be one r x r matrix, or several on the diagonal of one (RAVAN's heads,
+https://arxiv.org/abs/2506.05568). PEFT knows no R: an adapter has R A in A's place and B as it is,
+which is the same product.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 from fedloom.aggregation.lora import A, factor_pairs
 from fedloom.methods.bases.trained_coordinates import signed_partition
 from fedloom.methods.contract.method import ServerSide
+from fedloom.objectives.sft import SFT
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
-from fedloom.training.layout import budget_of, scoring_budget
+from fedloom.training.layout import budget_of
 from fedloom.training.passes import Layout
-from fedloom.training.references import add_reference_logps
 from fedloom.training.results import Totals
 from fedloom.training.steps import accumulate_gradients
 
@@ -87,14 +88,16 @@ def singular_factors(weights: Tensors, like: Tensors) -> Tensors:
 
 
 def first_gradient(server: ServerSide) -> Tensors:
-    """Return the loss's gradient of the weights under LoRA's factors, over all public rows at once."""
-    model, objective, public = server.model, server.objective, server.public
+    """Return the gradient of the weights under LoRA's factors over all public rows, before any training.
+
+    The loss is that of their completions' tokens or, of classified texts, of their labels.
+    """
+    model, public = server.model, server.public
     assert public is not None, "assembly gives public rows to methods that need them"
     share = public.share
-    if objective.needs_reference:
-        share = add_reference_logps(model, share, scoring_budget(server.training, model))
-    parts = Layout(model, share, budget_of(server.training, model)).batches(np.arange(len(share)))
+    objective = SFT() if server.objective.head == "causal" else server.objective
     objective = objective.for_client(share.tokens.labels)
+    parts = Layout(model, share, budget_of(server.training, model)).batches(np.arange(len(share)))
     with model.base.with_gradients() as gradients:
         accumulate_gradients(model, objective, parts, Totals(), 0)
         for parameter in model.parameters.values():

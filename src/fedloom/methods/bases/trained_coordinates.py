@@ -1,8 +1,9 @@
 """Base class of methods that train coordinates: a few numbers that the whole adapter follows from.
 
 Server and clients know what the adapter is as a function of the coordinates, by the seed or by what was
-sent once, so the coordinates alone travel. Their mean is weighted by rows as in FedAvg; where the function
-is linear, that is the mean of the adapters exactly. What is saved is the adapter, an ordinary PEFT folder.
+sent once, so the coordinates alone travel. Their mean is weighted by rows as in FedAvg; where the
+function is linear, that is the mean of the adapters exactly. What is saved is the adapter, an ordinary
+PEFT folder.
 """
 
 from __future__ import annotations
