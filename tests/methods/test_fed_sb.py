@@ -23,7 +23,9 @@ from fedloom.methods.fed_sb import FACTORS, HAS
 from fedloom.models.backbone_delta import MOVED
 from fedloom.objectives.sft import SFT
 from fedloom.runs.assembly import assemble
+from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
+from fedloom.runs.run import run_experiment
 from fedloom.tensors import part_of
 from fedloom.training.coordinates import Coordinates
 from fedloom.training.steps import local_loss
@@ -211,6 +213,44 @@ def test_fixed_factors_are_sent_once_to_each_client_whenever_it_comes(table, kin
     times = [(number, client) for action, number, client, _, _ in found.seen if action == FACTORS]
     # 1 and 0 in the first round and 3 as soon as it comes; 2 and 0 again, once they gave no answer in time
     assert sorted(times) == [(1, 0), (1, 1), (1, 2), (2, 3), (3, 2), (4, 0)]
+
+
+def test_a_client_that_has_lost_its_factors_is_left_out_and_sent_them_again(experiment, federate):
+    lost = []
+
+    def lose(parts):
+        plain = parts.engine.exchange
+
+        def exchange(asked):
+            if asked.action == "train" and asked.round == 1:
+                parts.engine.store.discard(1)  # what it has just stored
+            if asked.action == FACTORS:
+                lost.append((asked.round, tuple(asked.requests)))
+            return plain(asked)
+
+        parts.engine.exchange = exchange
+
+    found = federate(
+        experiment(method={"name": "fed_sb", "factors": "weights"}, federation={"quorum": 0.5}),
+        lose,
+    )
+    assert found.records[0].rejected.keys() == {1} and not found.records[1].rejected
+    assert "it lacks the fixed factors" in found.records[0].rejected[1]
+    assert lost == [(1, (0, 1, 2)), (2, (1,))]
+
+
+@pytest.mark.slow
+def test_machines_are_sent_the_factors_and_give_the_bits_of_one_process(table, loopback, tmp_path):
+    table["method"] = {"name": "fed_sb", "factors": "weights"}
+    folders = [tmp_path / "here", tmp_path / "there"]
+    here, there = (
+        Experiment.from_table({**table, "output": {"folder": str(own), "verify": False}})
+        for own in folders
+    )
+    fedloom.run(here)
+    run_experiment(there, observer=Silent(), remote=loopback(3).engine(there))
+    digests = [(own / "adapter/adapter_model.safetensors").read_bytes() for own in folders]
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("kind", ["random", "gradient"])

@@ -37,7 +37,7 @@ from fedloom.methods.bases.fixed_factors import (
 )
 from fedloom.methods.bases.parameter_averaging import TRAIN_REPLY_NUMBERS, training_exchange
 from fedloom.methods.bases.trained_coordinates import TensorFunction, TrainsCoordinates
-from fedloom.methods.contract.client import Client, Handler
+from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide
 from fedloom.methods.declaration import Absence, averaging
@@ -60,9 +60,9 @@ class FedSBSettings(NamedSettings):
     factors: Literal["random", "weights", "gradient"] = "random"
     """What A and B are. random: orthonormal, drawn from the seed; they are not sent, and no row is read.
     weights: singular vectors of the layer's own weights, of the largest singular values; no row is read.
-    gradient: singular vectors of the sign of a gradient, Adam's first step as in the paper, of the loss of
-    public rows' completions or labels (public.labelled); they tell nothing of clients' rows. The last two
-    are sent to each client once, as large as LoRA's factors."""
+    gradient: singular vectors of the sign of a gradient, Adam's first step as in the paper, of the loss
+    of public rows' completions or labels (public.labelled); they tell nothing of clients' rows. The last
+    two are sent to each client once, as large as LoRA's factors."""
 
 
 class FedSB(TrainsCoordinates):
@@ -125,10 +125,8 @@ class FedSB(TrainsCoordinates):
 
     def first(self, adapter: Tensors) -> Tensors:
         """Return R = 0, and what is no factor as it is, such as a classification head."""
-        zeros = {}
-        for a, _ in factor_pairs(adapter).values():
-            rank = len(adapter[a])
-            zeros[matrix_name(a)] = torch.zeros(rank, rank)
+        ranks = {matrix_name(a): len(adapter[a]) for a in factor_pairs(adapter)}
+        zeros = {name: torch.zeros(rank, rank) for name, rank in ranks.items()}
         return zeros | without_factors(adapter)
 
     def function(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> TensorFunction:
@@ -200,17 +198,24 @@ class FedSB(TrainsCoordinates):
         """
         sent = part_of(payload.tensors, FACTORS)
         kept = {FACTORS: sent} if sent else client.store
-        moved = any(bool(t.any()) for name, t in payload.tensors.items() if R in name)
-        if self.settings.factors != "random" and moved and not kept.get(FACTORS):
-            raise TrainingError(
-                "it lacks the fixed factors; the server sends them before the next round that it is in"
-            )
-        own = {n: t for n, t in payload.tensors.items() if not n.startswith(f"{FACTORS}/")}
+        own = self.coordinates(State(payload.tensors))
+        if any(bool(t.any()) for name, t in own.items() if R in name):
+            self._require(kept)
         self.place(client, own, kept)
 
     def function_flops(self, adapter: Tensors) -> float:
         """Return those of R A over all layers."""
         return sum(2.0 * len(adapter[a]) * adapter[a].numel() for a in factor_pairs(adapter))
+
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        self._require(client.store)
+        return (yield from super()._train(client, payload))
+
+    def _require(self, kept: Mapping[str, Tensors]) -> None:
+        if self.settings.factors != "random" and not kept.get(FACTORS):
+            raise TrainingError(
+                "it lacks the fixed factors; the server sends them before the next round that it is in"
+            )
 
     def _factors(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
         """Return A and B; before there are any, those of the start, whose product is 0 as R is."""
