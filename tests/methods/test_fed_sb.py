@@ -185,7 +185,7 @@ def test_factors_of_a_gradient_are_those_of_the_first_step(experiment):
     assert (loss[1] - loss[-1]) / 0.04 == pytest.approx(slope, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["weights", "gradient"])
+@pytest.mark.parametrize("kind", ["weights", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_fixed_factors_are_sent_once_to_each_client_whenever_it_comes(table, kind):
     """Client 3 comes late, others answer late or go: who lacks the factors is sent them in the same round."""
     table["method"] = {"name": "fed_sb", "factors": kind}
@@ -253,7 +253,7 @@ def test_machines_are_sent_the_factors_and_give_the_bits_of_one_process(table, l
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("kind", ["random", "gradient"])
+@pytest.mark.parametrize("kind", [pytest.param("random", marks=pytest.mark.slow), "gradient"])
 def test_what_is_saved_is_plain_lora(experiment, kind):
     """PEFT loads it on the backbone, and finds the model that was trained."""
     import peft

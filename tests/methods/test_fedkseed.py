@@ -1,6 +1,7 @@
 """FedKSeed: its steps and sums by hand, what travels, and what is refused."""
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,10 @@ from fedloom.methods.fedkseed import (
 from fedloom.randomness import portable_normals
 from fedloom.training import zeroth_order
 from fedloom.training.layout import budget_of
+from fedloom.training.optimizers import make_optimizer
 from fedloom.training.passes import StepLayout
 from fedloom.training.results import Totals
+from fedloom.training.settings import TrainingSettings
 from fedloom.training.steps import accumulate_gradients, graphs_of, update
 from fedloom.training.zeroth_order import (
     SCALARS,
@@ -70,9 +73,6 @@ def test_the_sums_of_histories_are_fedavg_of_the_models(by_hand):
 
 def test_a_client_s_history_is_its_way(by_hand):
     """Client 1 of the case above, by the optimizer of the loop of steps."""
-    from fedloom.training.optimizers import make_optimizer
-    from fedloom.training.settings import TrainingSettings
-
     own = ZerothOrder(
         flattened(START), 0, 1e-3, np.full(3, 1 / 3), np.random.default_rng(0), torch.device("cpu")
     )
@@ -139,8 +139,15 @@ def test_the_difference_of_two_losses_is_the_gradient_along_the_direction(experi
     assert all(torch.equal(put_back[name], t) for name, t in before.items())
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "weighted"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [
+        ("full", "weighted"),
+        pytest.param("full", "uniform", marks=pytest.mark.slow),
+        pytest.param("lora", "uniform", marks=pytest.mark.slow),
+        pytest.param("lora", "weighted", marks=pytest.mark.slow),
+    ],
+)
 def test_rounds_send_seeds_and_scalars_alone(experiment, federate, kind, sampling):
     """With LoRA's factors, and with the layers of the last block themselves."""
     adapter = {"lora": {}, "full": {"rank": 8, "kind": "full", "layers": 1}}[kind]
@@ -166,6 +173,7 @@ def test_rounds_send_seeds_and_scalars_alone(experiment, federate, kind, samplin
         assert cost.bytes_down < 64 * 4 * (2 if sampling == "weighted" else 1) + 400
 
 
+@pytest.mark.slow
 def test_a_round_of_the_paper_s_size_is_below_20_kilobytes(experiment, federate):
     """4,096 candidates and 200 steps: 16,384 bytes down, 1,200 up, and headers."""
     found = federate(
@@ -208,19 +216,12 @@ def test_a_history_that_is_none_leaves_its_client_out(experiment, federate, seed
                 SEEDS: torch.tensor(seeds, dtype=torch.int16),
                 SCALARS: torch.tensor(scalars),
             }
-            loose = SimpleNamespace(**{**vars(exchange.reply_schema)})
-            from dataclasses import replace
-
-            from fedloom.wire.schema import Schema
-
-            wide = Schema(
-                tuple(replace(spec, shape=(9,)) for spec in loose.tensors),
-                loose.numbers,
-                loose.metrics,
-            )
+            own = exchange.reply_schema
+            specs = tuple(replace(spec, shape=(9,)) for spec in own.tensors)
+            wide = replace(own, tensors=specs)
             data = encode(Payload(tensors, {"examples": 1.0}), wide)
-            own = exchange.reply_schema.digest.encode()
-            return replace(found, data=data.replace(wide.digest.encode(), own))
+            data = data.replace(wide.digest.encode(), own.digest.encode())
+            return replace(found, data=data)
 
         parts.engine.answer = answer
 

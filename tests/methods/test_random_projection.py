@@ -6,6 +6,7 @@ import torch
 
 from fedloom.methods.bases.trained_coordinates import signed_partition
 from fedloom.methods.random_projection import SUBSPACE, RandomProjection, RandomProjectionSettings
+from fedloom.randomness import generator
 
 PLAIN = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 2}
 
@@ -30,7 +31,7 @@ def test_every_place_is_in_one_part_and_parts_are_alike(size, parts):
 
 def test_the_estimator_has_no_bias_and_the_variance_that_is_said():
     """g = 1, 2, .., 12 with d' = 4: |g|^2 = 650, and the variance is (12 / 4 - 1) 650 = 1,300."""
-    rng, g, draws = np.random.default_rng(1), torch.arange(1.0, 13.0), 20_000
+    rng, g, draws = np.random.default_rng(1), torch.arange(1.0, 13.0), 4_000
     total, squares = torch.zeros(12), 0.0
     for _ in range(draws):
         places, signs = signed_partition(rng, 12, 4)
@@ -41,7 +42,7 @@ def test_the_estimator_has_no_bias_and_the_variance_that_is_said():
     # a number's variance is 2 / 11 of the squares of the others, at most 2 / 11 * 649
     five_sigma = 5 * (2 / 11 * 649 / draws) ** 0.5
     assert (total / draws - g).abs().max() < five_sigma
-    assert squares / draws == pytest.approx(1300, rel=0.03)
+    assert squares / draws == pytest.approx(1300, rel=0.05)
 
 
 def test_the_adapter_is_its_start_moved_by_s_u():
@@ -49,8 +50,6 @@ def test_the_adapter_is_its_start_moved_by_s_u():
     method = RandomProjection(RandomProjectionSettings(dimension=3))
     u = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
     found = method.function(start, 9, {})({SUBSPACE: u})
-    from fedloom.randomness import generator
-
     s = matrix(7, 3, generator(9, SUBSPACE))
     whole = torch.tensor([5.0, 6.0, 7.0, 1.0, 2.0, 3.0, 4.0]) + s @ u  # tensors by name
     assert torch.equal(torch.cat([found["a"], found["b"].flatten()]), whole)
@@ -69,8 +68,6 @@ def test_rounds_stay_in_the_subspace(experiment, federate):
     names = sorted(found.adapter)
     moved = torch.cat([(found.adapter[n] - found.parts.initial[n]).flatten() for n in names])
     assert moved.abs().max() > 1e-4
-    from fedloom.randomness import generator
-
     places, signs = signed_partition(generator(0, SUBSPACE), len(moved), 50)
     for part, own in zip(places, signs, strict=True):
         values = (own * torch.cat([moved, torch.zeros(1)])[part])[own != 0]
