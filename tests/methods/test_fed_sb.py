@@ -239,6 +239,25 @@ def test_a_client_that_has_lost_its_factors_is_left_out_and_sent_them_again(expe
     assert lost == [(1, (0, 1, 2)), (2, (1,))]
 
 
+def test_r_may_be_compressed_and_the_factors_are_sent_as_they_are(experiment, federate):
+    found = federate(
+        experiment(
+            method={"name": "fed_sb", "factors": "weights"},
+            adapter={"rank": 16},
+            wire={"up": "int8", "down": "int8", "keep_plain_below": 0},
+            training={"local_steps": 2},
+        )
+    )
+    factors = part_of(found.state.tensors, FACTORS)
+    for client in range(3):
+        kept = found.parts.engine.store.slots(client)[FACTORS]
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in factors.items())
+    (cost,) = [c for c in found.costs(0) if c.phase == "train"]
+    whole = 4 * 16**2 * len(factor_pairs(found.adapter))
+    assert cost.bytes_up < 0.4 * whole and cost.bytes_down < 0.4 * whole
+    assert all(r.rejected == {} for r in found.records)
+
+
 @pytest.mark.slow
 def test_machines_are_sent_the_factors_and_give_the_bits_of_one_process(table, loopback, tmp_path):
     table["method"] = {"name": "fed_sb", "factors": "weights"}

@@ -88,6 +88,7 @@ class FedKSeed(Method):
         client_privacy=no("an answer is a list of steps and no change of parameters"),
         row_privacy=no("the scalars of steps are differences of losses of rows, without noise"),
         asynchronous=TOGETHER,
+        compression=no("a seed and a scalar are small already, and all must have the same sums"),
         absence=AVERAGED,
     )
     reveals = ADAPTERS_ALONE
@@ -117,10 +118,7 @@ class FedKSeed(Method):
                 f"adapter.dropout: method.name = {name!r} compares losses without dropout: leave it out"
             )
         if view.admission is not None and view.admission.max_change is not None:
-            yield (
-                f"admission.max_change: method.name = {name!r} sends steps and no parameters: leave it "
-                "out"
-            )
+            yield f"admission.max_change: method.name = {name!r} sends steps and no parameters"
 
     def setup(self, server: ServerSide) -> None:
         """Store the initial adapter."""
