@@ -32,6 +32,10 @@ METHODS = [
     {"name": "flora"},
     {"name": "fedex_lora"},
     {"name": "flexlora"},
+    {"name": "fed_sb"},
+    {"name": "random_projection"},
+    {"name": "fedkseed", "candidates": 500},
+    {"name": "fedkseed", "candidates": 500, "sampling": "weighted"},
     *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),
     *({"name": "distillation", "encoding": e, "top_k": 3} for e in ("fp32", "fp16", "int8")),
     *(

@@ -21,6 +21,8 @@ METHODS = {
     "ditto": {"strength": 0.1},
     "pfedme": {"steps": 2, "strength": 1.0, "local_rate": 0.5},
     "flexlora": {},
+    "fed_sb": {},
+    "random_projection": {"dimension": 100},
 }
 
 

@@ -37,6 +37,8 @@ METHODS = {
         "objective": {"name": "sft"},
         "data": {"source": "builtin:instructions"},
     },
+    "fed_sb": {"method": {"name": "fed_sb", "factors": "weights"}},
+    "fedkseed": {"method": {"name": "fedkseed", "sampling": "weighted"}},
     "fedbuff": {
         "method": {"name": "fedbuff", "concurrency": 2},
         "federation": {"clients_per_round": 1},

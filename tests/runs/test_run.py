@@ -477,7 +477,10 @@ def test_who_stops_a_resumed_run_at_once_is_told_what_is_saved(experiment, tmp_p
         "fedavg",
         *(
             pytest.param(n, marks=pytest.mark.slow)
-            for n in ("scaffold", "local_only", "fedyogi", "fedex_lora")
+            for n in (
+                *("scaffold", "local_only", "fedyogi", "fedex_lora"),
+                *("fed_sb", "fedkseed", "random_projection"),
+            )
         ),
     ],
 )
@@ -486,7 +489,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
         "method": {"name": method},
         "federation": {"rounds": 3, "clients_per_round": 2},
         "data": {"builtin_rows": 30},
-        "training": {"keep_optimizer_state": True},
+        "training": {"keep_optimizer_state": method != "fedkseed"},
     }
     whole = fedloom.run(experiment(**settings))
     for after in (1, 3, 4, 6):

@@ -83,17 +83,20 @@ class ParameterTraffic:
         down: Bytes of the tensors sent to a client.
         up: Bytes of the tensors it sends.
         also_down: Bytes of the tensors sent to it in a second message, after the round's training.
+        up_a_step: Bytes more that it sends for each optimizer step.
     """
 
     down: int
     up: int
     framework: str = FEDLLM
     also_down: int = 0
+    up_a_step: int = 0
 
     def of_round(self, done: Done) -> Sent:
-        """Return the bytes of a round; they do not depend on what was done in it."""
+        """Return the bytes of a round."""
         down = self.down + header(1 if self.down else 0, 1)
-        up = self.up + header(1 if self.up else 0, 1, 2)
+        sent = self.up + self.up_a_step * done.steps
+        up = sent + header((1 if self.up else 0) + (2 if self.up_a_step else 0), 1, 2)
         if not self.also_down:
             return Sent(down, up, 1)
         return Sent(down + self.also_down + header(1, 1), up + header(0, 1), 2)

@@ -477,7 +477,7 @@ class _Examiner:
     def _public(self) -> PublicSettings:
         """Return which rows are public: those that the client's file names, or built-in ones."""
         asked, own = self.asked.public, self.own.public
-        if not self.method.needs_public:
+        if not self.method.public_rows_needed(self.asked.method):
             return PublicSettings()
         taken = {**self._taken("public", asked), **self._read_alike()}
         if own is not None and self.policy.public_rows:
@@ -507,7 +507,7 @@ class _Examiner:
     def _clients(self) -> ClientsSettings:
         """Return what clients differ in: of the groups, those whose models are loaded here."""
         asked = self.asked.clients
-        every = self.method.needs_public  # all models read the public rows
+        every = self.method.public_rows_needed(self.asked.method)  # all models read the public rows
         groups = {}
         for name, group in asked.groups.items():
             if not every and self.client not in group.clients:

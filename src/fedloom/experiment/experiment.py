@@ -424,7 +424,9 @@ def _streaming_contradictions(parts: Mapping[str, Any]) -> list[str]:
         elif objective.kind == "feedback" and data_kind(data) == "preference":
             found.append(f"{what}: objective.name = {name!r} makes two single answers of each pair")
     own_public = "public" in parts and parts["public"].source is not None
-    if "method" in parts and METHODS[parts["method"].name][1].needs_public and not own_public:
+    method = parts.get("method")
+    needed = method is not None and METHODS[method.name][1].public_rows_needed(method)
+    if needed and not own_public:
         found.append(
             f"{what}: method.name = {parts['method'].name!r} draws its public rows from all rows; name "
             "others as public.source"

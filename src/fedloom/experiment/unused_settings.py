@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from fedloom.display.untrusted_text import quoted
 from fedloom.experiment.experiment import SECTIONS, Experiment
-from fedloom.methods import METHODS, make_method
+from fedloom.methods import make_method
 from fedloom.objectives import make_objective
 from fedloom.settings.schema import Of, Settings
 
@@ -76,7 +76,7 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "head": objective.head,
         "heads": not causal or bool(parts) or objective.needs_reward,
         "trains again": trainings > 1 or method.repeats > 1,
-        "public rows": METHODS[experiment.method.name][1].needs_public,
+        "public rows": method.public_rows_needed(experiment.method),
         "compresses": experiment.wire.compresses,
         "joins": bool(experiment.clients.newcomers),
         "draws clients": experiment.federation.cohort_size < experiment.federation.clients,

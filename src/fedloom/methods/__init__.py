@@ -13,6 +13,7 @@ from fedloom.methods.declaration import Declaration
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
+from fedloom.methods.fed_sb import FedSB, FedSBSettings
 from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
@@ -20,6 +21,7 @@ from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
+from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
@@ -37,6 +39,7 @@ from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoR
 from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
+from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 from fedloom.reports.sections.spec import problems
@@ -63,6 +66,9 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),
     "ffa_lora": (FFALoRASettings, FFALoRA),
+    "fed_sb": (FedSBSettings, FedSB),
+    "fedkseed": (FedKSeedSettings, FedKSeed),
+    "random_projection": (RandomProjectionSettings, RandomProjection),
     "flora": (FLoRASettings, FLoRA),
     "fedex_lora": (FedExLoRASettings, FedExLoRA),
     "flexlora": (FlexLoRASettings, FlexLoRA),

@@ -6,14 +6,14 @@ exact, moving it back costs nothing, and the reference model stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedloom.tensors import Tensors
 
@@ -31,6 +31,7 @@ class FrozenWeights:
     def __init__(self, model: nn.Module) -> None:
         """Look at a PEFT model; one without LoRA has none."""
         self.changes: Tensors = {}
+        self._model = model
         self._layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
         }
@@ -61,6 +62,33 @@ class FrozenWeights:
         finally:
             for name, weight in moved.items():
                 self._bare(name).weight = weight
+
+    def read(self) -> Tensors:
+        """Return the weights as they are now by their layers' names, ``(outputs, inputs)`` float32."""
+        return {name: self._straight(name, self._bare(name).weight) for name in self._layers}
+
+    @contextmanager
+    def with_gradients(self) -> Iterator[Callable[[], Tensors]]:
+        """Inside, backward passes leave gradients of the weights; yield what reads them as :meth:`read`.
+
+        Without dropout, of adapter and backbone alike.
+        """
+        weights = {name: self._bare(name).weight for name in self._layers}
+        training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield lambda: {name: self._straight(name, w.grad) for name, w in weights.items()}
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False).grad = None
+            for module in training:
+                module.training = True
+
+    def _straight(self, name: str, weight: Tensor) -> Tensor:
+        own = weight.T if self._layer(name).fan_in_fan_out else weight
+        return own.detach().float().cpu().clone()
 
     def save(self, model: peft.PeftModel, folder: Path) -> None:
         """Write the layers themselves, factors merged into them, in PEFT's format for whole layers.

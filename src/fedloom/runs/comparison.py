@@ -539,8 +539,9 @@ def require_readable(comparison: Comparison) -> None:
 
 def _reads(grid_run: GridRun) -> tuple[str, str]:
     """Return a key that differs between runs that read other data: public rows depend on the method."""
-    needs_public = METHODS[grid_run.experiment.method.name][1].needs_public
-    return grid_run.objective, grid_run.method if needs_public else ""
+    method = grid_run.experiment.method
+    needed = METHODS[method.name][1].public_rows_needed(method)
+    return grid_run.objective, grid_run.method if needed else ""
 
 
 def _is_done(folder: Path, grid_run: GridRun) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import FEDLLM, Done, Sent
@@ -168,7 +169,7 @@ def _option(
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model
         done, own_flops = _own_rows(experiment, client, share, model, parts)
-        flops = parts.method.compute(_FirstRound(client, parts, own_flops))
+        flops = parts.method.compute(_FirstRound(experiment, client, parts, own_flops))
         sent = traffic.of_round(done)
         needed = client_memory(
             model,
@@ -214,7 +215,11 @@ def _own_rows(
 class _FirstRound:
     """A client's first round; see :class:`fedloom.methods.contract.method.FirstRound`."""
 
-    def __init__(self, client: int, parts: RunComponents, own: float) -> None:
+    def __init__(
+        self, experiment: Experiment, client: int, parts: RunComponents, own: float
+    ) -> None:
+        model = parts.local.resources[client].model
+        self._rows = experiment, client, parts.local.shares[client], model, parts
         self.client, self.seed = client, parts.local.seed
         self.training = parts.local.training
         resources = parts.local.resources[client]
@@ -222,6 +227,10 @@ class _FirstRound:
 
     def own_rows(self) -> float:
         return self._own
+
+    def own_forward_passes(self) -> float:
+        with torch.no_grad():
+            return _own_rows(*self._rows)[1]
 
     def passes(self, share: TokenShare, indices: np.ndarray, *, scoring: bool = False) -> float:
         budget = (scoring_budget if scoring else budget_of)(self.training, self._model)

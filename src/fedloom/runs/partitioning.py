@@ -359,7 +359,7 @@ def _with_public(
 
     And what became of the rows of their own source, if they have one.
     """
-    if not METHODS[experiment.method.name][1].needs_public:
+    if not METHODS[experiment.method.name][1].public_rows_needed(experiment.method):
         return loaded, [], None
     settings, seed = experiment.public, experiment.federation.seed
     account = None

@@ -305,7 +305,12 @@ def alone(training: Training) -> Outcome:
 
 
 def likeness(training: Training) -> object:
-    """Return what trainings that are made together have in common; the model holds what is trained."""
+    """Return what trainings that are made together have in common; the model holds what is trained.
+
+    One that has a driver is made alone, and is like no other.
+    """
+    if training.driver is not None:
+        return id(training)
     shapes = tuple((name, tuple(own.shape)) for name, own in training.model.parameters.items())
     return id(training.model), shapes, frozenset(training.frozen)
 

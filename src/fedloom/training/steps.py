@@ -22,6 +22,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Model, Objective, StatisticObjective
 from fedloom.randomness import derive_seed, generator
 from fedloom.tensors import Tensors
+from fedloom.training.coordinates import Coordinates
 from fedloom.training.dropout import DropoutStream
 from fedloom.training.layout import budget_of, graph_tokens, row_costs
 from fedloom.training.optimizers import make_optimizer, optimizer_state
@@ -66,10 +67,11 @@ class StepOptions(TypedDict):
     before_step: NotRequired[StepHook | None]
     after_step: NotRequired[StepHook | None]
     on_step: NotRequired[OnStep | None]
+    coordinates: NotRequired[Coordinates | None]
 
 
 class Driver(Protocol):
-    """Makes trainings in another way than :func:`train_locally`: with row-level privacy."""
+    """Makes trainings by other gradients than :func:`train_locally`, such as private ones."""
 
     def train(self, training: Training) -> LocalResult:
         """Carry out a training, in which the frozen tensors are frozen already."""
@@ -179,6 +181,7 @@ def local_steps(
     before_step: StepHook | None = None,
     after_step: StepHook | None = None,
     on_step: OnStep | None = None,
+    coordinates: Coordinates | None = None,
     batches: Iterator[list[Batch]] | None = None,
 ) -> Generator[Any, Any, LocalResult]:
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
@@ -201,11 +204,16 @@ def local_steps(
             yet clipped: a method adds its own term here.
         after_step: Called with the parameters after each optimizer step.
         on_step: Called with what is known of each step, once it is made.
+        coordinates: What is trained in place of the model's parameters, which are a function of it; the
+            hooks get these.
         batches: Each optimizer batch as its passes, in place of rows shuffled anew in each epoch.
     """
-    parameters = model.parameters  # others' may be held wherever this waits
+    tensors = model.parameters  # others' may be held wherever this waits
+    parameters = tensors if coordinates is None else coordinates.parameters
     optimizer = make_optimizer(parameters, settings, learning_rate, state)
     optimizer.zero_grad()  # a training that failed in the middle of a step has left some
+    if coordinates is not None:
+        coordinates.write(tensors)
     totals = Totals()
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
     if batches is None:
@@ -222,14 +230,12 @@ def local_steps(
                 optimizer.zero_grad()
                 rows = [row for part in parts for row in part.rows]
                 raise NonFiniteLoss(client, totals.steps + 1, rows, found.loss)
-            update(
-                parameters,
-                optimizer,
-                settings,
-                before_step,
-                after_step,
-                elsewhere=found.elsewhere,
-            )
+            if coordinates is not None:
+                coordinates.pull_back(tensors)
+            hooks = before_step, after_step
+            update(parameters, optimizer, settings, *hooks, elsewhere=found.elsewhere)
+            if coordinates is not None:
+                coordinates.write(tensors)
             totals.steps += 1
             if on_step is not None:
                 done = (totals.steps, found.loss, learning_rate, totals.examples, totals.tokens)

@@ -226,7 +226,8 @@ def _rows(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     """Yield what needs rows that the coordinator does not have, or that are all the clients'."""
     if view.data is None:
         return
-    unnamed = kind.needs_public and view.public is not None and view.public.source is None
+    needed = kind.public_rows_needed(view.method)
+    unnamed = needed and view.public is not None and view.public.source is None
     files = view.partition is not None and view.partition.kind == "files"
     of_one = view.data.is_builtin or view.data.is_private or view.data.domains
     if files and not of_one and view.federation is not None and unnamed:

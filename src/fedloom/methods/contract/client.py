@@ -12,6 +12,7 @@ from fedloom.errors import PluginError
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.tensors import Tensors
+from fedloom.training.coordinates import Coordinates
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
 from fedloom.training.steps import Driver, StepOptions, Training, local_loss
@@ -40,6 +41,8 @@ class TrainingOptions(TypedDict, total=False):
         repeats: Optimizer steps on each batch.
         part: Which of the round's trainings it is.
         work: How much (default: what is due of a round's).
+        coordinates: What is trained in place of the model's tensors, which are a function of it.
+        driver: Makes the steps, where it is not the client's.
     """
 
     purpose: str
@@ -47,6 +50,8 @@ class TrainingOptions(TypedDict, total=False):
     repeats: int
     part: Part
     work: Work | None
+    coordinates: Coordinates | None
+    driver: Driver | None
 
 
 @dataclass
@@ -148,12 +153,17 @@ class Client:
         repeats: int = 1,
         part: Part = ALONE,
         work: Work | None = None,
+        coordinates: Coordinates | None = None,
+        driver: Driver | None = None,
     ) -> Trainings[LocalResult]:
         """Yield what :meth:`train` would carry out, to whoever may do it for several clients at a time.
 
         A handler that is a generator says ``result = yield from client.training_steps(rate)`` and goes on
         when the model holds what was trained. Args are those of :meth:`train`, and of
         :class:`TrainingOptions`.
+
+        Raises:
+            PluginError: Row-level privacy hides the rows, and the method makes steps of its own.
         """
         slot = f"{OPTIMIZER} {purpose}".strip()
         options: StepOptions = {
@@ -168,9 +178,16 @@ class Client:
             "before_step": before_step,
             "after_step": after_step,
             "on_step": self.on_step,
+            "coordinates": coordinates,
         }
+        if driver is not None and self.driver is not None:
+            raise PluginError(
+                'privacy.unit = "row": the method makes steps of its own, which have no noise; its '
+                "declaration should say that it does not go with row-level privacy"
+            )
+        driver = driver or self.driver
         result = yield Training(
-            self.model, self.share, self.objective, self.training, frozen, options, self.driver
+            self.model, self.share, self.objective, self.training, frozen, options, driver
         )
         if result.optimizer_state:
             self.store[slot] = result.optimizer_state

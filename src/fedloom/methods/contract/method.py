@@ -132,6 +132,9 @@ class FirstRound(Protocol):
     def own_rows(self) -> float:
         """Return the operations of training on the client's own rows."""
 
+    def own_forward_passes(self) -> float:
+        """Return those of the forward passes of that training alone."""
+
     def passes(
         self, share: TokenShare, indices: NDArray[np.int64], *, scoring: bool = False
     ) -> float:

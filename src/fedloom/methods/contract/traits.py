@@ -49,6 +49,11 @@ class MethodTraits:
     def __init__(self, settings: Any) -> None:
         """Take the settings of ``[method]``; each method keeps what it needs of them."""
 
+    @classmethod
+    def public_rows_needed(cls, settings: Any) -> bool:
+        """Return whether all parties must have public rows, by the settings of ``[method]``."""
+        return cls.needs_public
+
     def trainings_of(self, round: int, rounds: int) -> int:
         """Return how many trainings a client makes in a round (from 1) of so many, in all requests."""
         return 1
