@@ -16,7 +16,8 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
 from fedloom.tensors import part_of, tensor_bytes
-from fedloom.wire.messages import Answer
+from fedloom.wire.messages import Answer, decode, encode
+from fedloom.wire.schema import Schema
 from pools import with_pool
 from runs.test_run import Stop
 
@@ -298,6 +299,31 @@ def test_a_server_that_asks_for_another_codec_is_refused(compressed, federate):
 
     with pytest.raises(fedloom.errors.RoundFailed, match=r"and the experiment says wire\.up"):
         federate(compressed({"up": "int8"}), ask)
+
+
+def test_a_change_of_something_huge_takes_no_memory(compressed, federate):
+    """In place of a tensor that is sent as a change there is its shape alone, which costs a server nothing."""
+
+    def ask(parts):
+        carried = parts.engine.exchange
+
+        def huge(asked):
+            (sent,) = {id(data): data for data in asked.requests.values()}.values()
+            payload, tensors = decode(sent, asked.request_schema), {}
+            for name, tensor in payload.tensors.items():
+                larger = tensor.dim() == 3 and not tensor.numel()
+                tensors[name] = torch.empty(0, 1 << 20, 1 << 18) if larger else tensor
+            schema = replace(asked.request_schema, tensors=Schema.of(tensors).tensors)
+            data = encode(replace(payload, tensors=tensors), schema)
+            requests = dict.fromkeys(asked.requests, data)
+            yield from carried(replace(asked, request_schema=schema, requests=requests))
+
+        parts.engine.exchange = huge
+
+    with pytest.raises(
+        fedloom.errors.RoundFailed, match=r"is a change of \d+ numbers, and this client"
+    ):
+        federate(compressed({"down": "int8"}), ask)
 
 
 def test_without_the_section_nothing_is_changed(experiment, federate):

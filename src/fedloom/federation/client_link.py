@@ -36,6 +36,9 @@ from fedloom.wire.messages import Exchange, Payload, decode, encode, with_metric
 from fedloom.wire.schema import Schema, TensorSpec
 from fedloom.wire.settings import WireSettings
 
+MOST_HELD = 16
+"""Largest model that changes may be of, in adapters: methods send one or two sets of its shapes."""
+
 
 @dataclass
 class ClientLink:
@@ -107,6 +110,8 @@ class ClientLink:
         moves = [tensors.pop(f"{MISSED}{i}").numpy().tobytes() for i in range(len(blobs))]
         if control.held:
             slot, schema = f"{HELD}{self.exchange.action}", self._schema_down(control)
+            if not control.whole:
+                _require_possible(schema, initial)
             if control.whole:
                 held = {spec.name: tensors[spec.name] for spec in schema.tensors}
             else:
@@ -264,6 +269,25 @@ class ClientLink:
         }
         self._renewed[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}
         return estimate
+
+
+def _require_possible(schema: Schema, initial: Tensors) -> None:
+    """Check the size of what changes are of: it is said, not sent.
+
+    Raises:
+        MessageError: It is more than ``MOST_HELD`` adapters.
+    """
+    size, own = sum(spec.elements for spec in schema.tensors), _elements(initial)
+    if size > MOST_HELD * own:
+        raise MessageError(
+            f"a request is a change of {size} numbers, and this client's adapter has {own}: at most "
+            f"{MOST_HELD} times as many are held",
+            "oversized",
+        )
+
+
+def _elements(tensors: Tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _relative_error(wanted: Tensors, decoded: Tensors) -> float:
