@@ -329,6 +329,10 @@ MORE = {
         "--home gone", "x --home good.toml", "x --home empty", "x --home server", "x --home run",
         "'' --home empty", "x y", "--yse x", "--home", "--home good.toml/x",
     ),
+    "client budget": (
+        "--home good.toml", "--home gone", "--home good.toml/x", "--home ''", "--home nope/x", "x",
+        "--home", "--all", "--json", "empty", "--run x",
+    ),
     "client leave": (
         "--home good.toml", "--home empty", "--home server", "--home run", "x", "--home", "--now",
         "--home good.toml/x", "--server localhost:9", "--home ''",
