@@ -330,7 +330,7 @@ MORE = {
         "'' --home empty", "x y", "--yse x", "--home", "--home good.toml/x",
     ),
     "client budget": (
-        "--home good.toml", "--home gone", "--home good.toml/x", "--home ''", "--home nope/x", "x",
+        "--home good.toml", "--home gone", "--home good.toml/x", "--home nope/x", "x", "--hom x",
         "--home", "--all", "--json", "empty", "--run x",
     ),
     "client leave": (
