@@ -149,7 +149,7 @@ LEFT = _names(
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "privacy": "profile secure_aggregation clip_quantile clip_learning_rate clip_count_noise "
-        "amplification sum_bits sum_bound sum_rounding",
+        "amplification units_per_pass sum_bits sum_bound sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -418,6 +418,8 @@ class SimulationEngine:
             own = self.resources[client]
             model, before = own.model, own.model.flops
             budget = scoring_budget(self.training, model)
+            if client in self.drivers:  # rounding would couple the rows of a pass
+                budget = replace(budget, rows=1)
             whole, measure = largest_pass(budget, share)
             self.shares[client] = fitting(
                 lambda size: add_reference_logps(

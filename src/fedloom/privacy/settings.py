@@ -72,6 +72,10 @@ class PrivacySettings(Settings):
     second."""
     column: str | None = None
     """For unit = "row": rows with the same value in this column (a patient) are one unit."""
+    units_per_pass: int = Field(default=1, ge=1, le=32)
+    """For unit = "row": units that the model reads at a time. With 1 a unit's gradient is the same bits
+    whoever else is in the batch. More are faster on accelerators and for short rows, where LoRA of linear
+    layers is all that is trained; rounding then couples the units of a pass, which is not accounted."""
     seeded: bool = False
     """Whether noise is drawn from federation.seed: reproducible, therefore not private (for simulations
     alone)."""
@@ -125,3 +129,5 @@ class PrivacySettings(Settings):
             yield "privacy.clip_count_noise is read where privacy.clip_quantile is given: give both"
         if self.column is not None and self.unit != "row":
             yield 'privacy.column groups rows: it goes with privacy.unit = "row" alone'
+        if self.units_per_pass > 1 and self.unit != "row":
+            yield 'privacy.units_per_pass goes with privacy.unit = "row" alone'

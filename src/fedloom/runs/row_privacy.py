@@ -152,7 +152,14 @@ def row_privacies(
     }
     multipliers = noise_multipliers(plans, own)
     return {
-        client: RowPrivacy(own.clip, multipliers[client], noise, units[client], plan.steps)
+        client: RowPrivacy(
+            own.clip,
+            multipliers[client],
+            noise,
+            units[client],
+            plan.steps,
+            units_per_pass=own.units_per_pass,
+        )
         for client, plan in plans.items()
     }
 
@@ -384,6 +391,11 @@ def _not_covered(experiment: Experiment, *, elsewhere: bool) -> list[str]:
             "each client's word for its units, its noise and its steps, which nobody else can check"
         )
         found[-1] = "other runs on the same rows, of which each client's own ledger knows"
+    if experiment.privacy.units_per_pass > 1:
+        found.append(
+            "what rounding lets units of one pass tell of each other (privacy.units_per_pass), which an "
+            "adapter of very large numbers makes large"
+        )
     if experiment.evaluation.per_client:
         found.append("the held-out rows of clients (evaluation.per_client)")
     return found

@@ -64,7 +64,8 @@ class Layout:
             return False
         if not alike or not tokens.trained.any():  # texts of a class have no prompts
             return False
-        return shares_prompts(self.model, int(tokens.lengths.max(initial=0)))
+        longest = 0 if self.apart else int(tokens.lengths.max(initial=0))  # or one row decides for all
+        return shares_prompts(self.model, longest)
 
     def passes(self, indices: Indices) -> list[list[Indices]]:
         """Return the passes of some rows, longest first, each as the groups whose prompt is read once."""
@@ -109,6 +110,10 @@ class Layout:
         """Return whether the prompts of a pass are read once."""
         if not self.shared or self.paired is not None:
             return self.shared
+        if self.apart:
+            longest = int(self.tokens.lengths[np.concatenate(own)].max())
+            if not shares_prompts(self.model, longest):
+                return False
         return saves(self._plain(own), len(own) * max(map(self._read_once, own)))
 
     def _places(self, own: list[Indices]) -> int:

@@ -1,12 +1,13 @@
 """Gradients of each unit of privacy (a row, a pair, a person's rows), not of the batch as a whole.
 
-Two ways, chosen by what is trained. Where that is LoRA's two factors of linear layers alone, one pass
-reads several rows: a factor's input X and the gradient dY of its output are known for each token, so the
-gradient of a row is dY^T X over the row's tokens. (Computing norms alone, without the gradients, would
-cost more: the square of a row's tokens a layer, in place of rank times width.) Where anything else is
-trained (heads, DoRA's magnitudes, biases, whole layers), or a model mixes rows in a pass, each unit has
-passes of its own. Both ways give the same gradients; the model itself is asked with two short rows
-whether the first does.
+Two ways. Where a unit is read by itself, its gradient is autograd's. Where several may be read at a time,
+and LoRA's two factors of linear layers are all that is trained, one pass reads several rows: a factor's
+input X and the gradient dY of its output are known for each token, so the gradient of a row is dY^T X
+over the row's tokens. (Computing norms alone, without the gradients, would cost more: the square of a
+row's tokens a layer, in place of rank times width.) Where anything else is trained (heads, DoRA's
+magnitudes, biases, whole layers), or a model mixes rows in a pass, each unit has passes of its own all
+the same. Both ways give the same gradients but for rounding; the model itself is asked with two short
+rows whether the second does.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ each step
 3. their sum gets noise of the standard deviation z C, whoever is in the batch, if anybody;
 4. it is divided by q units, the expected size and not the real one, and the optimizer makes its step.
 
-Presence or absence of one unit moves the sum by at most C. What is not finite is left out. The sum is
-rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
+Presence or absence of one unit moves the sum by at most C. A unit is read by itself, so that its gradient
+is the same bits whoever else is in the batch: in a pass of several, rounding couples them, by 1e-6 of C
+under ordinary adapters and by several C under one whose numbers are large enough
+(``RowPrivacy.units_per_pass``). What is not finite is left out. The sum is rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
 tell nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their
 own for each release: that of a step's coins is named by the adapter that it starts from, so that a
 training which differs in anything draws its batches anew, as the accountant takes for granted; that of
@@ -55,13 +57,11 @@ GRID = 24
 """Steps of the grid in C, as a power of 2; float32 has no more bits."""
 
 SLACK = 1e-4
-"""By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient."""
+"""By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient, and
+for what passes of several units couple under ordinary adapters."""
 
 HUGE = 1e30
 """Norm over C above which a gradient counts as not finite: float32 has no precise factor for it."""
-
-MOST_ROWS = 32
-"""Rows of a pass at most, for the rounding errors of float32 to stay below :data:`SLACK`."""
 
 GRADIENTS = 1 << 30
 """Bytes at most of the gradients of the rows of one pass."""
@@ -123,6 +123,8 @@ class RowPrivacy:
         units: ``(examples,)`` unit of each example (:func:`units_of`).
         steps: That the client makes in the whole run at most, where they are planned.
         ledger: What was released so far, where a run keeps it.
+        units_per_pass: Units that the model reads at a time; above 1 the bound on what one unit moves
+            is up to rounding that couples them.
     """
 
     clip: float
@@ -131,6 +133,7 @@ class RowPrivacy:
     units: Indices
     steps: int = 0
     ledger: RowLedger | None = None
+    units_per_pass: int = 1
 
     @cached_property
     def count(self) -> int:
@@ -183,7 +186,7 @@ class PrivateSteps:
         self.expected = expected_batch(units, batch)
         width = self.share.tokens.width
         self.steps = private_steps(options["work"], units, batch, width)
-        self.together = not reason_for_one_by_one(self.model)
+        self.together = privacy.units_per_pass > 1 and not reason_for_one_by_one(self.model)
         self.start = bytes.fromhex(self.model.digest())
         self.step = 0
         if privacy.ledger is not None:
@@ -362,7 +365,9 @@ def _sizes(model: AdapterModel) -> list[int]:
 
 
 def _budget(own: PrivateSteps) -> Budget:
-    """Return what a pass holds: no more rows than may be added in float32, or whose gradients fit."""
+    """Return what a pass holds: where it reads several units, no more than whose gradients fit."""
     budget = budget_of(own.settings, own.model)
+    if not own.together:
+        return budget
     fit = GRADIENTS // (4 * max(1, sum(_sizes(own.model))))
-    return replace(budget, rows=max(1, min(budget.rows, MOST_ROWS, fit)))
+    return replace(budget, rows=max(1, min(budget.rows, own.privacy.units_per_pass, fit)))
