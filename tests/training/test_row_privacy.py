@@ -272,7 +272,9 @@ def test_a_row_moves_the_sum_of_random_models_by_the_clip_at_most(parts, models)
         assert moved.norm() <= clip * (1 + SLACK), (number, float(moved.norm()) / clip)
         assert (moved - own).norm() <= 1e-12 * clip  # the others' gradients are the same bits
         apart = max(apart, float((whole - together).nan_to_num().norm()) / clip)
-    if len(models) > 100:  # what rounding couples in passes of several units, of the largest adapters
+    if (
+        len(models) > 100
+    ):  # what rounding couples in passes of several units, of the largest adapters
         assert apart > SLACK
 
 

@@ -14,11 +14,12 @@ each step
 Presence or absence of one unit moves the sum by at most C. A unit is read by itself, so that its gradient
 is the same bits whoever else is in the batch: in a pass of several, rounding couples them, by 1e-6 of C
 under ordinary adapters and by several C under one whose numbers are large enough
-(``RowPrivacy.units_per_pass``). What is not finite is left out. The sum is rounded to a grid of C / 2^24, and the noise is the discrete Gaussian on this grid, so that its last bits
-tell nothing of the sum. Coins and noise come from the client's :class:`NoiseSource`, in a stream of their
-own for each release: that of a step's coins is named by the adapter that it starts from, so that a
-training which differs in anything draws its batches anew, as the accountant takes for granted; that of
-the noise by the adapter that training starts from, and the sum.
+(``RowPrivacy.units_per_pass``). What is not finite is left out. The sum is rounded to a grid of C / 2^24,
+and the noise is the discrete Gaussian on this grid, so that its last bits tell nothing of the sum. Coins
+and noise come from the client's :class:`NoiseSource`, in a stream of their own for each release: that of
+a step's coins is named by the adapter that it starts from, so that a training which differs in anything
+draws its batches anew, as the accountant takes for granted; that of the noise by the adapter that
+training starts from, and the sum.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ GRID = 24
 """Steps of the grid in C, as a power of 2; float32 has no more bits."""
 
 SLACK = 1e-4
-"""By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient, and
-for what passes of several units couple under ordinary adapters."""
+"""By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient,
+and for what passes of several units couple under ordinary adapters."""
 
 HUGE = 1e30
 """Norm over C above which a gradient counts as not finite: float32 has no precise factor for it."""
