@@ -8,6 +8,7 @@ import fedloom
 from fedloom.accounting.network import Link
 from fedloom.reports.client_rounds import turns
 from fedloom.runs.cost_estimate import advise, recommend
+from fedloom.runs.privacy_estimate import privacy_advice
 
 LINK = Link(10e6, 50e6, 0.03, 1e9)
 CLASSIFICATION = {
@@ -80,3 +81,34 @@ def test_a_framework_that_cannot_be_used_says_why(experiment):
     (problem,) = [option for option in options if option.problem]
     assert problem.framework == "KD-FedLLM" and "public.rows = 5000" in problem.problem
     assert not problem.fits
+
+
+ROWS = {"unit": "row", "delta": 1e-3, "noise_multiplier": 4.0, "accountant": "rdp"}
+CLIENTS = {"unit": "client", "delta": 1e-2, "noise_multiplier": 2.0, "accountant": "rdp"}
+
+
+@pytest.mark.parametrize("privacy", [ROWS, CLIENTS], ids=["row", "client"])
+def test_privacy_is_advised_as_a_run_states_it(experiment, privacy):
+    own = experiment(
+        privacy=privacy, federation={"clients": 3, "rounds": 2}, data={"builtin_rows": 40}
+    )
+    told = privacy_advice(own)
+    run = json.loads((fedloom.run(own).folder / "run.json").read_text())
+    assert told[: len(run["privacy"]["sentences"])] == run["privacy"]["sentences"]
+    stated, numbers = run["privacy"], run["model"]["trainable"]
+    units = 3 if privacy is CLIENTS else 8  # clients a round; batch_size
+    once = stated["noise_multiplier"] * numbers**0.5 / units
+    assert f"is {once:.3g} times as long" in told[-2]
+    assert f"{once / stated['steps'] ** 0.5:.3g} times, if all" in told[-2]
+    assert "expect to learn little" in told[-1] and "derived" in told[-1]
+
+
+def test_privacy_that_cannot_be_is_refused_before_costs_are_counted(call, experiment, tmp_path):
+    path = tmp_path / "x.toml"
+    poor = {"delta": 1e-12, "noise_multiplier": None, "target_epsilon": 1e-9}
+    path.write_text(experiment(privacy={**CLIENTS, **poor}).to_toml())
+    code, text = call("advise", path)
+    assert code == 2 and "cannot be met" in text and "Try" not in text and "Traceback" not in text
+    plain = experiment(**CLASSIFICATION, privacy=ROWS)
+    problems = {o.framework: o.problem for o in advise(plain, LINK, 1e12) if o.problem}
+    assert problems.keys() == {"Split-FedLLM"} and "activations of rows" in problems["Split-FedLLM"]

@@ -29,7 +29,10 @@ def advise(
     ] = "1TFLOP",
     assignments: Assignments = None,
 ) -> None:
-    """Say what each framework would cost a client in a round, which fit, which to try; trains nothing."""
+    """Say what each framework would cost a client in a round, which fit, which to try; trains nothing.
+
+    With [privacy]: epsilon, noise multiplier, and how loud the noise is beside what can be learnt.
+    """
     from fedloom.accounting.network import Link
     from fedloom.accounting.quantities import parse_quantity
 
@@ -48,13 +51,16 @@ def advise(
     from fedloom.commands.terminal import estimate_table, make_console, working
     from fedloom.runs.cost_estimate import advise as count
     from fedloom.runs.cost_estimate import recommend
+    from fedloom.runs.privacy_estimate import privacy_advice
 
     settings, console = experiment_from(experiment, assignments), make_console()
     with working(console, "reading the rows") as stage:
+        said = privacy_advice(settings, stage)  # a budget that cannot be met is refused first
         options = count(settings, link, memory, stage=stage)
     console.print(estimate_table(options))
     for framework, problem in dict.fromkeys((o.framework, o.problem) for o in options if o.problem):
         console.print(
             f"{framework} cannot be used here: {problem}", style="yellow", highlight=False
         )
-    console.print(recommend(options), highlight=False, soft_wrap=True)
+    for sentence in (recommend(options), *said):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
