@@ -71,7 +71,11 @@ def _loudness(record: dict[str, Any], numbers: int, expected: float) -> list[str
         expected: Units whose clipped changes a sum has on average.
     """
     z, steps = record["noise_multiplier"], max(1, record["steps"])
-    what, many = ("round", "clients a round") if record["unit"] == "client" else ("step", "batches")
+    what, many = (
+        ("round", "more clients a round")
+        if record["unit"] == "client"
+        else ("step", "larger batches")
+    )
     once = z * math.sqrt(numbers) / expected
     whole = once / math.sqrt(steps)
     said = (
@@ -81,7 +85,7 @@ def _loudness(record: dict[str, Any], numbers: int, expected: float) -> list[str
     )
     if whole > 1:
         meaning = (
-            "expect to learn little: noise is longer than all that could be learnt. Larger "
+            "expect to learn little: noise is longer than all that could be learnt; "
             f"{many}, fewer trained numbers (adapter.rank, targets, layers) or a larger epsilon make it "
             "shorter"
         )
