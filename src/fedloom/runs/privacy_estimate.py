@@ -19,7 +19,7 @@ from fedloom.runs.assembly import assemble
 from fedloom.runs.client_privacy import RunPrivacy
 from fedloom.runs.initial_adapter import find_start, with_adapter_settings
 from fedloom.runs.partitioning import partition_data
-from fedloom.runs.row_privacy import row_privacies, row_statement
+from fedloom.runs.row_privacy import own_steps, row_privacies, row_statement
 
 
 def privacy_advice(
@@ -54,7 +54,7 @@ def privacy_advice(
         experiment, division, parts.method, local.shares, local.participations,
         NoiseSource.fresh("an estimate"),
     )  # fmt: skip
-    record = row_statement(experiment, hidden)
+    record = row_statement(experiment, own_steps(experiment, hidden))
     units = next(
         own["units"] for own in record["clients"].values() if own["epsilon"] == record["epsilon"]
     )
