@@ -84,7 +84,8 @@ class OtherRows:
             for client, data in asked.requests.items():
                 self.messages.append(("down", asked.round, asked.action, client, data))
             for answer in exchange(asked):
-                assert answer.error is None, answer.error
+                if answer.error is not None:
+                    raise PluginError(answer.error)
                 self.messages.append(("up", asked.round, asked.action, answer.client, answer.data))
                 payload = decode(answer.data, asked.reply_schema)
                 for kind in ("tensors", "numbers", "metrics"):

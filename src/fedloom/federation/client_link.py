@@ -149,6 +149,8 @@ class ClientLink:
 
     def as_read(self, reply: Payload) -> Payload:
         """Return a reply as the server will read it: what its codec loses is lost."""
+        if self._control is None:  # as it is, or masked, in which its schema is another
+            return reply
         return self._coded(reply)[1]
 
     def stored(self, slots: Mapping[str, Tensors]) -> dict[str, Tensors]:
