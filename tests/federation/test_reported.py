@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fedloom
-from fedloom.engines import in_process
+from fedloom.federation import client_link
 from fedloom.objectives import OBJECTIVES
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import bco_loss, reward_shift
@@ -47,13 +47,13 @@ def test_all_that_honest_clients_report_is_declared_and_let_in(
 ):
     seen = set()
 
-    def watched(payload, schema):
-        data = encode(payload, schema)
+    def watched(payload, schema, rng=None):
+        data = encode(payload, schema, rng)
         assert decode(data, schema).metrics == dict(payload.metrics)
         seen.update(payload.metrics)
         return data
 
-    monkeypatch.setattr(in_process, "encode", watched)
+    monkeypatch.setattr(client_link, "encode", watched)
     sections = {**RUNS[name]}
     sections["data"] = {"builtin_rows": 60, **sections["data"]}
     own = experiment(

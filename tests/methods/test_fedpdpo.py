@@ -127,8 +127,8 @@ def test_alternating_trains_either_part_with_the_other_frozen(personal, federate
     def watch(parts):
         client = parts.engine.client
 
-        def watching(number, round):
-            found = client(number, round)
+        def watching(number, round, link=None):
+            found = client(number, round, link)
             steps = found.training_steps
 
             def noted(rate, **options):

@@ -40,8 +40,8 @@ def test_only_a_newcomers_own_parts_are_fitted(experiment, federate):
     parts, trained = found.parts, []
     client = parts.engine.client
 
-    def watching(number, round):
-        own = client(number, round)
+    def watching(number, round, link=None):
+        own = client(number, round, link)
         train = own.train
 
         def noted(rate, **options):
