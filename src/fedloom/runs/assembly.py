@@ -27,6 +27,7 @@ from fedloom.federation.engine import Engine, RemoteEngine
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.secure_exchange import SecureClients
 from fedloom.methods import make_method
+from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
 from fedloom.methods.contract.soundness import sound_handlers
@@ -145,14 +146,28 @@ def assemble(
         stage(text)
     parts = _components(bundles, train, remote, store or ClientStore(), on_step)
     if experiment.privacy.unit == "row" and not empty and remote is None:
-        found = hidden or {}
-        if not found:
-            stage("accounting for row-level privacy")
-            given, often = noise or seeded_noise(experiment), parts.local.participations
-            found = row_privacies(experiment, division, method, train, often, given)
+        found = hidden or _hiding(bundles, train, parts.local.participations, noise, stage)
         parts.local.drivers, parts = found, replace(parts, row_privacies=found)
     told = _cohort_warnings(experiment, parts.local.resources if probe else {}, remote)
     return replace(parts, accounts=replace(parts.accounts, warnings=parts.accounts.warnings + told))
+
+
+def _hiding(
+    bundles: ModelBundles,
+    train: Mapping[int, TokenShare],
+    participations: float,
+    noise: NoiseSource | None,
+    stage: Callable[[str], None],
+) -> dict[int, RowPrivacy]:
+    """Return how each client's steps hide its rows.
+
+    Raises:
+        SettingsError: They cannot.
+    """
+    experiment, division = bundles.experiment, bundles.division
+    stage("accounting for row-level privacy")
+    given = noise or seeded_noise(experiment)
+    return row_privacies(experiment, division, bundles.method, train, participations, given)
 
 
 def _components(
@@ -167,7 +182,7 @@ def _components(
     Raises:
         DataError: A party that must be judged has no held-out row.
     """
-    experiment, method, own = bundles.experiment, bundles.method, bundles.of_server
+    method, own = bundles.method, bundles.of_server
     public, ledger = bundles.public_rows(), Ledger()
     resources = {client: bundles.resources(client, public) for client in train}
     initial = own.initial
@@ -177,30 +192,13 @@ def _components(
     models = {client: (resources[client].model, share) for client, share in train.items()}
     accounts, bad_rows = _accounted(bundles, public.get(own.key), models)
     prompts = _prompts(bundles)
-    engine = SimulationEngine(
-        resources,
-        train,
-        {
-            **sound_handlers(method, (EVALUATE, UNSEEN)),
-            EVALUATE: evaluator.handler(),
-            UNSEEN: unseen_clients.handler(),
-        },
-        bundles.objective,
-        experiment.training,
-        experiment.federation.seed,
-        server.participations,
-        experiment.federation.rounds,
-        store,
-        ledger,
-        frozenset(experiment.clients.newcomers),
-        references=references_of(bundles.only),
-        on_step=on_step,
-        cohort=experiment.simulation.cohort,
-        together=answers_together,
-        secure=SecureClients.fresh(train, experiment.federation.seed)
-        if experiment.privacy.secure_aggregation
-        else None,
-        wire=experiment.wire,
+    handlers = {
+        **sound_handlers(method, (EVALUATE, UNSEEN)),
+        EVALUATE: evaluator.handler(),
+        UNSEEN: unseen_clients.handler(),
+    }
+    engine = _local_engine(
+        bundles, resources, train, handlers, store, ledger, server.participations, on_step
     )
     return RunComponents(
         bundles.division,
@@ -220,6 +218,40 @@ def _components(
         own.path,
         fingerprint(own.path),
         own.reader.max_length,
+    )
+
+
+def _local_engine(
+    bundles: ModelBundles,
+    resources: Mapping[int, ClientResources],
+    train: dict[int, TokenShare],
+    handlers: Mapping[str, Handler],
+    store: ClientStore,
+    ledger: Ledger,
+    participations: float,
+    on_step: OnStep | None,
+) -> SimulationEngine:
+    """Return the engine of the clients that are in this process."""
+    experiment = bundles.experiment
+    seed, masked = experiment.federation.seed, experiment.privacy.secure_aggregation
+    return SimulationEngine(
+        resources,
+        train,
+        handlers,
+        bundles.objective,
+        experiment.training,
+        seed,
+        participations,
+        experiment.federation.rounds,
+        store,
+        ledger,
+        frozenset(experiment.clients.newcomers),
+        references=references_of(bundles.only),
+        on_step=on_step,
+        cohort=experiment.simulation.cohort,
+        together=answers_together,
+        secure=SecureClients.fresh(train, seed) if masked else None,
+        wire=experiment.wire,
     )
 
 
