@@ -40,7 +40,13 @@ def federate():
     ``after`` is called with each record and the parts once a round is over.
     """
 
-    def play(experiment, break_=lambda parts: None, evaluate=False, after=lambda *_: None):
+    def play(
+        experiment,
+        break_=lambda parts: None,
+        evaluate=False,
+        after=lambda *_: None,
+        disk_buffer=None,
+    ):
         parts = assemble(experiment, partition_data(experiment))
         break_(parts)
         records = []
@@ -72,6 +78,7 @@ def federate():
             parts.ledger,
             Silent(),
             admission,
+            disk_buffer=disk_buffer,
             reported=reported(parts.objective),
             clock=simulated_clock(experiment),
             secure=SecureAggregation.of(experiment.privacy, "run"),

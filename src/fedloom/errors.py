@@ -134,6 +134,10 @@ class MessageError(FedloomError):
         self.kind: ViolationKind = kind
 
 
+class OutOfStepError(MessageError):
+    """What a client sent goes on from another state than is known here, as after a loss: no violation."""
+
+
 class TrainingError(FedloomError):
     """Local training failed on one client."""
 

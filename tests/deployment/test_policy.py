@@ -229,6 +229,15 @@ def test_schemas_beyond_the_bound_are_refused_before_anything_is_made(
     assert found.exchange(run, **{which: table}).error == error
 
 
+def test_a_request_whose_own_tensors_are_coded_is_none(server, small):
+    """A few bytes of a codec may stand for gigabytes; honest servers send changes as bytes within a request."""
+    found = server()
+    run, _, _ = found.join(small)
+    coded = [["x", [1 << 18, 1 << 18], "float32", False, "low_rank:1|sign:block=256|zstd"]]
+    table = {"tensors": coded, "numbers": [], "metrics": []}
+    assert found.exchange(run, request=table).error == Sentence.UNFIT.value
+
+
 def test_rounds_and_runs_of_a_day_are_counted_on_disk(server, small):
     found = server(max_rounds_a_day=3, max_runs_a_day=2)
     run, _, _ = found.join(small)

@@ -125,7 +125,7 @@ def test_a_run_leaves_its_ledgers_with_the_clients_and_no_key_anywhere(private, 
     assert not [*result.folder.glob("privacy*"), *result.folder.parent.glob(".*.noise-key")]
     costs = [json.loads(line) for line in (result.folder / "costs.jsonl").read_text().splitlines()]
     of_clients = [cost for cost in costs if cost["client"] >= 0]
-    assert {(cost["tokens"], cost["flops"]) for cost in of_clients} == {(0, 0)}  # whose turn it was
+    assert {(cost["tokens"], cost["flops"]) for cost in of_clients} == {(0, 0)}
     assert {cost["examples"] for cost in of_clients if cost["phase"] == "train"} == {16}  # expected
     code, said = call("client", "budget", "--home", federation.home(0).path)
     assert code == 0 and "builtin:preferences: 28 rows" in said

@@ -7,7 +7,8 @@ import torch
 
 import fedloom
 from engines.test_workers import played
-from fedloom.errors import Interrupted, SettingsError
+from fedloom.errors import Interrupted, OutOfStepError, SettingsError
+from fedloom.federation import rounds as loop
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.compression_messages import CONTROL, HELD
 from fedloom.methods import METHODS
@@ -135,6 +136,45 @@ def test_server_and_clients_keep_the_same_estimates(compressed, federate):
         for name in found.adapter:
             assert torch.equal(own[name], tensors[f"client/{client:04d}/train/{name}"])
             assert torch.allclose(own[name], sent.read[4, client][name], atol=1e-6)
+
+
+def test_an_estimate_of_another_shape_or_count_ends_nothing(compressed):
+    """A client that sends other ranks, or comes back from a backup, is told to begin anew: no violation."""
+    settings = compressed({"up": BIASED, "error_feedback": "ef21"})
+    server = Compression.of(settings.wire, 0, {})
+    server.estimated("train", 0, {"w": torch.ones(8, 2)}, ["w"], 1)
+    server._estimates["train"], server._updates["train"] = {0: {"w": torch.ones(8, 2)}}, {0: 1}
+    found = server.estimated("train", 0, {"w": torch.full((6, 2), 3.0)}, ["w"], 2)
+    assert torch.equal(found["w"], torch.full((6, 2), 3.0))
+    with pytest.raises(OutOfStepError, match="begins anew"):
+        server.estimated("train", 0, {"w": torch.ones(8, 2)}, ["w"], 7)
+    facts, _ = server.saved()
+    assert facts["estimates"]["train"] == {"updates": {"0": 1}, "afresh": [0]}
+    forgotten = Compression.of(settings.wire, 0, {})
+    forgotten.restore({"estimates": {"train": {"updates": {"0": 3}, "afresh": []}}}, {})
+    assert forgotten.saved()[0]["estimates"]["train"] == {"updates": {}, "afresh": [0]}
+
+
+@pytest.mark.parametrize("feedback", ["classic", "ef21"])
+def test_control_variates_have_no_error_feedback(compressed, federate, feedback):
+    """c_k moves by what the server reads, so that what is lost is in its next change; twice, it diverges."""
+
+    def size(own):
+        settings = {"method": {"name": "scaffold"}, "federation": {"rounds": 8}}
+        found = federate(compressed({"up": BIASED, **own}, **settings))
+        return sum(
+            float(t.square().sum()) for t in part_of(found.state.tensors, "control").values()
+        )
+
+    assert size({"error_feedback": feedback}) < 2 * size({})
+
+
+def test_answers_that_are_kept_on_disk_count(compressed, federate, tmp_path, monkeypatch):
+    plain = federate(compressed({"up": "int8"}))
+    monkeypatch.setattr(loop, "DISK_BUFFER_ABOVE", 0)
+    found = federate(compressed({"up": "int8"}), disk_buffer=tmp_path / "answers")
+    assert found.state.digest() == plain.state.digest()
+    assert list((tmp_path / "answers").iterdir())
 
 
 def sent_bytes(records, direction):
@@ -355,7 +395,15 @@ def test_without_the_section_nothing_is_changed(experiment, federate):
         ({"wire": {"down": "int4", "error_feedback": "classic"}}, "loses nothing"),
         (
             {"wire": {"up": "int4"}, "method": {"name": "fedex_lora"}},
-            "4.2 bits a number.*8 at least",
+            "4.2 bits a number.*8 bits of each at least",
+        ),
+        (
+            {"wire": {"up": ["random_k:0.25"]}, "method": {"name": "flora"}},
+            "leaves numbers out.*8 bits of each",
+        ),
+        (
+            {"wire": {"up": "int4"}, "privacy": {"unit": "client", "noise_multiplier": 1.0}},
+            "the length of an answer",
         ),
         ({"wire": {"up": "int4"}, "method": {"name": "distillation"}}, "encoding of their own"),
         ({"wire": {"up": "int4"}, "privacy": {"secure_aggregation": True}}, "masked integers"),

@@ -30,7 +30,7 @@ def made(ledger, charged, steps, rows=ROWS, budget=None):
     """Let a run in and have it make noisy steps."""
     own = ledger.begin(charged, rows, budget)
     for step in range(steps):
-        own.spend(f"{charged.run} {step}".encode())
+        own.spend(f"{charged.run} {step}".encode(), b"%d" % step)
     return own
 
 
@@ -88,7 +88,7 @@ def test_two_runs_at_once_stop_before_the_budget_is_passed(ledger):
         nonlocal count
         for step in range(5):
             for own in (first, second):
-                own.spend(f"{own.path} {step}".encode())
+                own.spend(f"{own.path} {step}".encode(), b"%d" % step)
                 count += 1
 
     with pytest.raises(PolicyError, match="one more noisy step would pass it"):
@@ -100,7 +100,7 @@ def test_two_runs_at_once_stop_before_the_budget_is_passed(ledger):
 def test_a_run_makes_no_more_steps_than_it_was_let_in_for(ledger):
     own = made(ledger, run(1), 5)
     with pytest.raises(PrivacyError, match="5 noisy steps, as many as this run may make"):
-        own.spend(b"another")
+        own.spend(b"another", b"its batch")
 
 
 def test_other_terms_of_one_run_are_charged_beside_the_first(ledger):
@@ -186,3 +186,40 @@ def test_only_the_client_can_read_it(ledger):
     assert ledger.folder.stat().st_mode & 0o077 == 0
     for name in ("ledger.jsonl", "steps", "rows"):
         assert (ledger.folder / name).stat().st_mode & 0o077 == 0
+
+
+def test_steps_whose_file_is_lost_or_changed_are_all_that_were_allowed(ledger):
+    charged = run(1)
+    own = made(ledger, charged, 2)
+    assert ledger.made(charged) == 2 and own.path.stat().st_mode & 0o777 == 0o600
+    text = own.path.read_text()
+    own.path.write_text(text.partition("\n")[2])
+    assert ledger.made(charged) == charged.steps
+    own.path.unlink()
+    assert ledger.made(charged) == charged.steps
+    with pytest.raises(PrivacyError, match="is gone: what this run has spent"):
+        ledger.begin(charged, ROWS, None)
+
+
+def test_a_ledger_without_the_runs_of_its_steps_is_refused(ledger):
+    made(ledger, run(1), 2)
+    (ledger.folder / "ledger.jsonl").write_text("")
+    with pytest.raises(PrivacyError, match="lacks runs whose noisy steps were made"):
+        ledger.runs()
+
+
+def test_rows_that_a_run_with_the_column_did_not_have_may_all_be_of_its_largest_unit(ledger):
+    few = ROWS[:3]
+    whole, part = run(1), run(2, few, column="patient", most=2, units=2)
+    made(ledger, whole, 1)
+    made(ledger, part, 1, few)
+    own = ledger._release(whole, 1, "patient", [whole, part])
+    assert own.noise_multiplier == 4.0 / (2 + len(ROWS) - 3) and own.sampling == 1.0
+
+
+def test_a_line_that_is_nested_without_end_is_one_error(ledger):
+    made(ledger, run(1), 1)
+    with (ledger.folder / "ledger.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    with pytest.raises(PrivacyError, match="line 2 is not what was written"):
+        ledger.runs()

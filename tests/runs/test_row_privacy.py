@@ -7,10 +7,12 @@ import pytest
 
 from fedloom.data.examples import Preference
 from fedloom.errors import CheckpointError, DataError, SettingsError
+from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.privacy.accounting import Releases, epsilon
 from fedloom.privacy.row_ledger import RowLedger
 from fedloom.privacy.settings import PrivacySettings
+from fedloom.runs import model_building
 from fedloom.runs.assembly import assemble
 from fedloom.runs.client_privacy import key_file
 from fedloom.runs.observers import Silent
@@ -123,6 +125,7 @@ def test_workers_have_the_bits_of_one_process(private, tmp_path):
         ({"partition": {"feedback": "spread"}, "objective": {"name": "kto"}}, "two clients"),
         ({"adapter": {"kind": "experts"}}, "even use of experts"),
         ({"adapter": {"dropout": 0.1}}, "one stream for all rows"),
+        ({"model": {"dropout": True}}, "model.dropout = true draws from one stream"),
         ({"training": {"precision": "bf16"}}, 'use "fp32"'),
         ({"simulation": {"devices": {"flops": "5TFLOP"}}}, "comes in time, without noise"),
     ],
@@ -174,3 +177,18 @@ def test_each_client_has_noise_enough_for_the_target():
     ]
     assert found[0] == found[1] == found[2] > found[3]  # alike in size, and solved for together
     assert max(spent) <= 4.0 and np.mean(spent) > 3
+
+
+def test_the_models_own_dropout_is_off(private, experiment, monkeypatch):
+    """One stream draws it for all rows of a batch: a unit more would change the others' gradients."""
+    switched = []
+    monkeypatch.setattr(model_building, "switch_dropout_off", switched.append)
+    for settings, times in (
+        (experiment(objective={"name": "orpo"}), 0),
+        (private(objective={"name": "orpo"}), 1),
+    ):
+        switched.clear()
+        model_building.build_model(
+            settings, make_objective(settings.objective), (), lambda text: None
+        )
+        assert len(switched) == times

@@ -18,6 +18,7 @@ from fedloom.objectives.base import Objective
 from fedloom.objectives.kto import KTOSettings
 from fedloom.objectives.logps import completion_logps
 from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.row_ledger import RowLedger
 from fedloom.training.layout import Budget
 from fedloom.training.passes import Layout, StepLayout
 from fedloom.training.references import add_reference_logps
@@ -393,6 +394,20 @@ def test_the_same_key_has_the_same_bits_and_another_has_others(parts):
         found.append(model.digest())
     model.write(start)
     assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_another_noise_on_the_same_sum_is_another_release(parts, tmp_path):
+    """Requests that differ have other noise: it is counted although adapter and sum are the same."""
+    objective, model, share = parts("dpo")
+    drawn, ledger = [], RowLedger(tmp_path / "one.txt")
+    for request in ("a", "b", "a"):
+        own = privacy_of(share)
+        own = replace(own, ledger=ledger, noise=own.noise.of(request), noise_multiplier=1.0)
+        steps = PrivateSteps(own, training(objective, model, share, own))
+        next(steps.batches())
+        steps.step = 1
+        drawn.append(steps._noised(np.zeros(8)).tolist())
+    assert drawn[0] == drawn[2] != drawn[1] and len(ledger) == 2
 
 
 def test_rows_with_one_value_are_one_unit(parts):

@@ -31,7 +31,7 @@ def advise(
 ) -> None:
     """Say what each framework would cost a client in a round, which fit, which to try; trains nothing.
 
-    With [privacy]: epsilon, noise multiplier, and how loud the noise is beside what can be learnt.
+    With [privacy]: epsilon, noise multiplier, and the noise beside what can be learnt.
     """
     from fedloom.accounting.network import Link
     from fedloom.accounting.quantities import parse_quantity

@@ -47,7 +47,9 @@ from fedloom.errors import (
     ConnectionFailed,
     FedloomError,
     MessageError,
+    OutputError,
     PolicyError,
+    PrivacyError,
     Refusal,
     VerificationError,
 )
@@ -135,7 +137,7 @@ class _Failed:
     """The refusal of a run and its experiment, and until when it is repeated without a new attempt."""
 
     asked: tuple[str, str]
-    error: PolicyError | ReportedError
+    error: FedloomError
     until: float
 
     def again(self, asked: tuple[str, str]) -> bool:
@@ -278,7 +280,7 @@ class Worker:
             raise self._failed.error
         try:
             parts, privacy = self._assembled(header, experiment, own, start)
-        except (PolicyError, ReportedError) as error:
+        except (PolicyError, ReportedError, PrivacyError, OutputError) as error:
             self._failed = _Failed(asked, error, time.monotonic() + COOLING)
             raise
         parts.local.error_text = text_for_server
@@ -530,6 +532,10 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
         if schema.max_bytes > policy.max_bytes:
             reason = f"{schema.max_bytes} bytes, {policy.max_bytes} are allowed"
             raise PolicyError(Refusal("policy.max_bytes", reason))
+    if both[
+        0
+    ].codec_groups:  # changes are bytes within a request; what they decode to is checked first
+        raise MessageError("the schema of a request names a codec: its own tensors have none")
     return both[0], both[1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedloom.methods import METHODS
+from fedloom.wire.codecs.sparse import TopK
 from fedloom.wire.settings import WireSettings, bits_of
 
 
@@ -23,6 +24,14 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             "[wire]: under privacy.secure_aggregation answers are masked integers, which no codec "
             "makes shorter and whose sums none here keeps: leave [wire] out; privacy.sum_bits says how "
             "many bits a number has"
+        )
+    codec = wire.up_codec
+    varies = codec is not None and (codec.entropy is not None or isinstance(codec.reduction, TopK))
+    if parts["privacy"].unit == "client" and varies:
+        yield (
+            f'wire.up = {wire.up!r}: with privacy.unit = "client" the length of an answer, which is '
+            "recorded, would depend on rows without noise: take stages of one length, such as "
+            'up = ["int4"] or ["ternary"]'
         )
     if parts["privacy"].unit is not None and wire.error_feedback != "none":
         yield (
@@ -42,9 +51,13 @@ def _method(name: str, wire: WireSettings) -> Iterator[str]:
         )
         return
     for key, codec in (("up", wire.up_codec), ("down", wire.down_codec)):
-        if codec is not None and bits_of(codec) < own.compression_bits:
+        if codec is None or not own.compression_bits:
+            continue
+        if codec.reduction is not None or bits_of(codec) < own.compression_bits:
+            has = f"{bits_of(codec):.2g} bits a number"
             yield (
-                f"wire.{key} = {getattr(wire, key)!r} has {bits_of(codec):.2g} bits a number, and "
-                f"method.name = {name!r} needs {own.compression_bits} at least, as products of factors "
-                'make errors larger: use "int8"'
+                f"wire.{key} = {getattr(wire, key)!r} "
+                f"{'leaves numbers out' if codec.reduction is not None else f'has {has}'}, and "
+                f"method.name = {name!r} needs {own.compression_bits} bits of each at least, as products "
+                'of factors make errors larger: use "int8"'
             )

@@ -39,6 +39,11 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{WHAT}: adapter.dropout = {parts['adapter'].dropout} draws from one stream for all rows of "
             "a batch, so that one row changes the others' gradients: leave it out"
         )
+    if "model" in parts and parts["model"].dropout:
+        yield (
+            f"{WHAT}: model.dropout = true draws from one stream for all rows of a batch, so that one "
+            "row changes the others' gradients: leave it out"
+        )
     if "training" in parts and parts["training"].precision != "fp32":
         yield (
             f"{WHAT}: training.precision = {parts['training'].precision!r} rounds a row by what else is "

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, field_validator
 
 from fedloom.aggregation.robust import cut_change, distance
-from fedloom.errors import MessageError, OutputError, ViolationKind
+from fedloom.errors import MessageError, OutOfStepError, OutputError, ViolationKind
 from fedloom.federation.violations import WHY, Violation, ViolationObserver, one_line, quarantined
 from fedloom.security.audit_log import Limited, Record, digest_of, no_op_recorder
 from fedloom.settings.schema import Settings
@@ -162,7 +162,8 @@ class Admission:
                     payload = self._checked(client, answer.data, exchange, sizes, weight_bound)
                     replies[client], kind = Reply(client, keep(client, payload)), None
             except MessageError as error:
-                rejected[client], kind = one_line(str(error), WHY), error.kind
+                rejected[client] = one_line(str(error), WHY)
+                kind = None if isinstance(error, OutOfStepError) else error.kind
             if kind is not None:
                 facts["kind"] = kind
                 self._note(Violation(client, kind, rejected[client], exchange.round, self.run))

@@ -177,7 +177,12 @@ class ClientLink:
             name: own.detach().float() - received[name].float() if name in changed else own.detach()
             for name, own in reply.tensors.items()
         }
-        before = self._before(action, control)
+        without = control.changes  # changes of what moves by what is read: nothing is lost
+        before = {
+            name: tensor
+            for name, tensor in self._before(action, control).items()
+            if not (without and name.startswith(without))
+        }
         wanted = self._wanted(tensors, before)
         tensors = {n: t.to(reply.tensors[n].dtype) for n, t in (tensors | wanted).items()}
         if UPDATES in self._names:

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from fedloom.errors import MessageError, PluginError
+from fedloom.errors import OutOfStepError, PluginError
 from fedloom.federation.compression_messages import (
     CODED,
     CODING_ERROR,
@@ -96,22 +96,27 @@ class Compression:
         settings: ``[wire]``.
         seed: The experiment's, from which rounding is drawn.
         initial: The adapter as it is initialised.
+        started: Whether clients may begin with other ones, of an earlier run.
     """
 
     settings: WireSettings
     seed: int
     initial: Tensors
+    started: bool = False
     _held: dict[str, _Held] = field(default_factory=dict)
     _versions: dict[str, dict[int, int]] = field(default_factory=dict)
     _estimates: dict[str, dict[int, Tensors]] = field(default_factory=dict)
     _updates: dict[str, dict[int, int]] = field(default_factory=dict)
     _afresh: dict[str, set[int]] = field(default_factory=dict)
     _pending: dict[int, tuple[Tensors, int]] = field(default_factory=dict)
+    _moves: bool = False
 
     @classmethod
-    def of(cls, settings: WireSettings, seed: int, initial: Tensors) -> Compression | None:
+    def of(
+        cls, settings: WireSettings, seed: int, initial: Tensors, *, started: bool = False
+    ) -> Compression | None:
         """Return that of a run, ``None`` where tensors are sent as they are."""
-        return cls(settings, seed, initial) if settings.compresses else None
+        return cls(settings, seed, initial, started) if settings.compresses else None
 
     def carried(self, exchange: Exchange) -> Exchange:
         """Return an exchange as it is carried; itself where nothing of it is coded.
@@ -132,7 +137,7 @@ class Compression:
             reply = replace(reply, tensors=(*reply.tensors, TensorSpec(UPDATES, (1,), torch.int64)))
         if is_compressed(reply):
             reply = replace(reply, metrics=(*reply.metrics, CODING_ERROR))
-        self._pending = {}
+        self._pending, self._moves = {}, bool(down)
         requests, schemas = self._requests(exchange, down)
         first = next(iter(schemas.values()), exchange.request_schema)
         return replace(
@@ -150,7 +155,7 @@ class Compression:
         action = exchange.action
         if exchange.plain is None:
             return
-        if action in self._held:
+        if self._moves and action in self._held:
             version, known = self._held[action].version, self._versions.setdefault(action, {})
             known |= {c: version if c in accepted else UNKNOWN for c in exchange.requests}
         for client in self._pending.keys() & set(accepted):
@@ -176,11 +181,11 @@ class Compression:
             }
             tensors |= {f"held/{action}/{name}": t for name, t in own.tensors.items()}
             tensors |= {f"missed/{action}/{i}": blob(one) for i, one in enumerate(own.missed)}
-        for action, updates in self._updates.items():
-            afresh = sorted(self._afresh.get(action, ()))
+        for action in self._updates.keys() | self._afresh.keys():
+            updates, afresh = self._updates.get(action, {}), sorted(self._afresh.get(action, ()))
             counts = {str(client): count for client, count in updates.items()}
             facts.setdefault("estimates", {})[action] = {"updates": counts, "afresh": afresh}
-            for client, estimate in self._estimates[action].items():
+            for client, estimate in self._estimates.get(action, {}).items():
                 tensors |= {f"{CLIENT}{client:04d}/{action}/{n}": t for n, t in estimate.items()}
         return facts, tensors
 
@@ -207,7 +212,11 @@ class Compression:
                     for name, tensor in tensors.items()
                     if name.startswith(opening)
                 }
-                self._estimates[action][client] = found
+                if found:
+                    self._estimates[action][client] = found
+                else:  # it was forgotten
+                    del self._updates[action][client]
+                    self._afresh[action].add(client)
 
     def _has_estimates(self, reply: Schema) -> bool:
         return self.settings.error_feedback == "ef21" and is_compressed(reply)
@@ -259,7 +268,8 @@ class Compression:
         wanted = {spec.name: sent[spec.name] for spec in down}
         source, held = digest(wanted), self._held.get(action)
         if held is None:
-            held = _Held(start_of(down, self.initial), 0)
+            default = UNKNOWN if self.started else 0
+            held = _Held(start_of(down, self.initial), 0, default=default)
         elif {n: t.shape for n, t in held.tensors.items()} != {
             n: t.shape for n, t in wanted.items()
         }:
@@ -329,7 +339,7 @@ class Compression:
         """Return a client's change as ``ef21`` estimates it now, once it has moved its h so often.
 
         Raises:
-            MessageError: Server and client have not moved h equally often.
+            OutOfStepError: Server and client have not moved h equally often.
         """
         known = self._updates.get(action, {}).get(client, 0)
         before = self._estimates.get(action, {}).get(client, {})
@@ -337,12 +347,15 @@ class Compression:
             before = {}  # it has begun anew, whether it was told to or its store was lost
         elif updates != known + 1:
             self._afresh.setdefault(action, set()).add(client)
-            raise MessageError(
+            raise OutOfStepError(
                 f"it has moved its estimate {updates - 1} times and the server {known} times; it begins "
                 "anew in its next round"
             )
         after = {
-            n: before[n] + change[n].float() if n in before else change[n].float() for n in names
+            n: before[n] + change[n].float()
+            if n in before and before[n].shape == change[n].shape
+            else change[n].float()
+            for n in names
         }
         self._pending[client] = after, updates
         return {**change, **after}
@@ -387,9 +400,10 @@ class _Reader:
 
     @property
     def _lossy(self) -> list[str]:
-        """The names of the tensors that are coded."""
+        """The names of the tensors that are coded and have an estimate."""
         names = [s.name for s in self.schema.tensors if s.codec or s.name.startswith(CODED)]
-        return [name.removeprefix(CODED) for name in names]
+        plain, own = [name.removeprefix(CODED) for name in names], self.exchange.changes
+        return [name for name in plain if not (own and name.startswith(own))]
 
     def _uncoded(self, tensors: Tensors) -> Tensors:
         """Return the tensors of a reply with those that came as bytes of their own."""

@@ -46,7 +46,8 @@ def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Tr
 
     Args:
         traffic: Without compression.
-        adapter: What is trained; all that travels is taken to be of its shapes.
+        adapter: What is trained; all that travels is taken to be of its shapes, unless the method says
+            which tensors do.
         settings: ``[wire]``.
     """
     whole = tensor_bytes(adapter)

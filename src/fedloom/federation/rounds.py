@@ -350,7 +350,7 @@ class _RoundExchanges:
         def put_away(client: int, payload: Payload) -> Payload:
             path = folder / f"{client:06d}"
             try:
-                path.write_bytes(encode(payload, schema))
+                path.write_bytes(encode(replace(payload, metrics={}), schema))
             except OSError as error:
                 raise OutputError(f"cannot write {path}: {error.strerror}") from error
             return replace(payload, tensors=StoredTensors(path, schema))

@@ -192,6 +192,10 @@ class FedKSeed(Method):
 
     def _moved(self, start: Tensors, seed: int, sums: Tensor) -> Floats:
         """Return w_0 + sum_j a_j z_j as one vector; the last one asked for is kept."""
+        if sums.shape != (self.settings.candidates,):
+            raise MessageError(
+                f"{tuple(sums.shape)} sums came for {self.settings.candidates} seeds"
+            )
         key = sums.numpy().tobytes()
         if self._rebuilt[0] != key:
             self._rebuilt = key, moved(start, seed, sums)

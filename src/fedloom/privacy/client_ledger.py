@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.data.splits import SIZE
-from fedloom.errors import OutputError, PolicyError, PrivacyError, Refusal
+from fedloom.errors import FedloomError, OutputError, PolicyError, PrivacyError, Refusal
 from fedloom.privacy.accounting import Accountant, Releases, epsilon
 from fedloom.privacy.ledger_file import FIRST, append_entry, entries
 from fedloom.privacy.row_ledger import RowLedger
@@ -113,23 +113,27 @@ class ClientLedger:
             PrivacyError: It is not what was written.
             OutputError: It cannot be read.
         """
-        if not self._path.exists() and any(self.folder.glob("steps/*.txt")):
-            raise PrivacyError(
-                f"{self._path} is gone, and noisy steps were made: what was spent of these rows is not "
-                f"known; {ADVICE}"
-            )
         found: dict[str, ChargedRun] = {}
         for line in entries(self._path, ADVICE, repair=False):
             own = {name: line[name] for name in ChargedRun.__dataclass_fields__}
             charged = ChargedRun(**{**own, "sources": tuple(own["sources"])})
             found[charged.name] = charged
+        names = {own.name for own in found.values()}
+        if any(
+            own.stem not in names and own.stat().st_size for own in self.folder.glob("steps/*.txt")
+        ):
+            raise PrivacyError(
+                f"{self._path} lacks runs whose noisy steps were made: what was spent of these rows is "
+                f"not known; {ADVICE}"
+            )
         return list(found.values())
 
     def made(self, charged: ChargedRun) -> int:
-        """Return how many noisy steps a run has made; all that it may where their file is gone."""
+        """Return how many noisy steps a run has made; all that it may where their file is not whole."""
+        ledger = RowLedger(self._steps(charged))
         try:
-            return self._steps(charged).read_bytes().count(b"\n")
-        except OSError:
+            return ledger.count() if ledger.path.exists() else charged.steps
+        except (OSError, FedloomError):
             return charged.steps
 
     def begin(
@@ -148,7 +152,11 @@ class ClientLedger:
             OutputError: It cannot be written.
         """
         known = {own.name: own for own in self.runs()}
-        ledger = RowLedger(self._steps(charged), charged.steps)
+        ledger = RowLedger(self._steps(charged), charged.steps, once=True)
+        if charged.name in known and not ledger.path.exists():
+            raise PrivacyError(
+                f"{ledger.path} is gone: what this run has spent of these rows is not known; {ADVICE}"
+            )
         if budget is not None:
             ledger.room = partial(self._require_room, charged, budget, {})
             if charged.name not in known:
@@ -265,19 +273,40 @@ class ClientLedger:
             low, high = (middle, high) if quick <= budget.max_epsilon else (low, middle)
         return low
 
-    @staticmethod
     def _epsilon(
-        made: Mapping[ChargedRun, int], budget: Budget, accountant: Accountant = "auto"
+        self, made: Mapping[ChargedRun, int], budget: Budget, accountant: Accountant = "auto"
     ) -> float:
-        releases = [_release(own, steps, budget.column, made) for own, steps in made.items()]
+        releases = [self._release(own, n, budget.column, made) for own, n in made.items()]
         return epsilon(releases, budget.delta, accountant).epsilon
 
-    @classmethod
-    def _fits(cls, made: Mapping[ChargedRun, int], budget: Budget) -> bool:
+    def _fits(self, made: Mapping[ChargedRun, int], budget: Budget) -> bool:
         """Return whether steps spend no more than a budget; what takes long is computed last."""
-        if cls._epsilon(made, budget, "rdp") <= budget.max_epsilon:
+        if self._epsilon(made, budget, "rdp") <= budget.max_epsilon:
             return True
-        return cls._epsilon(made, budget) <= budget.max_epsilon
+        return self._epsilon(made, budget) <= budget.max_epsilon
+
+    def _release(
+        self, own: ChargedRun, steps: int, column: str | None, every: Iterable[ChargedRun]
+    ) -> Releases:
+        """Return a run's steps as they are accounted for a unit: a row, or a value of ``column``."""
+        if own.column == column:
+            return Releases(own.noise_multiplier, own.sampling, steps)
+        moved = 1 if own.column is None else 2
+        if column is not None:
+            moved *= self._largest([other for other in every if other.column == column], own)
+        return Releases(own.noise_multiplier / moved, 1.0, steps)
+
+    def _largest(self, units: Sequence[ChargedRun], own: ChargedRun) -> int:
+        """Return the most rows that a unit of a column can have in a run, which does not know the column.
+
+        Runs that do tell of their own rows; any others may all be of one unit.
+        """
+        rows, most = self._rows(own.rows), 0
+        for other in units:
+            theirs = self._rows(other.rows)
+            unknown = own.count if rows is None or theirs is None else len(rows - theirs)
+            most = max(most, other.most + unknown)
+        return min(most, own.count) if units else own.count
 
     def _write(self, charged: ChargedRun, rows: Collection[bytes]) -> None:
         """Write down a run: its rows, a file for its steps, and then the line that names both.
@@ -322,20 +351,3 @@ def digest_of_rows(rows: Iterable[bytes]) -> str:
 
 def _digests(rows: Iterable[bytes]) -> bytes:
     return b"".join(sorted({bytes(row).ljust(SIZE, b"\0") for row in rows}))
-
-
-def _release(
-    own: ChargedRun, steps: int, column: str | None, every: Iterable[ChargedRun]
-) -> Releases:
-    """Return a run's steps as they are accounted for a unit: a row, or a value of ``column``."""
-    if own.column == column:
-        return Releases(own.noise_multiplier, own.sampling, steps)
-    moved = 1 if own.column is None else 2
-    if column is not None:
-        moved *= _largest([other for other in every if other.column == column], own)
-    return Releases(own.noise_multiplier / moved, 1.0, steps)
-
-
-def _largest(units: Sequence[ChargedRun], own: ChargedRun) -> int:
-    """Return the rows of the largest unit of a column, as many as a run has where none tells."""
-    return max((other.most for other in units), default=own.count)

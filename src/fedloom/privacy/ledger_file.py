@@ -24,7 +24,8 @@ def append_line(path: Path, line: str) -> None:
     """
     new = not path.exists()
     try:
-        _write(path, f"{line}\n".encode(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        mode = 0o644 & path.parent.stat().st_mode  # a private folder has private files
+        _write(path, f"{line}\n".encode(), os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode | 0o600)
         if new:
             _write(path.parent, b"", os.O_RDONLY)
     except OSError as error:
@@ -82,7 +83,7 @@ def entries(
         try:
             entry = dict(json.loads(line))
             right = entry["hash"] == _hash(before, entry)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             right = False
         if not right:
             raise PrivacyError(
@@ -99,9 +100,9 @@ def _hash(before: str, entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{before}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()
 
 
-def _write(path: Path, data: bytes, flags: int) -> None:
+def _write(path: Path, data: bytes, flags: int, mode: int = 0o600) -> None:
     """Write to a file, or nothing to a folder, and have it be on the disk."""
-    file = os.open(path, flags, 0o644)
+    file = os.open(path, flags, mode)
     try:
         if data and os.write(file, data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

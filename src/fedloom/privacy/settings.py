@@ -48,7 +48,7 @@ class PrivacySettings(Settings):
     (clipped gradients and noise in each client's own steps); without it there is none."""
     delta: float | None = Field(default=None, gt=0, lt=1)
     """delta of (epsilon, delta)-differential privacy: below 1 / number of units."""
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, ge=1e-8, le=1e8)
     """Largest Euclidean norm of what one unit adds, over all tensors together; longer ones are scaled
     down to it."""
     noise_multiplier: float | None = Field(default=None, ge=0, le=1e5)

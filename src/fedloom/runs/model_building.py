@@ -148,7 +148,7 @@ def build_model(
     path, encoder, backbone = prepare_model(experiment, classes, stage, empty=empty)
     dropout = experiment.model.dropout
     if dropout is None:
-        dropout = not objective.needs_reference
+        dropout = not objective.needs_reference and experiment.privacy.unit != "row"
     if not dropout:
         switch_dropout_off(backbone)
     if experiment.training.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What ``[privacy]`` would state of an experiment, and how loud its noise would be; trains nothing.
+"""What ``[privacy]`` would state of an experiment, and its noise beside its signal; trains nothing.
 
 How long the noise on a mean is beside the longest mean that clipping allows is a closed form: z sqrt(d) /
 (q N) for d numbers with clients as units, z sqrt(d) / b with b units expected in a batch. Over T steps or
@@ -48,7 +48,10 @@ def privacy_advice(
     numbers = sum(tensor.numel() for tensor in parts.initial.values())
     if of_clients is not None:
         record = of_clients.promise(numbers=numbers)
-        return [*record["sentences"], *_loudness(record, numbers, of_clients.plan.expected)]
+        return [
+            *record["sentences"],
+            *_noise_beside_signal(record, numbers, of_clients.plan.expected),
+        ]
     local = parts.local
     hidden = row_privacies(
         experiment, division, parts.method, local.shares, local.participations,
@@ -59,10 +62,14 @@ def privacy_advice(
         own["units"] for own in record["clients"].values() if own["epsilon"] == record["epsilon"]
     )
     expected = record["sampling"] * units
-    return [*record["sentences"], *of_settings(privacy), *_loudness(record, numbers, expected)]
+    return [
+        *record["sentences"],
+        *of_settings(privacy),
+        *_noise_beside_signal(record, numbers, expected),
+    ]
 
 
-def _loudness(record: dict[str, Any], numbers: int, expected: float) -> list[str]:
+def _noise_beside_signal(record: dict[str, Any], numbers: int, expected: float) -> list[str]:
     """Return how long noise is beside the longest signal, at once and over the run.
 
     Args:

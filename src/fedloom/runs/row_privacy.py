@@ -58,6 +58,9 @@ class RowPlan:
 FEW_ELSEWHERE = 20
 """As many clients on other machines, each of which has solved its noise by itself."""
 
+MOST_ROUNDS = 1 << 20
+"""Rounds of a run at most, whose steps are added up one by one."""
+
 LEDGERS = "privacy"
 """Folder in a run folder: a ledger for each client."""
 
@@ -226,6 +229,13 @@ def _steps(
 ) -> int:
     """Return the steps of a client in all rounds at most."""
     training, rounds = experiment.training, experiment.federation.rounds
+    if rounds > MOST_ROUNDS:
+        raise SettingsError(
+            [
+                f'privacy.unit = "row": federation.rounds = {rounds}, and at most {MOST_ROUNDS} are '
+                "accounted for"
+            ]
+        )
     if client in experiment.clients.newcomers:
         work = Work(steps=experiment.clients.newcomer_steps)
         return private_steps(work, units, training.batch_size, share.tokens.width)
@@ -380,8 +390,8 @@ def _not_covered(experiment: Experiment, *, elsewhere: bool) -> list[str]:
     if elsewhere:
         told = "in seconds"
     found = [
-        f"how many rows each client has, and what its work cost {told}, from which may be guessed whose "
-        "turn a step was",
+        f"how many rows each client has, and what its work cost {told}, from which may be guessed which "
+        "rows a step drew",
         "the run folder beside the model (label counts, digests and accounts of rows)",
         "a person with several units, or rows at several clients (their epsilons add up)",
         "other runs on the same rows",

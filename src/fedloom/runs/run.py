@@ -455,7 +455,10 @@ class _Run:
         self.observer, self.remote = self.given.observer, self.given.remote
         self.admission = Admission()
         self.compression = Compression.of(
-            self.experiment.wire, self.experiment.federation.seed, self.parts.initial
+            self.experiment.wire,
+            self.experiment.federation.seed,
+            self.parts.initial,
+            started=self.start is not None,
         )
         self.marks = record_marks.Marks(self.folder)
         lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume

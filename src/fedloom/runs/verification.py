@@ -227,12 +227,15 @@ class Verifier:
         asked = client if client is not None else min(local.resources, default=None)
         if asked is None or (client is None and evaluator.common):
             return
-        if asked in evaluator.client_held_out:
+        hidden = (
+            self.experiment.privacy.unit == "row"
+        )  # an outcome would tell of rows without noise
+        if asked in evaluator.client_held_out and not hidden:
             yield "the client's held-out", evaluator.client_held_out[asked].share.tokens
         public = local.resources[asked].public
         if public is not None:
             yield "public", public.share.tokens
-        if asked in local.shares:
+        if asked in local.shares and not hidden:
             yield "training", local.shares[asked].tokens
 
 

@@ -61,7 +61,7 @@ SLACK = 1e-4
 """By how much the noise is larger than z C, for what float32 may add to the norm of a unit's gradient,
 and for what passes of several units couple under ordinary adapters."""
 
-HUGE = 1e30
+HUGE = 1e20
 """Norm over C above which a gradient counts as not finite: float32 has no precise factor for it."""
 
 GRADIENTS = 1 << 30
@@ -190,6 +190,7 @@ class PrivateSteps:
         self.together = privacy.units_per_pass > 1 and not reason_for_one_by_one(self.model)
         self.start = bytes.fromhex(self.model.digest())
         self.step = 0
+        self.batch = b""
         if privacy.ledger is not None:
             privacy.ledger.read()
         rows = self.share.tokens.rows.tolist()
@@ -210,7 +211,9 @@ class PrivateSteps:
     def _drawn(self) -> Indices:
         """Return the examples of the units in the next step's batch, each by a coin of its own."""
         units = self.privacy.count
-        coins = self._stream(f"coins {self.step + 1}", bytes.fromhex(self.model.digest()))
+        adapter = bytes.fromhex(self.model.digest())
+        self.batch = self.privacy.noise.digest([self._named(self.step + 1), b"coins", adapter])
+        coins = self._stream(f"coins {self.step + 1}", adapter)
         present = coins.uniform(units) * units < self.expected
         return np.flatnonzero(present[self.privacy.units])
 
@@ -257,12 +260,17 @@ class PrivateSteps:
         if sigma:
             digest = hashlib.blake2b(on_grid.data, key=self.start, digest_size=32).digest()
             if self.privacy.ledger is not None:
-                named = f"{self.purpose}|{self.round}|{self.client}|{self.step}|".encode()
-                self.privacy.ledger.spend(self.privacy.noise.digest([named, digest]))
+                release = self.privacy.noise.digest([self._named(self.step), digest])
+                self.privacy.ledger.spend(release, self.batch)
             on_grid += self._stream(f"noise {self.step}", digest).discrete_gaussian(
                 sigma, len(on_grid)
             )
         return (on_grid * step).astype(np.float64)
+
+    def _named(self, step: int) -> bytes:
+        """Return what tells a step from all others whose noise is under the same key."""
+        noise = self.privacy.noise.run
+        return f"{noise}|{self.purpose}|{self.round}|{self.client}|{step}|".encode()
 
     def _stream(self, what: str, digest: bytes) -> NoiseStream:
         name = " ".join(own for own in ("row", what, self.purpose) if own)
