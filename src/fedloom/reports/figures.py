@@ -178,6 +178,9 @@ def scatter_chart(
     x_label: str,
     y_label: str,
     spans: Mapping[str, Span] | None = None,
+    *,
+    colours_of: Sequence[str] = (),
+    curve: tuple[str, Sequence[float], Sequence[float]] | None = None,
 ) -> str:
     """Return one labelled point a run; x is logarithmic where it spans more than a decade.
 
@@ -186,16 +189,22 @@ def scatter_chart(
         x_label: Of the x axis.
         y_label: Of the y axis.
         spans: Label to the ends of an interval, drawn as a line.
+        colours_of: Labels in the order of colours, where another chart beside it has more of them.
+        curve: Label, x and y of a line to compare points with.
     """
+    order = list(colours_of or points)
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
         sizes = _sizes(list(points.values()), 8)
         for number, (label, (x, y)) in enumerate(points.items()):
-            colour = PALETTE[number % len(PALETTE)]
+            colour = PALETTE[order.index(label) % len(PALETTE)]
             _whisker(axes, x, (spans or {}).get(label), colour)
             axes.plot([x], [y], "o", color=colour, markersize=sizes[number])
             axes.plot([], [], "o", color=colour, markersize=7, label=_legend_label(label))
         axes.margins(0.15)
+        if curve is not None:
+            label, xs, ys = curve
+            axes.plot(xs, ys, "--", color="0.5", linewidth=1.2, zorder=1, label=label)
         _scale_x(axes, [x for x, _ in points.values()])
         _finish_axes(axes, x_label, y_label)
         _legend(figure, axes)

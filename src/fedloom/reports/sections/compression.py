@@ -146,12 +146,14 @@ def _scenario(name: str, arms: Sequence[CodecArm], metric: str) -> dict[str, Any
     charts = [(f"{words.capitalize()} against bytes up, 95 % over held-out rows", chart)]
     lossy = {arm.name: (arm.bits, arm.error) for arm in arms if arm.error}
     if lossy:
-        bound = {
-            f"{arm.name}, the Gaussian's bound": (arm.bits, arm.bound) for arm in arms if arm.error
-        }
-        chart = figures.scatter_chart({**lossy, **bound}, "bits a number", "relative squared error")
+        most = 1.1 * max(bits for bits, _ in lossy.values())
+        bits = [0.25 + place * (most - 0.25) / 40 for place in range(41)]
+        bound = ("least of a Gaussian", bits, [2.0 ** (-2 * one) for one in bits])
+        chart = figures.scatter_chart(
+            lossy, "bits a number", "squared error", colours_of=list(points), curve=bound
+        )
         charts.append(
-            ("What codecs lose, measured, and the least that they could of a Gaussian", chart)
+            ("What codecs lose of changes (relative, measured), and the least of any", chart)
         )
     return {"name": name, "arms": arms, "charts": charts}
 
