@@ -29,6 +29,7 @@ QUICK = {
     "deployment/test_flower_fleet.py::test_what_no_honest_client_sends_is_an_offence_of_its_kind": 4,
     "deployment/test_malformed.py::test_the_same_client_twice_counts_once": 0,
     "deployment/test_private_rows.py::test_a_simulation_of_a_file_for_each_client_has_the_bits_of_clients_with_rows_of_their_own": 1,
+    "deployment/test_row_privacy.py::test_a_budget_holds_over_runs_and_coordinators": 0,  # 7 s
     "engines/flower/test_attribution.py::test_what_befalls_an_honest_client_is_no_offence": 1,
     "engines/flower/test_attribution.py::test_where_nobody_is_proven_only_what_is_signed_for_the_question_is_an_offence": 0,
     "engines/test_cohorts.py::test_a_cohort_repeats_to_the_bit_and_goes_on_after_a_stop": 0,
@@ -38,6 +39,9 @@ QUICK = {
     "engines/test_workers.py::test_more_workers_than_memory_are_refused_with_the_number_that_fits": 0,
     "federation/test_admission.py::test_between_machines_a_claim_of_2_to_the_40_rows_is_cut_unless_any_is_allowed": 0,
     "federation/test_admission.py::test_no_honest_client_is_over_a_generous_bound": 2,  # 10 s
+    "federation/test_compressed_exchange.py::test_bytes_fall_and_the_loss_does_not_rise": 1,
+    "federation/test_compressed_exchange.py::test_control_variates_have_no_error_feedback": 1,
+    "federation/test_compressed_exchange.py::test_factors_of_any_rank_are_coded": 1,
     "federation/test_reported.py::test_all_that_honest_clients_report_is_declared_and_let_in": 3,
     "federation/test_server_memory.py::test_what_waits_on_disk_gives_the_same_bits": 0,
     "methods/contract/test_unseen_clients.py::test_they_are_in_no_round_and_judged_twice": 2,  # 13 s
