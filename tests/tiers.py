@@ -96,8 +96,12 @@ QUICK = {
 """How many cases of a test stay in the default suite, evenly spaced; the others are slow."""
 
 SLOW = {
+    "accounting/test_flops_methods.py::test_a_round_of_a_method_against_torch": 10,
+    "accounting/test_traffic.py::test_measured_is_the_closed_form": 14,
+    "deployment/test_absences.py::test_a_round_without_a_member_says_without_whom_and_why": 10,
     "deployment/test_chaos.py": 0,  # 12 minutes
     "deployment/test_deaths.py": 4,  # 35 s each
+    "deployment/test_equality.py::test_simulation_and_machines_give_the_same": 10,  # 5 s each
     "deployment/test_kills.py": 1,  # 3 minutes each
     "deployment/test_members_lives.py": 5,  # 40 s each
     "deployment/test_methods_on_machines.py": 1,
@@ -107,8 +111,13 @@ SLOW = {
     "experiment/test_mistakes.py::test_a_mistake_is_one_message_at_once": 100,
     "federation/test_secure_memory.py": 1,  # a minute each
     "methods/test_distillation.py::test_mixed_clients_know_more_than_each_by_itself": 0,
+    "methods/test_reveals.py::test_no_request_takes_more_batches_than_it_says": 10,
+    "methods/test_reveals.py::test_replies_hold_what_it_says": 10,
+    "privacy/test_accounting.py::test_the_table_of_noise_for_a_target": 4,  # 7 s each
     "recipes/test_recipes.py::test_comparison_of_personal_models": 1,
     "reports/sections/test_costs.py::test_a_grid_to_its_page": 0,
+    "runs/test_private_messages.py::test_but_for_noisy_sums_nothing_depends_on_rows": 12,  # 3 s each
+    "runs/test_private_messages.py::test_under_secure_aggregation_answers_are_masked_whole": 6,
     "runs/test_run.py::test_any_objective_interrupted_and_resumed_equals_uninterrupted": 3,
     "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 8,
     "runs/test_run.py::test_every_objective_runs_under_every_method": 24,
