@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.federation.compressed_traffic import compressed
 from fedloom.methods.bases.trained_coordinates import signed_partition
 from fedloom.methods.random_projection import SUBSPACE, RandomProjection, RandomProjectionSettings
 from fedloom.randomness import generator
+from fedloom.runs.assembly import assemble
+from fedloom.runs.partitioning import partition_data
 
 PLAIN = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 2}
 
@@ -83,3 +86,12 @@ def test_with_as_many_dimensions_as_numbers_it_is_fedavg(experiment, federate):
     moved = max(float((plain.adapter[n] - t).abs().max()) for n, t in plain.parts.initial.items())
     apart = max(float((plain.adapter[n] - t).abs().max()) for n, t in found.adapter.items())
     assert apart < 1e-4 * moved
+
+
+def test_the_closed_form_with_codecs_is_of_what_travels(experiment):
+    """Coordinates are a vector, which is sent as it is whatever the codec."""
+    own = experiment(method={"name": "random_projection", "dimension": 64}, wire={"up": "int4"})
+    parts = assemble(own, partition_data(own))
+    sent = parts.method.sent_shapes(parts.initial)
+    plain = parts.method.traffic(parts.initial)
+    assert compressed(plain, sent, own.wire).up == plain.up == 4 * 64

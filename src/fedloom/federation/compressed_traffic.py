@@ -46,8 +46,7 @@ def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Tr
 
     Args:
         traffic: Without compression.
-        adapter: What is trained; all that travels is taken to be of its shapes, unless the method says
-            which tensors do.
+        adapter: Tensors of the shapes that travel.
         settings: ``[wire]``.
     """
     whole = tensor_bytes(adapter)

@@ -20,7 +20,7 @@ are added up one by one, so all machines rebuild the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -175,8 +175,7 @@ class FedKSeed(Method):
     def load(self, client: Client, payload: Payload) -> None:
         """Write the adapter that the received sums stand for."""
         start = start_of(client)
-        whole = self._moved(start, client.seed, payload.tensors[SUMS])
-        client.model.write(unflattened(whole, start))
+        client.model.write(unflattened(self._received(client, start, payload), start))
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count the sums down, and a seed and a scalar up for each step."""
@@ -190,23 +189,22 @@ class FedKSeed(Method):
     def _weighted(self) -> bool:
         return self.settings.sampling == "weighted"
 
-    def _moved(self, start: Tensors, seed: int, sums: Tensor) -> Floats:
+    def _received(self, client: Client, start: Tensors, payload: Payload) -> Floats:
+        """Return what received sums stand for, within the client's bounds."""
+        sums = payload.tensors[SUMS]
+        if len(sums) != self.settings.candidates:
+            raise MessageError(f"{len(sums)} sums, for {self.settings.candidates} seeds")
+        return self._moved(start, client.seed, sums, client.model.allowance.check)
+
+    def _moved(self, start: Tensors, seed: int, sums: Tensor, *each: Callable[[], None]) -> Floats:
         """Return w_0 + sum_j a_j z_j as one vector; the last one asked for is kept."""
-        if sums.shape != (self.settings.candidates,):
-            raise MessageError(
-                f"{tuple(sums.shape)} sums came for {self.settings.candidates} seeds"
-            )
         key = sums.numpy().tobytes()
         if self._rebuilt[0] != key:
-            self._rebuilt = key, moved(start, seed, sums)
+            self._rebuilt = key, moved(start, seed, sums, *each)
         return self._rebuilt[1].copy()
 
     def _check_history(self, client: int, payload: Payload) -> None:
-        """Check what a schema cannot say.
-
-        Raises:
-            MessageError: A seed is none of the candidates, or has no scalar.
-        """
+        """Check that each seed is one of the candidates and has a scalar."""
         seeds, size = payload.tensors[SEEDS], self.settings.candidates
         if len(seeds) != len(payload.tensors[SCALARS]):
             raise MessageError("its history has not as many scalars as seeds")
@@ -229,19 +227,17 @@ class FedKSeed(Method):
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         start = start_of(client)
-        rng = generator(client.seed, "candidate seeds", client.id, client.round)
         own = ZerothOrder(
-            self._moved(start, client.seed, payload.tensors[SUMS]),
+            self._received(client, start, payload),
             client.seed,
             self.settings.epsilon,
             probabilities(payload.tensors.get(MAGNITUDES, torch.zeros(self.settings.candidates))),
-            rng,
+            generator(client.seed, "candidate seeds", client.id, client.round),
             client.model.device,
         )
         client.model.write(start)
-        result = yield from client.training_steps(
-            payload.numbers["learning_rate"], coordinates=own, driver=own
-        )
+        rate = payload.numbers["learning_rate"]
+        result = yield from client.training_steps(rate, coordinates=own, driver=own)
         return Payload(own.history, {"examples": len(client.share)}, result.metrics)
 
 

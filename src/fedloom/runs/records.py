@@ -118,7 +118,11 @@ def run_record(
         "sections": [asdict(own) for own in parts.method.sections],
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(
-            compressed(parts.method.traffic(parts.initial), parts.initial, experiment.wire)
+            compressed(
+                parts.method.traffic(parts.initial),
+                parts.method.sent_shapes(parts.initial),
+                experiment.wire,
+            )
         ),
         "wire": _wire_record(experiment, parts),
         "promise": parts.method.privacy_statement(),

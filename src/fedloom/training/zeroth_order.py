@@ -11,7 +11,7 @@ graphs and without dropout. This file knows no federation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -138,10 +138,20 @@ def direction(seed: int, j: int, size: int) -> Floats:
     return portable_normals(derive_seed(seed, f"direction {j}"), size)
 
 
-def moved(start: Tensors, seed: int, sums: Tensor) -> Floats:
-    """Return w_0 + sum_j a_j z_j as one vector, added up one by one: the same bits on every machine."""
+def moved(
+    start: Tensors, seed: int, sums: Tensor, each: Callable[[], None] = lambda: None
+) -> Floats:
+    """Return w_0 + sum_j a_j z_j as one vector, added up one by one: the same bits on every machine.
+
+    Args:
+        start: w_0.
+        seed: Of the directions.
+        sums: ``(K,)`` a.
+        each: Called before each direction that is drawn; what it raises ends the work.
+    """
     whole = flattened(start)
     for j in sums.nonzero().flatten().tolist():
+        each()
         whole += np.float32(sums[j]) * direction(seed, j, len(whole))
     return whole
 

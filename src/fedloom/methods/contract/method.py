@@ -315,6 +315,10 @@ class Method(MethodTraits):
         size = tensor_bytes(adapter)
         return ParameterTraffic(size, size)
 
+    def sent_shapes(self, adapter: Tensors) -> Tensors:
+        """Return tensors of the shapes that travel, for the closed form of codecs; here the adapter."""
+        return adapter
+
     def load(self, client: Client, payload: Payload) -> None:
         """Write the adapter that ``client`` would use now into its model, for evaluation."""
         client.model.write(payload.tensors)
