@@ -123,6 +123,7 @@ SLOW = {
     "runs/test_run.py::test_every_objective_runs_under_every_method": 24,
     "runs/test_run.py::test_interrupted_and_resumed_equals_uninterrupted": 3,
     "runs/test_run.py::test_one_client_equals_centralised_bit_for_bit": 3,
+    "security/test_one_port.py::test_flowers_command_line_gets_no_answer": 12,  # 3 s each
     "test_docs.py::test_python_on_the_page_about_the_command_line_runs": 0,
     "test_guides.py::test_the_page_of_reproducibility": 0,
 }
