@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +199,22 @@ class BlockCodec(ValueCodec):
 
     block: int = 64
     rounding: str = "nearest"
+    usual_block: ClassVar[int] = 64
+
+    @classmethod
+    def read(cls, options: Options) -> Self:
+        """Return the codec of a text: ``nf4``, ``sign:block=1024``."""
+        own = cls(block=cls.block_of(options))
+        options.end()
+        return own
+
+    @classmethod
+    def block_of(cls, options: Options) -> int:
+        """Return the option ``block``."""
+        return options.whole("block", cls.usual_block, FEWEST, MOST)
+
+    def __str__(self) -> str:
+        return f"{self.name}:block={self.block}"
 
     @property
     def unbiased(self) -> bool:
@@ -296,8 +313,3 @@ def _counts(pieces: Sequence[Piece], blocks: int, block: int) -> NDArray[np.int6
         if over := (piece.chunk.stop - piece.chunk.start) % block:
             found[piece.chunk.stop // block] = over
     return found
-
-
-def block_of(options: Options, default: int) -> int:
-    """Return the option ``block`` of a stage."""
-    return options.whole("block", default, FEWEST, MOST)

@@ -9,12 +9,12 @@ with the largest magnitude for the norm; TernGrad (Wen et al. 2017, arXiv:1705.0
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded_up
+from fedloom.wire.codecs.blocks import BlockCodec, rounded_up
 from fedloom.wire.codecs.stage import Bytes, Floats, Options
 
 
@@ -24,15 +24,11 @@ class IntegerCodec(BlockCodec):
 
     rounding: str = "stochastic"
     largest: ClassVar[int]
-    usual_block: ClassVar[int] = 64
 
     @classmethod
-    def read(cls, options: Options) -> IntegerCodec:
+    def read(cls, options: Options) -> Self:
         """Return the codec of a text: ``int4``, ``int4:nearest,block=128``."""
-        own = cls(
-            block=block_of(options, cls.usual_block),
-            rounding=options.flag("stochastic", "nearest"),
-        )
+        own = cls(block=cls.block_of(options), rounding=options.flag("stochastic", "nearest"))
         options.end()
         return own
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded_up
-from fedloom.wire.codecs.stage import Bytes, Floats, Options
+from fedloom.wire.codecs.blocks import BlockCodec, rounded_up
+from fedloom.wire.codecs.stage import Bytes, Floats
 
 LEVELS = np.array(
     [
@@ -47,16 +47,6 @@ class NF4(BlockCodec):
     """16 levels, two to a byte."""
 
     name = "nf4"
-
-    @classmethod
-    def read(cls, options: Options) -> NF4:
-        """Return the codec of a text: ``nf4``, ``nf4:block=128``."""
-        own = cls(block=block_of(options, 64))
-        options.end()
-        return own
-
-    def __str__(self) -> str:
-        return f"{self.name}:block={self.block}"
 
     @property
     def levels(self) -> Floats:

@@ -12,26 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.wire.codecs.blocks import BlockCodec, block_of, rounded
-from fedloom.wire.codecs.stage import Bytes, Floats, Options
+from fedloom.wire.codecs.blocks import BlockCodec, rounded
+from fedloom.wire.codecs.stage import Bytes, Floats
 
 
 @dataclass(frozen=True)
 class Sign(BlockCodec):
     """Two levels, eight to a byte."""
 
-    name = "sign"
+    name, usual_block = "sign", 256
     block: int = 256
-
-    @classmethod
-    def read(cls, options: Options) -> Sign:
-        """Return the codec of a text: ``sign``, ``sign:block=1024``."""
-        own = cls(block=block_of(options, 256))
-        options.end()
-        return own
-
-    def __str__(self) -> str:
-        return f"{self.name}:block={self.block}"
 
     @property
     def levels(self) -> Floats:
