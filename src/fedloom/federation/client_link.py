@@ -22,9 +22,11 @@ from fedloom.federation.compression_messages import (
     Control,
     coded,
     digest,
+    is_change,
     is_difference,
     is_ours,
     moved,
+    moved_estimate,
     packed_rows,
     start_of,
     unpacked_rows,
@@ -177,11 +179,10 @@ class ClientLink:
             name: own.detach().float() - received[name].float() if name in changed else own.detach()
             for name, own in reply.tensors.items()
         }
-        without = control.changes  # changes of what moves by what is read: nothing is lost
         before = {
             name: tensor
             for name, tensor in self._before(action, control).items()
-            if not (without and name.startswith(without))
+            if not is_change(name, control.changes)
         }
         wanted = self._wanted(tensors, before)
         tensors = {n: t.to(reply.tensors[n].dtype) for n, t in (tensors | wanted).items()}
@@ -268,12 +269,7 @@ class ClientLink:
             residual[SINCE] = torch.tensor(self.exchange.round)
             self._renewed[f"{RESIDUAL}{action}"] = residual
             return {}
-        estimate = {
-            name: before[name] + decoded[name].float()
-            if name in before and before[name].shape == decoded[name].shape
-            else decoded[name].float()
-            for name in wanted
-        }
+        estimate = moved_estimate(before, decoded, wanted)
         self._renewed[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}
         return estimate
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,14 +48,16 @@ from fedloom.federation.compression_messages import (
     coded,
     coded_replies,
     digest,
+    is_change,
     is_difference,
     moved,
+    moved_estimate,
     start_of,
     unpacked_rows,
 )
 from fedloom.randomness import generator
 from fedloom.storage.checkpoint import CLIENT
-from fedloom.tensors import Tensors, tensor_bytes
+from fedloom.tensors import Tensors, part_of, tensor_bytes
 from fedloom.wire.codecs import Generators
 from fedloom.wire.messages import Exchange, Payload, decode, encode
 from fedloom.wire.schema import Schema, TensorSpec
@@ -86,6 +89,11 @@ class _Held:
     source: str = ""
     missed: tuple[bytes, ...] = ()
     default: int = 0
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of h, which every request of a round names."""
+        return digest(self.tensors)
 
 
 @dataclass
@@ -201,17 +209,17 @@ class Compression:
                 own["default"],
             )
             self._versions[action] = {int(c): version for c, version in own["clients"].items()}
+        of_clients: dict[int, Tensors] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(CLIENT):
+                number, _, rest = name.removeprefix(CLIENT).partition("/")
+                of_clients.setdefault(int(number), {})[rest] = tensor
         for action, own in facts.get("estimates", {}).items():
             self._updates[action] = {int(c): count for c, count in own["updates"].items()}
             self._afresh[action] = set(own["afresh"])
             self._estimates[action] = {}
             for client in list(self._updates[action]):
-                opening = f"{CLIENT}{client:04d}/{action}/"
-                found = {
-                    name.removeprefix(opening): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(opening)
-                }
+                found = part_of(of_clients.get(client, {}), action)
                 if found:
                     self._estimates[action][client] = found
                 else:  # it was forgotten
@@ -321,7 +329,7 @@ class Compression:
             moves = held.missed[len(held.missed) - missing :]
             blobs = {f"{MISSED}{i}": move for i, move in enumerate(moves)}
         control = Control(
-            digest(held.tensors) if held is not None else "",
+            held.digest if held is not None else "",
             missing is None,
             missing or 0,
             None if exchange.replies_are_changes else exchange.changes,
@@ -351,12 +359,7 @@ class Compression:
                 f"it has moved its estimate {updates - 1} times and the server {known} times; it begins "
                 "anew in its next round"
             )
-        after = {
-            n: before[n] + change[n].float()
-            if n in before and before[n].shape == change[n].shape
-            else change[n].float()
-            for n in names
-        }
+        after = moved_estimate(before, change, names)
         self._pending[client] = after, updates
         return {**change, **after}
 
@@ -402,8 +405,8 @@ class _Reader:
     def _lossy(self) -> list[str]:
         """The names of the tensors that are coded and have an estimate."""
         names = [s.name for s in self.schema.tensors if s.codec or s.name.startswith(CODED)]
-        plain, own = [name.removeprefix(CODED) for name in names], self.exchange.changes
-        return [name for name in plain if not (own and name.startswith(own))]
+        plain = [name.removeprefix(CODED) for name in names]
+        return [name for name in plain if not is_change(name, self.exchange.changes)]
 
     def _uncoded(self, tensors: Tensors) -> Tensors:
         """Return the tensors of a reply with those that came as bytes of their own."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.federation.compression_messages import is_coded
+from fedloom.federation.compression_messages import coded
 from fedloom.tensors import Tensors, tensor_bytes
 from fedloom.wire.codecs import Pipeline
-from fedloom.wire.schema import Schema
+from fedloom.wire.schema import CodecGroup, Schema
 from fedloom.wire.settings import WireSettings
 
 CONTROL = 260
@@ -24,18 +22,15 @@ def coded_bytes(tensors: Tensors, codec: Pipeline | None, settings: WireSettings
     """Return the bytes of tensors in a codec, before its entropy stage; of the others, as they are."""
     if codec is None:
         return tensor_bytes(tensors)
-    specs = Schema.of(tensors).tensors
-    found, groups = 0, dict[torch.dtype, list[tuple[int, ...]]]()
-    for spec in specs:
-        if is_coded(spec, settings):
-            groups.setdefault(spec.dtype, []).append(spec.shape)
-        else:
-            found += spec.elements * spec.dtype.itemsize
-    dtypes = {spec.dtype for spec in specs}
-    for own in dtypes & groups.keys():
-        indices = codec.reduction.most_bytes(groups[own]) if codec.reduction is not None else 0
-        found += codec.raw_bytes(groups[own], own) + indices
-    return found
+    schema = coded(Schema.of(tensors), codec, settings)
+    plain = sum(spec.elements * spec.dtype.itemsize for spec in schema.tensors if not spec.codec)
+    return plain + sum(_before_entropy(own) for own in schema.codec_groups.values())
+
+
+def _before_entropy(group: CodecGroup) -> int:
+    codec = group.codec
+    head = codec.reduction.most_bytes(group.shapes) if codec.reduction is not None else 0
+    return head + codec.raw_bytes(group.shapes, group.dtype)
 
 
 def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Traffic:

@@ -129,9 +129,33 @@ def is_difference(
         sent: What the client was sent.
         changes: As of :class:`Control`.
     """
-    if changes is None or not tensor.is_floating_point() or (changes and name.startswith(changes)):
+    if changes is None or not tensor.is_floating_point() or is_change(name, changes):
         return False
     return name in sent and sent[name].shape == tensor.shape
+
+
+def is_change(name: str, changes: tuple[str, ...] | None) -> bool:
+    """Return whether a tensor of a reply is a change already, of what moves by what the server reads.
+
+    What a codec loses of it is in the next one: it has no error feedback.
+    """
+    return bool(changes) and name.startswith(changes or ())
+
+
+def moved_estimate(before: Tensors, change: Tensors, names: Iterable[str]) -> Tensors:
+    """Return h of ``ef21`` after a change, computed alike by server and client.
+
+    Args:
+        before: h; a tensor that is absent, or of another shape (another rank), begins at 0.
+        change: What was decoded.
+        names: Of the tensors that have an estimate.
+    """
+    return {
+        name: before[name] + change[name].float()
+        if name in before and before[name].shape == change[name].shape
+        else change[name].float()
+        for name in names
+    }
 
 
 def start_of(specs: Iterable[TensorSpec], initial: Tensors) -> Tensors:
