@@ -105,6 +105,7 @@ class ClientLedger:
     def __init__(self, folder: Path) -> None:
         """Take the folder, which need not be there."""
         self.folder, self._path = folder, folder / "ledger.jsonl"
+        self._counted: dict[Path, tuple[tuple[int, int, int], int]] = {}
 
     def runs(self) -> list[ChargedRun]:
         """Return the runs that were let in, in their order; of each set of terms the latest line.
@@ -130,9 +131,15 @@ class ClientLedger:
 
     def made(self, charged: ChargedRun) -> int:
         """Return how many noisy steps a run has made; all that it may where their file is not whole."""
-        ledger = RowLedger(self._steps(charged))
+        path = self._steps(charged)
         try:
-            return ledger.count() if ledger.path.exists() else charged.steps
+            now = path.stat()
+            version = now.st_ino, now.st_size, now.st_mtime_ns
+            if (
+                self._counted.get(path, (None, 0))[0] != version
+            ):  # asked for before every noisy step
+                self._counted[path] = version, RowLedger(path).count()
+            return self._counted[path][1]
         except (OSError, FedloomError):
             return charged.steps
 
