@@ -300,14 +300,12 @@ def forget(folder: Path, client: int) -> int:
     name, found = _client_file(client), 0
     try:
         for path in _listed(folder):
-            found += _forget_held(path, client)
+            there = _forget_held(path, client)
             if (path / name).is_file():
-                sums = json.loads((path / "manifest.json").read_text())
-                sums.pop(name, None)
-                write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
-                _sync(path)
+                _list_again(path, name, None)
                 (path / name).unlink()  # what the manifest does not name is not read
-                found += 1
+                there = True
+            found += there
     except OSError as error:
         raise OutputError(f"cannot delete {name} in {folder}: {error.strerror}") from error
     return found
@@ -327,11 +325,18 @@ def _forget_held(path: Path, client: int) -> bool:
         return False
     data = safetensors.torch.save(kept)
     write_atomically(path / WIRE, data, mode=0o644)
+    _list_again(path, WIRE, hashlib.sha256(data).hexdigest())
+    return True
+
+
+def _list_again(path: Path, name: str, sum: str | None) -> None:
+    """Write a checkpoint's manifest with another SHA-256 of a file, or without it."""
     sums = json.loads((path / "manifest.json").read_text())
-    sums[WIRE] = hashlib.sha256(data).hexdigest()
+    sums.pop(name, None)
+    if sum is not None:
+        sums[name] = sum
     write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
     _sync(path)
-    return True
 
 
 def _client_file(client: int) -> str:
