@@ -204,8 +204,7 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
 def _demanded(policy: PrivacyPolicySettings) -> str:
     """Return the privacy that a client's file demands, in words."""
     if policy.demands_rows:
-        unit = "each row" if policy.column is None else f"each value of {policy.column!r}"
-        text = f"noise in this client's own steps must hide {unit}"
+        text = f"noise in this client's own steps must hide {_unit(policy.column)}"
         if policy.max_epsilon is not None:
             text += (
                 f"; all runs on these rows may spend epsilon {policy.max_epsilon:g} at delta "
@@ -499,12 +498,15 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
 
 def _hidden(asked: PrivacySettings) -> str:
     """Return how the steps of a client hide its rows, in words."""
-    unit = "each row" if asked.column is None else f"each value of {asked.column!r}"
     noise = f"noise multiplier {asked.noise_multiplier}"
     if asked.target_epsilon is not None:
         noise = f"epsilon {asked.target_epsilon:g} at delta {asked.delta:g} for the whole run"
     source = "the experiment's seed: it hides nothing" if asked.seeded else "a key of this machine"
-    return f"noise in this client's own steps hides {unit}: {noise}, drawn from {source}"
+    return f"noise in this client's own steps hides {_unit(asked.column)}: {noise}, drawn from {source}"
+
+
+def _unit(column: str | None) -> str:
+    return "each row" if column is None else f"each value of {column!r}"
 
 
 def _said(name: str) -> str:

@@ -64,9 +64,7 @@ class ClientPrivacy:
         Raises:
             SettingsError: The package ``cryptography`` is missing.
         """
-        settings = self._experiment.privacy
-        own = settings.unit == "row" and not settings.seeded
-        return NoiseSource.fresh(self._run) if own else None
+        return NoiseSource.fresh(self._run) if self._experiment.privacy.draws_in_steps else None
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:

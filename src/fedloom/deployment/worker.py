@@ -527,16 +527,14 @@ def _schemas(header: RequestHeader, policy: PolicySettings) -> tuple[Schema, Sch
         PolicyError: One is too large; nothing of that size has been allocated.
     """
     nothing = Schema().to_table()
-    both = tuple(Schema.from_table(table or nothing) for table in (header.request, header.reply))
-    for schema in both:
+    request, reply = (Schema.from_table(own or nothing) for own in (header.request, header.reply))
+    for schema in (request, reply):
         if schema.max_bytes > policy.max_bytes:
             reason = f"{schema.max_bytes} bytes, {policy.max_bytes} are allowed"
             raise PolicyError(Refusal("policy.max_bytes", reason))
-    if both[
-        0
-    ].codec_groups:  # changes are bytes within a request; what they decode to is checked first
+    if request.codec_groups:  # changes are bytes within it; what they decode to is checked first
         raise MessageError("the schema of a request names a codec: its own tensors have none")
-    return both[0], both[1]
+    return request, reply
 
 
 def _allowance(experiment: Experiment, policy: PolicySettings, own: ClientResources) -> Allowance:

@@ -100,6 +100,11 @@ class PrivacySettings(Settings):
             own = {name: value for name, value in own.items() if name not in EITHER}
         return {**own, **given} if own else given
 
+    @property
+    def draws_in_steps(self) -> bool:
+        """Whether clients' own steps have noise from a secret key."""
+        return self.unit == "row" and not self.seeded
+
     def contradictions(self) -> Iterator[str]:
         """Yield what in this section contradicts itself."""
         if self.secure_aggregation and self.unit == "client":

@@ -39,12 +39,9 @@ def rows(record: Record) -> list[tuple[str, str, str]]:
     found = []
     for way in WAYS:
         codec = record[f"codec_{way}"] or "as it is"
-        saved = f"{times_fewer(record, way):.1f} times fewer bytes than {_plain(record, way)}"
+        plain = human_bytes(record[f"plain_bytes_{way}"])
+        saved = f"{times_fewer(record, way):.1f} times fewer bytes than {plain}"
         found.append((f"Codec {way}", f"{codec}: {saved}", "measured"))
     if record["error_feedback"] != "none":
         found.append(("Error feedback", str(record["error_feedback"]), "as set"))
     return found
-
-
-def _plain(record: Record, way: str) -> str:
-    return human_bytes(record[f"plain_bytes_{way}"])

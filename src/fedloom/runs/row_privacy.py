@@ -79,7 +79,7 @@ def new_noise(experiment: Experiment, folder: RunFolder, *, elsewhere: bool) -> 
     Raises:
         OutputError: Its key cannot be written.
     """
-    if experiment.privacy.unit != "row" or experiment.privacy.seeded or elsewhere:
+    if elsewhere or not experiment.privacy.draws_in_steps:
         return None
     key_file(folder).unlink(missing_ok=True)  # of a run that was deleted
     return NoiseSource.kept(key_file(folder), RUN, create=True)
@@ -99,7 +99,7 @@ def kept_noise(
     Raises:
         CheckpointError: The key is missing or damaged.
     """
-    if experiment.privacy.unit != "row" or experiment.privacy.seeded or elsewhere:
+    if elsewhere or not experiment.privacy.draws_in_steps:
         return None
     if finished:
         return NoiseSource.fresh(RUN)

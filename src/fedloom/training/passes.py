@@ -64,9 +64,8 @@ class Layout:
             return False
         if not alike or not tokens.trained.any():  # texts of a class have no prompts
             return False
-        longest = (
-            0 if self.apart else int(tokens.lengths.max(initial=0))
-        )  # or one row decides for all
+        # of rows that are read apart one must not decide for all
+        longest = 0 if self.apart else int(tokens.lengths.max(initial=0))
         return shares_prompts(self.model, longest)
 
     def passes(self, indices: Indices) -> list[list[Indices]]:

@@ -86,6 +86,11 @@ def section(record: Record, cells: Sequence[GridRun]) -> Section | None:
     )
 
 
+def least_error(bits: float) -> float:
+    """Return the least relative squared error of a code of so many bits a number of a Gaussian sample."""
+    return float(2.0 ** (-2 * bits))
+
+
 def _codecs(cell: GridRun) -> Record | None:
     found: Record | None = cell.run.run.get("wire")
     return found
@@ -121,7 +126,7 @@ def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> CodecArm:
         times_down=fmean(times_fewer(one, "down") for one in own),
         bits=bits,
         error=fmean(errors) if errors else None,
-        bound=2.0 ** (-2 * bits),
+        bound=least_error(bits),
         mean=fmean(values),
         over_rows=over_rows([cell.run for cell in cells], values),
         over_seeds=over_seeds(values, cells[0].run),
@@ -148,7 +153,7 @@ def _scenario(name: str, arms: Sequence[CodecArm], metric: str) -> dict[str, Any
     if lossy:
         most = 1.1 * max(bits for bits, _ in lossy.values())
         bits = [0.25 + place * (most - 0.25) / 40 for place in range(41)]
-        bound = ("least of a Gaussian", bits, [2.0 ** (-2 * one) for one in bits])
+        bound = ("least of a Gaussian", bits, [least_error(one) for one in bits])
         chart = figures.scatter_chart(
             lossy, "bits a number", "squared error", colours_of=list(points), curve=bound
         )
