@@ -1,5 +1,7 @@
 """A client's releases: each is written once, whoever asks again, and none beyond the budget."""
 
+import pickle
+
 import pytest
 
 from fedloom.errors import PrivacyError
@@ -62,3 +64,9 @@ def test_a_batch_of_a_coordinators_run_has_one_noise(tmp_path):
             ledger.spend(b"b", b"batch")
     own.spend(b"b", b"another")
     assert len(own) == 2
+
+
+def test_it_is_given_to_other_processes(tmp_path):
+    own = pickle.loads(pickle.dumps(RowLedger(tmp_path / "one.txt", allowed=1)))
+    own.spend(b"a", b"of a")
+    assert len(own) == 1

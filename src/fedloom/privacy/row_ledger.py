@@ -33,7 +33,7 @@ class RowLedger:
         self,
         path: Path,
         allowed: int | None = None,
-        room: Callable[[int], None] = lambda count: None,
+        room: Callable[[int], None] | None = None,
         *,
         once: bool = False,
     ) -> None:
@@ -105,7 +105,8 @@ class RowLedger:
                 "steps that were made again differed in rounding, so that each counts. The last "
                 "checkpoint holds what was reached"
             )
-        self.room(len(self._known) + 1)
+        if self.room is not None:
+            self.room(len(self._known) + 1)
         chain = _chained(self._head, name)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

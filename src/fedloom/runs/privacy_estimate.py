@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fedloom.accounting.quantities import human_count
 from fedloom.experiment.experiment import Experiment
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.statement import of_settings
@@ -86,8 +87,8 @@ def _noise_beside_signal(record: dict[str, Any], numbers: int, expected: float) 
     once = z * math.sqrt(numbers) / expected
     whole = once / math.sqrt(steps)
     said = (
-        f"Noise and signal (derived): with {numbers:,} trained numbers the noise of a {what} is "
-        f"{once:.3g} times as long as the longest mean change can be ({expected:.4g} units expected), "
+        f"Noise and signal (derived): with {human_count(numbers)} trained numbers the noise of a {what} "
+        f"is {once:.3g} times as long as the longest mean change can be ({expected:.4g} units expected), "
         f"and over {steps} {what}s {whole:.3g} times, if all changes point one way"
     )
     if whole > 1:
