@@ -126,7 +126,7 @@ def table(model_folder, tmp_path):
         "data": {"source": "builtin:preferences", "builtin_rows": 60},
         "federation": {"rounds": 2, "clients": 3},
         "training": {"learning_rate": 1e-3, "batch_size": 8},
-        "evaluation": {"samples": 2, "max_new_tokens": 2},
+        "evaluation": {"samples": 0},  # answers take a fifth of a small run
         "output": {"folder": str(tmp_path / "run"), "verify": False},  # test_verifying.py does
     }
 

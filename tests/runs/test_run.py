@@ -110,7 +110,7 @@ def test_every_objective_runs_under_every_method(suited, name, method):
 
 
 def test_a_run_leaves_its_folder_and_can_be_repeated_from_it(experiment, tmp_path):
-    result = fedloom.run(experiment())
+    result = fedloom.run(experiment(evaluation={"samples": 2, "max_new_tokens": 2}))
     names = {path.name for path in result.folder.iterdir()}
     assert names == {
         ".lock", "adapter", "audit.jsonl", "checkpoints", "costs.jsonl", "experiment.toml", "partition.json", "rounds.jsonl",
