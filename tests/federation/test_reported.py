@@ -6,15 +6,18 @@ import torch
 import fedloom
 from fedloom.federation import client_link
 from fedloom.objectives import OBJECTIVES
+from fedloom.objectives.apo import apo_down_loss, apo_zero_loss
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import bco_loss, reward_shift
 from fedloom.objectives.classification import classification_loss
+from fedloom.objectives.cpo import cpo_loss
 from fedloom.objectives.distillation import Distillation, distillation_loss
 from fedloom.objectives.dpo import DPO, dpo_loss
 from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
 from fedloom.objectives.pdpo import pdpo_loss
+from fedloom.objectives.robust_dpo import robust_dpo_loss
 from fedloom.objectives.simpo import simpo_loss
 from fedloom.wire.messages import decode, encode
 from fedloom.wire.schema import NumberSpec, score
@@ -29,7 +32,7 @@ RUNS = {
     "sft": TEXTS,
     "classification": LABELLED,
     "dpo": {**PAIRS, "objective": {"name": "dpo", "sft_weight": 0.5, "label_smoothing": 0.1}},
-    **{name: {**PAIRS, "objective": {"name": name}} for name in ("ipo", "simpo", "orpo")},
+    **{name: {**PAIRS, "objective": {"name": name}} for name in ("robust_dpo", "apo_zero", "apo_down", "cpo", "ipo", "simpo", "orpo")},
     **{name: {**FEEDBACK, "objective": {"name": name}} for name in ("kto", "bco")},
     "pdpo": {**PAIRS, **OWN, "objective": {"name": "pdpo", "sft_weight": 0.5}},
     "pkto": {**FEEDBACK, **OWN, "objective": {"name": "pkto"}},
@@ -97,6 +100,10 @@ def losses(seed):
     good = signs(seed)
     kl = kl_estimate(a, b)
     yield "dpo", dpo_loss(a, b, c, d, beta=0.1, label_smoothing=0.3)
+    yield "robust_dpo", robust_dpo_loss(a - c, b - d, beta=0.1, flip_rate=0.4)
+    yield "apo_zero", apo_zero_loss(a - c, b - d, beta=0.1)
+    yield "apo_down", apo_down_loss(a - c, b - d, beta=0.1)
+    yield "cpo", cpo_loss(a, b, torch.full((64,), 7.0), beta=0.1, sft_weight=1.0)
     yield "ipo", ipo_loss((a - c) / 7, (b - d) / 7, beta=1e-3)
     yield "simpo", simpo_loss(a / 7, b / 7, beta=10.0, gamma=5.0)
     yield "orpo", orpo_loss(a / 7, b / 7, beta=2.0)

@@ -5,11 +5,13 @@ with label smoothing 0.1: 0.9 * 0.20141327798 + 0.1 * (1.5 + 0.20141327798) = 0.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fedloom.objectives.dpo import dpo_loss
+from fedloom.objectives import dpo
+from fedloom.objectives.dpo import DPO, DPOSettings, dpo_loss
 
 POLICY = torch.tensor([-3.0]), torch.tensor([-8.0])
 REFERENCE = torch.tensor([-5.0]), torch.tensor([-7.0])
@@ -42,3 +44,17 @@ def test_the_gradient_pulls_chosen_up_and_rejected_down():
     # d loss / d chosen = -beta * sigmoid(-margin) = -0.5 * 0.18242552 = -0.09121276
     assert chosen.grad.item() == pytest.approx(-0.09121276, abs=1e-7)
     assert rejected.grad.item() == pytest.approx(0.09121276, abs=1e-7)
+
+
+def test_length_normalised(monkeypatch):
+    """Answers of 4 and 1 tokens: 0.5 (2 / 4 - -1 / 1) = 0.75, and -log sigmoid(0.75) = 0.3868710061."""
+    objective = DPO(DPOSettings(beta=0.5, length_normalised=True, sft_weight=1.0))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    batch = SimpleNamespace(
+        reference_logps=torch.cat(REFERENCE), sequences=SimpleNamespace(completion_mask=mask)
+    )
+    monkeypatch.setattr(dpo, "completion_logps", lambda model, sequences: torch.cat(POLICY))
+    loss, metrics = objective.loss(None, batch, None)
+    assert loss.item() == pytest.approx(0.38687100611489994 + 3 / 4, abs=1e-6)
+    assert metrics["token_reward_margin"].item() == 0.75
+    assert metrics.keys() | {"loss"} == {spec.name for spec in objective.reported}

@@ -8,10 +8,13 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from fedloom.objectives.apo import apo_down_loss, apo_zero_loss
+from fedloom.objectives.cpo import cpo_loss
 from fedloom.objectives.dpo import dpo_loss
 from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
+from fedloom.objectives.robust_dpo import robust_dpo_loss
 from fedloom.objectives.simpo import simpo_loss
 
 with warnings.catch_warnings():
@@ -167,25 +170,59 @@ def test_kto(labels, weights):
         assert found == pytest.approx(recorded["rewards/rejected"][0], abs=1e-6)
 
 
+def robust(chosen, rejected, *, beta):
+    return robust_dpo_loss(chosen, rejected, beta=beta, flip_rate=0.2)
+
+
+def length_normalised(chosen, rejected, *, beta):
+    return dpo_loss(chosen, rejected, 0 * chosen, 0 * rejected, beta=beta)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_ipo(beta):
+@pytest.mark.parametrize(
+    ("name", "loss_of"),
+    [
+        ("ipo", ipo_loss),
+        ("robust", robust),
+        ("apo_zero", apo_zero_loss),
+        ("apo_down", apo_down_loss),
+        ("sigmoid_norm", length_normalised),
+    ],
+)
+def test_losses_of_log_ratios(name, loss_of, beta):
     torch.manual_seed(3)
     policy = (-3 * torch.rand(12)).requires_grad_()
     reference = -3 * torch.rand(12)
     self = trainer(
         ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", beta=beta,
-        label_smoothing=0.0, loss_types=["ipo"], loss_weights=[1.0], use_weighting=False,
+        label_smoothing=0.2, loss_types=[name], loss_weights=[1.0], use_weighting=False,
     )  # fmt: skip
     inputs = trl_inputs(12)
     inputs |= {"ref_chosen_logps": reference[:6], "ref_rejected_logps": reference[6:]}
     expected = DPOTrainer._compute_loss(self, lambda **_: outputs(policy), inputs, False)
     ratios = policy - reference  # one completion token each: sums are means
-    loss, _ = ipo_loss(ratios[:6], ratios[6:], beta=beta)
+    loss, _ = loss_of(ratios[:6], ratios[6:], beta=beta)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     torch.testing.assert_close(
         *(torch.autograd.grad(value, policy, retain_graph=True)[0] for value in (loss, expected)),
         **TOLERANCE,
     )
+
+
+def test_cpo():
+    torch.manual_seed(6)
+    logps = -9 * torch.rand(12)
+    self = SimpleNamespace(
+        beta=0.3, simpo_gamma=0.0, loss_type="sigmoid", label_smoothing=0.0, alpha=0.0,
+        accelerator=Accelerator(),
+    )  # fmt: skip
+    losses, chosen, rejected = CPOTrainer.cpo_loss(self, logps[:6], logps[6:])
+    lengths = torch.full((6,), 5.0)
+    loss, metrics = cpo_loss(logps[:6], logps[6:], lengths, beta=0.3, sft_weight=0.7)
+    tokens = (logps[:6] / 5)[:, None].expand(6, 5)  # TRL: the mean over all tokens of the batch
+    torch.testing.assert_close(loss, losses.mean() - 0.7 * tokens.mean(), **TOLERANCE)
+    assert metrics["reward_chosen"].item() == pytest.approx(chosen.mean().item())
+    assert metrics["reward_rejected"].item() == pytest.approx(rejected.mean().item())
 
 
 def test_orpo():

@@ -462,7 +462,7 @@ def switch_dropout_off(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} says something else in training than otherwise, with dropout "
             "switched off: a reference would be another model than the one that is trained. Take another "
-            'model, or an objective without a reference ("sft", "simpo", "orpo")'
+            'model, or an objective without a reference ("sft", "simpo", "orpo", "cpo")'
         )
 
 

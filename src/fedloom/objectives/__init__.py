@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from fedloom.objectives.apo import APODown, APODownSettings, APOZero, APOZeroSettings
 from fedloom.objectives.base import Objective
 from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
+from fedloom.objectives.cpo import CPO, CPOSettings
 from fedloom.objectives.dpo import DPO, DPOSettings
 from fedloom.objectives.ipo import IPO, IPOSettings
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.orpo import ORPO, ORPOSettings
 from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
+from fedloom.objectives.robust_dpo import RobustDPO, RobustDPOSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
 from fedloom.settings.plugins import Choices, undefined
@@ -20,6 +23,10 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "sft": (SFTSettings, SFT),
     "classification": (ClassificationSettings, Classification),
     "dpo": (DPOSettings, DPO),
+    "robust_dpo": (RobustDPOSettings, RobustDPO),
+    "apo_zero": (APOZeroSettings, APOZero),
+    "apo_down": (APODownSettings, APODown),
+    "cpo": (CPOSettings, CPO),
     "ipo": (IPOSettings, IPO),
     "simpo": (SimPOSettings, SimPO),
     "orpo": (ORPOSettings, ORPO),
