@@ -22,6 +22,7 @@ from fedloom.data.continuations import ContinuationSettings
 from fedloom.deployment.client_file import OWN_SECTIONS
 from fedloom.deployment.gateway import GatewaySettings
 from fedloom.evaluation.verdicts import JudgingSettings
+from fedloom.experiment.aliases import ALIASES
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import SELECTIONS
 from fedloom.methods import METHODS
@@ -151,7 +152,7 @@ def settings_page() -> str:
     """Return the page of all settings."""
     lines: list[str] = []
     for field in dataclasses.fields(Experiment):
-        if field.name in ("name", "objective", "method"):
+        if field.name in ("name", "objective", "method", "notes"):
             continue
         kind: Any = field.default_factory
         lines += section(f"[{field.name}]", kind)
@@ -219,14 +220,35 @@ def _commands(command: Any, words: list[str]) -> Iterator[str]:
 
 def methods_page() -> str:
     """Return the page of methods with its tables written anew."""
-    page = (HERE / "methods.md").read_text(encoding="utf-8")
     tables = {"methods": _declared(), "works": _works(), "absence": _absence()}
+    return _with_tables("methods.md", tables)
+
+
+def other_tools_page() -> str:
+    """Return the page on names in other tools with its table written anew."""
+    return _with_tables("other_tools.md", {"names": _aliases()})
+
+
+def _with_tables(file: str, tables: dict[str, Iterator[str]]) -> str:
+    page = (HERE / file).read_text(encoding="utf-8")
     for name, lines in tables.items():
         opening = f"<!-- {name}: written by docs/reference.py -->\n"
         before, _, rest = page.partition(opening)
         after = rest.partition("<!-- end -->")[2]
         page = before + opening + "\n" + "\n".join(lines) + "\n\n<!-- end -->" + after
     return page
+
+
+def _aliases() -> Iterator[str]:
+    yield "| here | elsewhere |"
+    yield "| --- | --- |"
+    found: dict[str, list[str]] = {}
+    for name, alias in ALIASES.items():
+        section, key = name.split(".")
+        where = f", in [{section}]" if section != alias.ours.split(".")[0] else ""
+        found.setdefault(alias.ours, []).append(f"`{key}` ({alias.origin}{where})")
+    for ours, names in found.items():
+        yield f"| `{ours}` | {', '.join(names)} |"
 
 
 def _declared() -> Iterator[str]:
@@ -282,3 +304,4 @@ if __name__ == "__main__":
     (HERE / "settings.md").write_text(settings_page(), encoding="utf-8")
     (HERE / "commands.md").write_text(commands_page(), encoding="utf-8")
     (HERE / "methods.md").write_text(methods_page(), encoding="utf-8")
+    (HERE / "other_tools.md").write_text(other_tools_page(), encoding="utf-8")

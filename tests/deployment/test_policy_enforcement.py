@@ -101,7 +101,7 @@ def test_every_setting_of_an_experiment_is_taken_bounded_decided_or_left():
         known
     )  # none missing, none twice, none that is not there
     assert {name.split(".")[0] for name in known} == SECTIONS.keys()
-    assert {field.name for field in fields(Experiment)} == SECTIONS.keys() | {"name"}
+    assert {field.name for field in fields(Experiment)} == SECTIONS.keys() | {"name", "notes"}
 
 
 def test_the_list_sees_new_settings(monkeypatch):
@@ -705,3 +705,8 @@ def test_every_objective_can_be_trained_by_default(own):
             not found.refusals
             and found.experiment.objective == Experiment.from_table(asked).objective
         )
+
+
+def test_settings_by_the_names_of_other_tools_are_the_users_alone(own):
+    with pytest.raises(PolicyError, match="per_device_train_batch_size: unknown key"):
+        examine("[training]\nper_device_train_batch_size = 4096", own(SHARED), 0)

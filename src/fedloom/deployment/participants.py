@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.run_requests import RunRequest, experiment_file
 from fedloom.errors import SettingsError
+from fedloom.experiment.aliases import require_own_names
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.records import Participant
 from fedloom.security.client_registry import Members
@@ -32,13 +34,13 @@ def experiment_of(
     """
     table = read_toml(path)
     require_section(table, source)
-    table = override(table, assignments)
+    table, notes = require_own_names(override(table, assignments), source)
     federation = table.get("federation", {})
     if isinstance(federation, dict) and "clients" not in federation:
         named = federation.get("members")
         count = len(named) if isinstance(named, list) else len(members.allowed)
         table["federation"] = {**federation, "clients": max(1, count)}
-    return Experiment.from_table(table, name=name, source=source)
+    return replace(Experiment.from_table(table, name=name, source=source), notes=tuple(notes))
 
 
 def chosen(experiment: Experiment, members: Members) -> list[Participant]:

@@ -231,7 +231,9 @@ def examine(
     try:
         source = "the experiment that the server sent"
         table = parse_toml(text, source)
-        asked = Experiment.from_table(table, source=source, importable=own.policy.names)
+        asked = Experiment.from_table(
+            table, source=source, importable=own.policy.names, aliases=False
+        )
     except (SettingsError, RecursionError) as error:
         raise PolicyError(Refusal("experiment", str(error))) from None
     return _Examiner(asked, own, client, sent=sent).examined(classes)

@@ -19,6 +19,7 @@ from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
+from fedloom.experiment.aliases import with_own_names
 from fedloom.experiment.client_privacy import client_privacy_contradictions
 from fedloom.experiment.compression import compression_contradictions
 from fedloom.experiment.row_privacy import row_privacy_contradictions
@@ -72,6 +73,7 @@ class Experiment:
         name: Names the run folder; the TOML file's name without its ending.
         objective: Settings of one of ``fedloom.objectives.OBJECTIVES``.
         method: Settings of one of ``fedloom.methods.METHODS``.
+        notes: On settings that were read under another name (``aliases.py``), for the user.
     """
 
     name: str = "experiment"
@@ -92,6 +94,7 @@ class Experiment:
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def from_toml(
@@ -120,6 +123,7 @@ class Experiment:
         name: str = "experiment",
         source: str = "the experiment",
         importable: Importable = lambda section, name: True,
+        aliases: bool = True,
     ) -> Experiment:
         """Check a table of sections; see :meth:`from_toml`.
 
@@ -129,12 +133,12 @@ class Experiment:
             source: Where it comes from, for messages.
             importable: Says of a section and a name in it that is not fedloom's whether its class may be
                 imported; a table from another machine must not decide that.
+            aliases: Whether settings may have the names that they have elsewhere.
 
         Raises:
             SettingsError: With every mistake found.
         """
-        table = dict(table)
-        problems: list[str] = []
+        table, notes, problems = with_own_names(table) if aliases else (dict(table), [], [])
         name = str(table.pop("name", name))
         if not is_text(name):  # of a file whose name is not UTF-8
             problems.append(f"the name {name!r} cannot be written; rename the file, or set name")
@@ -154,7 +158,7 @@ class Experiment:
         problems += _foreign_selection_problems(parts, importable)
         if problems:
             raise SettingsError(problems, source)
-        return cls(name=name, **parts)
+        return cls(name=name, notes=tuple(notes), **parts)
 
     def __post_init__(self) -> None:
         """Refuse sections that contradict each other, however the experiment was made.

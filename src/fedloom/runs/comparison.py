@@ -31,6 +31,7 @@ from fedloom.accounting.network import Link
 from fedloom.accounting.quantities import parse_quantity
 from fedloom.data.reader import require_files
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
+from fedloom.experiment.aliases import require_own_names, with_own_names
 from fedloom.experiment.experiment import COMPARE, Experiment
 from fedloom.experiment.unused_settings import unread_in_all, unread_settings
 from fedloom.methods import DEFAULT, METHODS, make_method
@@ -45,7 +46,7 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import versions
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.runs.stopping import Terminated
-from fedloom.settings.schema import Settings, parse
+from fedloom.settings.schema import Settings, Table, parse
 from fedloom.settings.suggestions import nearest
 from fedloom.settings.toml import override, read_toml, write_toml
 from fedloom.storage import run_folder as names
@@ -200,12 +201,14 @@ class Comparison:
         settings: The axes and the budget.
         grid_runs: Every run, in the order objective, method, seed.
         table: The file as it was read, for the record.
+        notes: On settings that were read under another name.
     """
 
     name: str
     settings: CompareSettings
     grid_runs: tuple[GridRun, ...]
     table: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class CompareObserver(Protocol):
@@ -265,7 +268,9 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
     if COMPARE not in table:
         raise SettingsError([f"[{COMPARE}] is missing: name the configurations and seeds"], place)
     base = {section: value for section, value in table.items() if section != COMPARE}
-    settings, problems = parse(CompareSettings, table[COMPARE], COMPARE)
+    base, notes, problems = with_own_names(base)
+    settings, complaints = parse(CompareSettings, table[COMPARE], COMPARE)
+    problems += complaints
     problems += settings.contradictions() if settings else []
     if settings is None or problems:
         raise SettingsError(problems, place)
@@ -273,8 +278,9 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
     for objective, sections in settings.rows.items():
         for method, more in settings.method_configurations.items():
             for seed in settings.seeds:
-                merged = _merged(base, sections, more, {"federation": {"seed": seed}})
                 try:
+                    own = [_renamed(changed, notes) for changed in (sections, more)]
+                    merged = _merged(base, *own, {"federation": {"seed": seed}})
                     experiment = Experiment.from_table(_budgeted(merged, settings))
                     if settings.judged_by == "clients" and not experiment.evaluation.per_client:
                         raise SettingsError(
@@ -289,7 +295,14 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
     problems += _unlike_rows(grid_runs)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)), place)
-    return Comparison(name, settings, tuple(grid_runs), table)
+    return Comparison(name, settings, tuple(grid_runs), table, tuple(dict.fromkeys(notes)))
+
+
+def _renamed(sections: Mapping[str, Any], notes: list[str]) -> Table:
+    """Return what a configuration changes under fedloom's names, and add notes on other names."""
+    found, own = require_own_names(sections, COMPARE)
+    notes += own
+    return found
 
 
 def _unlike_rows(grid_runs: Iterable[GridRun]) -> list[str]:
@@ -365,7 +378,8 @@ def compare(
         workers = max(1, min(workers or _default_workers(comparison), len(waiting)))
         if observer is not None:
             observer.begin(comparison, len(waiting), workers, partial(_how_far, folder, waiting))
-            for text in unread_in_all(grid_run.experiment for grid_run in comparison.grid_runs):
+            unread = unread_in_all(grid_run.experiment for grid_run in comparison.grid_runs)
+            for text in (*comparison.notes, *unread):
                 observer.warning(text)
             for text in _other_versions(folder, done, len(comparison.grid_runs)):
                 observer.warning(text)

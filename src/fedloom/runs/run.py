@@ -242,7 +242,8 @@ def run_experiment(
             parts = given.components(experiment, division, start, noise)
             keep_ledgers(parts.row_privacies, experiment, folder)
             state = first_state(parts.method, parts.initial)
-            for text in (*unread_settings(experiment).values(), *experiment.wire.warnings()):
+            unread = unread_settings(experiment).values()
+            for text in (*experiment.notes, *unread, *experiment.wire.warnings()):
                 observer.warning(text)
             _report_start(experiment, parts, observer)
             log = AuditLog(folder.path / audit_log.FILE)

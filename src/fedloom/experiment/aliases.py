@@ -1,0 +1,226 @@
+"""Settings by the names that they have in other tools: ``num_train_epochs`` for ``local_epochs``.
+
+Names of transformers' ``TrainingArguments``, PEFT's ``LoraConfig``, TRL's configurations, LLaMA-Factory,
+axolotl, OpenFedLLM and Flower are read where they mean the same, each with a note that says as what. They
+are read from files and tables of the user; what a server sends has fedloom's own names alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.display.untrusted_text import quoted
+from fedloom.errors import SettingsError
+from fedloom.settings.schema import Table
+
+
+class _NotReadError(ValueError):
+    """A value of another name that has none here; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of a setting.
+
+    Attributes:
+        ours: ``section.key``, or several of them with their values for each value of theirs.
+        origin: Whose name it is.
+        value: Their value to ours; it raises an error that says what to do where there is none.
+        remark: What differs, for the note.
+    """
+
+    ours: str
+    origin: str
+    value: Callable[[Any], Any] = lambda value: value
+    remark: str = ""
+
+
+def _one_of(values: Mapping[str, str]) -> Callable[[Any], Any]:
+    def value(theirs: Any) -> Any:
+        if theirs not in values:
+            raise _NotReadError(f"of its values {', '.join(map(repr, values))} are read")
+        return values[theirs]
+
+    return value
+
+
+def _whole(theirs: Any) -> Any:
+    if isinstance(theirs, float) and theirs.is_integer():
+        return int(theirs)
+    if isinstance(theirs, float):
+        raise _NotReadError("a client passes its rows whole times in a round; see local_steps")
+    return theirs
+
+
+def _precision(theirs: Any) -> Any:
+    return {True: "bf16", False: "fp32"}.get(theirs, theirs)
+
+
+def _not_half(theirs: Any) -> Any:
+    if theirs is not False:
+        raise _NotReadError('float16 is not offered; use training.precision = "bf16"')
+    return "fp32"
+
+
+_BETWEEN = "it falls over the rounds and is constant within one"
+_OF_A_ROUND = "of one round at a client"
+
+_SCHEDULES = _one_of({name: name for name in ("constant", "linear", "cosine")})
+
+_OPTIMIZERS = _one_of(
+    {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "adamw": "adamw",
+        "sgd": "sgd",
+    }
+)
+
+_LOSSES = _one_of(
+    {
+        "sigmoid": "dpo",
+        "robust": "robust_dpo",
+        "ipo": "ipo",
+        "apo_zero": "apo_zero",
+        "apo_down": "apo_down",
+        "simpo": "simpo",
+        "orpo": "orpo",
+        "kto": "kto",
+        "bco": "bco",
+    }
+)
+
+HF, PEFT, TRL = "transformers", "PEFT", "TRL"
+FACTORY, AXOLOTL = "LLaMA-Factory", "axolotl"
+FEDLLM, FLOWER = "OpenFedLLM", "Flower"
+
+ALIASES: dict[str, Alias] = {
+    "model.model_name_or_path": Alias("model.path", HF),
+    "model.base_model": Alias("model.path", AXOLOTL),
+    "model.model_revision": Alias("model.revision", TRL),
+    "adapter.r": Alias("adapter.rank", PEFT),
+    "adapter.lora_r": Alias("adapter.rank", AXOLOTL),
+    "adapter.lora_rank": Alias("adapter.rank", FACTORY),
+    "adapter.lora_alpha": Alias("adapter.alpha", PEFT),
+    "adapter.lora_dropout": Alias("adapter.dropout", PEFT),
+    "adapter.target_modules": Alias("adapter.targets", PEFT),
+    "adapter.lora_target": Alias("adapter.targets", FACTORY),
+    "adapter.lora_target_modules": Alias("adapter.targets", AXOLOTL),
+    "adapter.layers_to_transform": Alias("adapter.layers", PEFT),
+    "data.dataset_name": Alias("data.source", TRL),
+    "data.dataset_config": Alias("data.subset", TRL),
+    "data.dataset_train_split": Alias("data.split", TRL),
+    "data.max_seq_length": Alias("data.max_length", TRL),
+    "data.cutoff_len": Alias("data.max_length", FACTORY),
+    "data.sequence_len": Alias("data.max_length", AXOLOTL),
+    "objective.loss_type": Alias("objective.name", TRL, _LOSSES),
+    "objective.rpo_alpha": Alias("objective.sft_weight", TRL),
+    "objective.cpo_alpha": Alias("objective.sft_weight", TRL),
+    "objective.simpo_gamma": Alias("objective.gamma", TRL),
+    "objective.pref_loss": Alias("objective.name", FACTORY, _LOSSES),
+    "objective.pref_beta": Alias("objective.beta", FACTORY),
+    "method.fed_alg": Alias("method.name", FEDLLM),
+    "federation.num_rounds": Alias("federation.rounds", FEDLLM),
+    "federation.num_server_rounds": Alias("federation.rounds", FLOWER),
+    "federation.num_clients": Alias("federation.clients", FEDLLM),
+    "federation.num_supernodes": Alias("federation.clients", FLOWER),
+    "federation.sample_clients": Alias("federation.clients_per_round", FEDLLM),
+    "training.num_train_epochs": Alias("training.local_epochs", HF, _whole, _OF_A_ROUND),
+    "training.num_epochs": Alias("training.local_epochs", AXOLOTL, _whole, _OF_A_ROUND),
+    "training.max_steps": Alias("training.local_steps", HF, remark=_OF_A_ROUND),
+    "training.lr": Alias("training.learning_rate", AXOLOTL),
+    "training.lr_scheduler_type": Alias("training.schedule", HF, _SCHEDULES, _BETWEEN),
+    "training.lr_scheduler": Alias("training.schedule", AXOLOTL, _SCHEDULES, _BETWEEN),
+    "training.optim": Alias("training.optimizer", HF, _OPTIMIZERS),
+    "training.adam_beta1": Alias("training.beta1", HF),
+    "training.adam_beta2": Alias("training.beta2", HF),
+    "training.adam_epsilon": Alias("training.epsilon", HF),
+    "training.max_length": Alias("data.max_length", TRL),
+    "training.bf16": Alias("training.precision", HF, _precision),
+    "training.fp16": Alias("training.precision", HF, _not_half),
+    "training.seed": Alias("federation.seed", HF),
+    "training.per_device_eval_batch_size": Alias("evaluation.batch_size", HF),
+    "output.output_dir": Alias("output.folder", HF),
+}
+"""``section.name`` as it is elsewhere, to the setting here."""
+
+PER_PASS, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
+"""Of transformers' ``TrainingArguments``: their product is ``training.batch_size``."""
+
+
+def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str]]:
+    """Return a table in which settings have fedloom's names.
+
+    Args:
+        table: Section to its settings; what is no section is left as it is.
+
+    Returns:
+        The table, a note on each setting that was read under another name, and a line for each that
+        cannot be: its setting here is given too, or its value has none here.
+    """
+    found: Table = {
+        section: dict(own) if isinstance(own, Mapping) else own for section, own in table.items()
+    }
+    notes: list[str] = []
+    problems: list[str] = []
+    _read_batches(found, notes, problems)
+    for name, alias in ALIASES.items():
+        section, key = name.split(".")
+        own = found.get(section)
+        if not isinstance(own, dict) or key not in own:
+            continue
+        theirs = own.pop(key)
+        place, ours = alias.ours.split(".")
+        target = found.setdefault(place, {})
+        if not own and place != section:
+            del found[section]
+        if not isinstance(target, dict) or ours in target:
+            problems.append(f"{name} is {alias.origin}'s name of {alias.ours}, which is given too")
+            continue
+        try:
+            target[ours] = alias.value(theirs)
+        except _NotReadError as error:
+            problems.append(f"{name} = {quoted(theirs, 60)}: {error}")
+            continue
+        remark = f" ({alias.remark})" if alias.remark else ""
+        notes.append(f"{name} is read as {alias.ours} = {quoted(target[ours], 60)}{remark}")
+    return found, notes, problems
+
+
+def require_own_names(table: Mapping[str, Any], place: str) -> tuple[Table, list[str]]:
+    """Return a table in which settings have fedloom's names, and the notes; see :func:`with_own_names`.
+
+    Raises:
+        SettingsError: A setting cannot be read.
+    """
+    found, notes, problems = with_own_names(table)
+    if problems:
+        raise SettingsError(problems, place)
+    return found, notes
+
+
+def _read_batches(table: Table, notes: list[str], problems: list[str]) -> None:
+    """Read rows per device and passes that are accumulated: here a batch is all rows of a step."""
+    own = table.get("training")
+    if not isinstance(own, dict) or not {PER_PASS, PASSES} & own.keys():
+        return
+    theirs = f"training.{PER_PASS} and {PASSES}"
+    if PER_PASS not in own:
+        problems.append(f"training.{PASSES} needs training.{PER_PASS} beside it, or use batch_size")
+        del own[PASSES]
+        return
+    rows, passes = own.pop(PER_PASS), own.pop(PASSES, 1)
+    taken = {"batch_size", "micro_batch_size", "accumulation"} & own.keys()
+    if taken:
+        problems.append(f"{theirs} say what training.{min(taken)} says, which is given too")
+    elif not all(isinstance(value, int) and value > 0 for value in (rows, passes)):
+        problems.append(f"{theirs}: {quoted(rows, 20)} and {quoted(passes, 20)} must be 1 or more")
+    else:
+        own |= {"batch_size": rows * passes, "micro_batch_size": rows}
+        notes.append(
+            f"{theirs} are read as training.batch_size = {rows * passes}, the rows of an optimizer step, "
+            f"and micro_batch_size = {rows}, those of a pass"
+        )
