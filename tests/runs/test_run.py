@@ -732,6 +732,10 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ),
         ({"training": {"micro_batch_size": 16}}, "is above training.batch_size = 8"),
         ({"training": {"micro_batch_size": 3, "accumulation": 3}}, "is not batch_size 8"),
+        (
+            {"training": {"warmup_rounds": 4}, "federation": {"rounds": 4}},
+            "warmup_rounds = 4 leaves none of 4 rounds",
+        ),
         ({"training": {"min_learning_rate": 1.0}}, "min_learning_rate = 1.0 is above"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),

@@ -274,6 +274,12 @@ def test_learning_rate_over_rounds(schedule, rates):
     assert found == pytest.approx(rates, rel=1e-5)
 
 
+def test_the_rate_rises_over_the_rounds_of_a_warm_up_and_then_follows_the_schedule():
+    settings = TrainingSettings(learning_rate=1e-3, schedule="linear", warmup_rounds=3)
+    found = [round_learning_rate(settings, round, 5) for round in (1, 2, 3, 4, 5)]
+    assert found == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 5e-4])
+
+
 def test_decay_belongs_to_its_schedule():
     (problem,) = TrainingSettings(decay=0.5).contradictions()
     assert problem == "training.decay is of the exponential schedule, not constant"

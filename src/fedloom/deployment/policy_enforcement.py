@@ -77,8 +77,8 @@ TAKEN = _names(
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",
-        "training": "optimizer learning_rate schedule decay head_learning_rate min_learning_rate "
-        "weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
+        "training": "optimizer learning_rate schedule warmup_rounds decay head_learning_rate "
+        "min_learning_rate weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
         "accumulation tokens_per_pass local_epochs local_steps local_examples local_tokens total_epochs "
         "amount_per "
         "keep_optimizer_state precision gradient_checkpointing",

@@ -325,6 +325,8 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts["partition"].contradictions(federation.clients)
         if "clients" in parts:
             found += parts["clients"].contradictions(federation.clients)
+        if "training" in parts:
+            found += _warmup_contradictions(federation, parts["training"])
         if "simulation" in parts:
             found += _oversampling_contradictions(federation, parts["simulation"])
     if "evaluation" in parts and "data" in parts:
@@ -352,6 +354,15 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "data" in parts and parts["data"].streaming:
         found += _streaming_contradictions(parts)
     return found
+
+
+def _warmup_contradictions(federation: FederationSettings, training: TrainingSettings) -> list[str]:
+    if training.warmup_rounds < federation.rounds:
+        return []
+    return [
+        f"training.warmup_rounds = {training.warmup_rounds} leaves none of {federation.rounds} rounds at "
+        "the full learning rate; use fewer"
+    ]
 
 
 def _oversampling_contradictions(

@@ -17,8 +17,12 @@ def round_learning_rate(settings: TrainingSettings, round: int, rounds: int) -> 
     """Return the learning rate of ``round`` (from 1) of ``rounds``.
 
     Cosine: ``min + (first - min) (1 + cos(pi t / T)) / 2`` with t = round - 1, as in 2502.14187; linear:
-    ``first + (min - first) t / T``. Neither reaches min in the last round, in which t is T - 1.
+    ``first + (min - first) t / T``. Neither reaches min in the last round, in which t is T - 1. In the W
+    rounds of a warm-up the rate is ``first round / (W + 1)``, and t and T are of the rounds after them.
     """
+    if round <= settings.warmup_rounds:
+        return settings.learning_rate * round / (settings.warmup_rounds + 1)
+    round, rounds = round - settings.warmup_rounds, rounds - settings.warmup_rounds
     first, last = settings.learning_rate, settings.min_learning_rate
     share = (round - 1) / rounds
     if settings.schedule == "cosine":

@@ -106,10 +106,13 @@ class TrainingSettings(Settings):
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Made anew in every round, as in the papers, unless keep_optimizer_state is true."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """In the first round; constant inside a round."""
+    """In the first round, or the first after warmup_rounds; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
     """How it falls over the rounds, t of T being done: cosine and linear towards min_learning_rate, which
     they would reach in round T + 1 (2502.14187), exponential by the factor decay in each."""
+    warmup_rounds: int = Field(default=0, ge=0)
+    """First rounds W in which the rate rises: it is t / (W + 1) of the first in round t. The schedule
+    begins after them, with the rounds that are left."""
     decay: float = Field(default=0.99, gt=0, le=1)
     """Of the exponential schedule (FedAMoLE: 0.99)."""
     head_learning_rate: Annotated[float | None, HEADED] = Field(default=None, gt=0)
