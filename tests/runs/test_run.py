@@ -740,7 +740,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate = nan"),
         ({"training": {"learning_rate": float("inf")}}, "training.learning_rate = inf"),
         ({"training": {"momentum": 0.5}}, "momentum is of sgd; adamw has beta1"),
-        ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or ipo"),
+        ({"objective": {"name": "sft"}}, "for it use objective.name = dpo or robust_dpo"),
         ({"data": {"source": "x.jsonl"}}, "data.kind is missing"),
         ({"data": {"kind": "labelled"}}, "holds preference examples"),
         ({"partition": {"kind": "dirichlet"}}, "needs partition.column"),
