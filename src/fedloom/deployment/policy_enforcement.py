@@ -148,8 +148,13 @@ LEFT = _names(
         "control_tokens max_rows test_source test_split test_kind incomplete_pairs max_bad_share "
         "domains group near_duplicates values min_margin streaming",
         "public": "columns template",
-        "federation": "members selection require quorum replacements extra deadline streams "
+        "federation": "members require quorum replacements extra deadline streams "
         "reconnect patience",
+        "selection.availability": "prefer",
+        "selection.power_of_choice": "losses rows largest candidates by",
+        "selection.oort": "losses rows largest explore explore_decay explore_least cut_off speed "
+        "percentile penalty pace_rounds pace_step",
+        "selection.flash": "losses rows largest ridge width speed",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "privacy": "profile secure_aggregation clip_quantile clip_learning_rate clip_count_noise "
@@ -327,7 +332,11 @@ class _Examiner:
             "training": self._training(),
             "privacy": self._privacy(),
         }
-        for name in SECTIONS.keys() - {"data", *sections}:
+        for name in SECTIONS.keys() - {
+            "data",
+            "selection",
+            *sections,
+        }:  # who is drawn is the server's
             sections[name] = self._section(name)
         experiment = None
         if data is not None and not self.refusals:
@@ -575,5 +584,6 @@ def leaves(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 def _is_servers(name: str) -> bool:
     """Return whether a setting concerns the server alone."""
     section = name.partition(".")[0]
-    own = ("federation", "aggregation", "admission", "output", "privacy")  # rows' is taken whole
+    # of privacy that of rows is taken whole
+    own = ("federation", "selection", "aggregation", "admission", "output", "privacy")
     return section in own or name in ("name", "evaluation.samples")

@@ -39,10 +39,10 @@ def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
 def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
     """Yield what draws clients in another way than by coins, and a delta that is too large."""
     federation, delta = parts["federation"], parts["privacy"].delta
-    if federation.selection["name"] != "uniform":
+    if "selection" in parts and parts["selection"].name != "uniform":
         yield (
-            f"{WHAT} draws each client by a coin of its own: leave out federation.selection = "
-            f"{federation.selection['name']!r}"
+            f"{WHAT} draws each client by a coin of its own: leave out selection.name = "
+            f"{parts['selection'].name!r}"
         )
     for key in ("replacements", "extra"):
         if getattr(federation, key):

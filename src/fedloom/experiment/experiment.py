@@ -23,11 +23,12 @@ from fedloom.experiment.aliases import with_own_names
 from fedloom.experiment.client_privacy import client_privacy_contradictions
 from fedloom.experiment.compression import compression_contradictions
 from fedloom.experiment.row_privacy import row_privacy_contradictions
+from fedloom.experiment.selection import moved_selection, selection_contradictions
 from fedloom.experiment.simulation import SimulationSettings
 from fedloom.federation.admission import AdmissionSettings
 from fedloom.federation.participants import ClientsSettings, FederationSettings
-from fedloom.federation.selection import SELECTIONS
-from fedloom.federation.selection import problems as selection_problems
+from fedloom.federation.selection import DEFAULT as UNIFORM
+from fedloom.federation.selection import SELECTIONS, UniformSettings
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.models.adapters import AdapterSettings
@@ -73,6 +74,7 @@ class Experiment:
         name: Names the run folder; the TOML file's name without its ending.
         objective: Settings of one of ``fedloom.objectives.OBJECTIVES``.
         method: Settings of one of ``fedloom.methods.METHODS``.
+        selection: Settings of one of ``fedloom.federation.selection.SELECTIONS``.
         notes: On settings that were read under another name (``aliases.py``), for the user.
     """
 
@@ -86,6 +88,7 @@ class Experiment:
     objective: NamedSettings = field(default_factory=DPOSettings)
     method: NamedSettings = field(default_factory=METHODS[DEFAULT][0])
     federation: FederationSettings = field(default_factory=FederationSettings)
+    selection: NamedSettings = field(default_factory=UniformSettings)
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
@@ -148,6 +151,8 @@ class Experiment:
             problems.append(f"[{COMPARE}]: this is a comparison; run it with fedloom compare")
         for section in sorted(table.keys() - SECTIONS.keys()):
             problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
+        table, complaints = moved_selection(table)
+        problems += complaints
         parts: dict[str, Any] = {}
         for section in SECTIONS:
             settings, complaints = _parse_section(section, table.get(section, {}), importable)
@@ -155,7 +160,6 @@ class Experiment:
             if settings is not None:
                 parts[section] = settings
         problems += _contradictions(parts)
-        problems += _foreign_selection_problems(parts, importable)
         if problems:
             raise SettingsError(problems, source)
         return cls(name=name, notes=tuple(notes), **parts)
@@ -181,7 +185,7 @@ class Experiment:
             own = getattr(self, section)
             whole = defaults or getattr(own, "profile", None)  # which has defaults of its own
             table[section] = own.model_dump(exclude_defaults=not whole)
-            if hasattr(own, "name"):
+            if hasattr(own, "name") and (defaults or own != UniformSettings()):
                 table[section]["name"] = own.name
             if not table[section] and not defaults:
                 del table[section]
@@ -218,6 +222,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
     "objective": OBJECTIVES,
     "method": METHODS,
     "federation": FederationSettings,
+    "selection": SELECTIONS,
     "aggregation": AggregationSettings,
     "admission": AdmissionSettings,
     "privacy": PrivacySettings,
@@ -229,7 +234,7 @@ SECTIONS: dict[str, type[Settings] | Choices[Any]] = {
 }
 """Section to its settings, or to a choice of settings by name."""
 
-DEFAULT_NAMES = {"objective": "dpo", "method": DEFAULT}
+DEFAULT_NAMES = {"objective": "dpo", "method": DEFAULT, "selection": UNIFORM}
 
 
 def keys_of(section: str, table: Mapping[str, Any]) -> Iterable[str]:
@@ -260,6 +265,8 @@ def _parse_section(
     if name not in choice:
         return None, [f"{section}.name = {name!r}: {nearest(str(name), choice.names)}"]
     if choice.is_foreign(name) and not importable(section, name):
+        if section == "selection":  # who is drawn is the server's affair
+            return UniformSettings(), []
         return None, [
             f"{section}.name = {name!r} is a class that is not fedloom's own: nothing is imported that "
             f"policy.{section}s of this client's file does not name. Once its code has been read here, "
@@ -273,14 +280,6 @@ def _parse_section(
     own = {key: value for key, value in table.items() if key not in foreign}
     settings, problems = parse(settings_class, own, section)
     return (None if foreign else settings), [*foreign.values(), *problems]
-
-
-def _foreign_selection_problems(parts: Mapping[str, Any], importable: Importable) -> list[str]:
-    """Return the mistakes in a selection that is not fedloom's, where it may be imported."""
-    chosen = parts["federation"].selection if "federation" in parts else {"name": ""}
-    if not SELECTIONS.is_foreign(chosen["name"]) or not importable("selection", chosen["name"]):
-        return []
-    return selection_problems(chosen, imports=True)
 
 
 def _foreign(
@@ -308,6 +307,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["privacy"].contradictions()
         found += row_privacy_contradictions(parts)
         found += client_privacy_contradictions(parts)
+    found += selection_contradictions(parts)
     if "wire" in parts:
         found += parts["wire"].contradictions()
         found += compression_contradictions(parts)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from fedloom.display.untrusted_text import quoted
 from fedloom.experiment.experiment import SECTIONS, Experiment
+from fedloom.federation.selection import UniformSettings
 from fedloom.methods import make_method
 from fedloom.objectives import make_objective
 from fedloom.settings.schema import Of, Settings
@@ -37,6 +38,11 @@ def unread_settings(experiment: Experiment) -> dict[str, str]:
                     name = f"{section}.{key}"
                     found[name] = f"{name} = {quoted(value, 60)} does nothing: {_why(of, known)}"
                     break
+    if experiment.selection != UniformSettings() and not known["draws clients"]:
+        found["selection.name"] = (
+            f"selection.name = {quoted(experiment.selection.name, 60)} does nothing: all clients take "
+            "part in every round"
+        )
     return found
 
 

@@ -172,8 +172,18 @@ class SimulatedClock:
                 )
             self.now = wake
 
+    @property
+    def seconds(self) -> Mapping[int, float]:
+        """Seconds that each client which was asked in this round has taken so far."""
+        return self._seconds
+
     def timed(
-        self, exchange: Exchange, answers: Iterable[Answer], ledger: Ledger
+        self,
+        exchange: Exchange,
+        answers: Iterable[Answer],
+        ledger: Ledger,
+        *,
+        preliminary: bool = False,
     ) -> Iterator[Answer]:
         """Yield the answers to an exchange whose clients all begin now; late ones are errors.
 
@@ -184,13 +194,18 @@ class SimulatedClock:
             exchange: What they were asked.
             answers: As the engine returns them.
             ledger: Where the engine notes what they cost.
+            preliminary: Whether it is to decide who takes part in the round: all answers are waited for,
+                and one that does not come is not the client's answer in the round.
         """
         begin = end = self.now
-        wanted = self.federation.cohort_size if self.federation.extra else len(exchange.requests)
+        some = self.federation.extra and not preliminary
+        wanted = self.federation.cohort_size if some else len(exchange.requests)
         held = []
         for answer, seconds in self._measured(answers, ledger):
             own = self._assignment(exchange, answer, begin, seconds)
             self._seconds[own.client] = self._seconds.get(own.client, 0.0) + own.end - begin
+            if preliminary and own.answer.error is not None:
+                del self._seconds[own.client]
             if wanted >= len(exchange.requests):
                 end = max(end, own.end)
                 yield own.answer

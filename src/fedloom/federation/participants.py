@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from fedloom.federation.selection import problems
 from fedloom.settings.schema import Of, Settings
 
 
@@ -73,12 +72,6 @@ class FederationSettings(Settings):
     """Between machines, clients that must be ready before a run starts: all, a number, or a share."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """Clients drawn for each round (default: all); with privacy.unit = "client" the number expected."""
-    selection: Annotated[
-        dict[str, Any], Of("draws clients", (True,), "all clients take part in every round")
-    ] = {"name": "uniform"}
-    """How they are drawn from those that are there: a name, or a table of it and its settings. "uniform";
-    "rows": in proportion to their training rows; "availability": by when they last took part; or a class,
-    `package.module:Class`. It is not sent to clients."""
     seed: int = Field(default=0, ge=0)
     """Seed; all randomness is derived from it, the purpose, the client and the round."""
     quorum: float = Field(default=0.5, gt=0, le=1)
@@ -101,14 +94,6 @@ class FederationSettings(Settings):
     patience: float = Field(default=600, gt=0)
     """Seconds that a run waits at its start for all clients on other machines, and a round for a quorum
     of them."""
-
-    @field_validator("selection", mode="before")
-    @classmethod
-    def _name_or_table(cls, value: object) -> object:
-        chosen = {"name": value} if isinstance(value, str) else value
-        if isinstance(chosen, dict) and isinstance(chosen.get("name"), str):
-            return chosen
-        raise ValueError('must be a name, or a table with one: { name = "availability" }')
 
     @field_validator("require", mode="before")
     @classmethod
@@ -136,7 +121,6 @@ class FederationSettings(Settings):
             )
         if self.members is not None and len(set(self.members)) < len(self.members):
             found.append("federation.members names a member twice")
-        found += problems(self.selection, imports=False)
         return found
 
     @property

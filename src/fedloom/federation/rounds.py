@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
@@ -25,7 +26,9 @@ from fedloom.federation.protocol import Cohort, Method, Replies, Round, SummedRe
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
 from fedloom.federation.secure_exchange import PROTOCOL, SecureAggregation
 from fedloom.federation.selection import Selection, Uniform, UniformSettings, draw
+from fedloom.federation.selection_contract import Observation, Told
 from fedloom.privacy.private_mean import PrivateMean
+from fedloom.randomness import generator
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
@@ -55,6 +58,10 @@ class Server:
         presence: Presence in earlier rounds.
         clock: The simulated clock, where clients have simulated devices.
         selection: Draws the clients of each round.
+        losses: State, round, clients and most rows of each to the exchange in which they are asked what
+            their rows lose, where the selection has clients asked.
+        measured: Whether a selection is told how long clients took by this machine's clock, where there
+            is no simulated one.
         private: Takes means under client-level privacy; with it, what clients and the method report of
             a round stays out of the records.
         secure: Has replies summed of which the server sees none, where that is asked for.
@@ -76,6 +83,8 @@ class Server:
     presence: Presence = NOBODY_YET
     clock: SimulatedClock | None = None
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
+    losses: Callable[[State, int, Collection[int], int], Exchange] | None = None
+    measured: bool = False
     private: PrivateMean | None = None
     secure: SecureAggregation | None = None
     compression: Compression | None = None
@@ -102,11 +111,13 @@ class Server:
             start = time.perf_counter()
             paused = self.admission.paused(round)
             presence = self._present(round, paused, presence)
-            cohort = self._cohort(round, presence)
+            asked = _Asked()
+            cohort = self._cohort(round, presence, state, asked)
             self._report_quarantined(round, paused)
             absent = self._report_absent(round, absent)
-            exchanges = _RoundExchanges(self, cohort)
+            exchanges = _RoundExchanges(self, cohort, asked.seconds)
             state, cohort = exchanges.run(state), exchanges.cohort
+            drawn = self._observed(exchanges, asked.told)
             shown = self.private is None
             if self.private is not None and state.tensors:
                 self.private.require_released(round)
@@ -132,7 +143,7 @@ class Server:
                 else {},
                 dict(sorted(exchanges.metrics.items())) if shown else {},
                 evaluation,
-                details=cohort.details if shown else {},
+                details={**cohort.details, **drawn} if shown else {},
                 presence=presence,
             )
             self._finish(record, state, start)
@@ -176,26 +187,98 @@ class Server:
             reachable = self.clock.begin(round, reachable)
         return before.begun(round, self.engine.membership(), reachable, paused)
 
-    def _cohort(self, round: int, presence: Presence) -> Cohort:
-        federation = self.federation
+    def _cohort(self, round: int, presence: Presence, state: State, asked: _Asked) -> Cohort:
+        federation, selection = self.federation, self.selection
         if not presence.available:
             raise RoundFailed(
                 f"round {round}: all clients are in quarantine for repeated violations ("
                 f"admission.offences = {self.admission.settings.offences}): "
                 f"{sorted(presence.suspended)}"
             )
-        clients = draw(self.selection, presence, federation.drawn, federation.seed, round)
+        if selection.asks == "candidates":
+            size = min(federation.drawn, len(presence.available))
+            rng = generator(federation.seed, "candidates", round=round)
+            candidates = selection.candidates(presence, size, rng)
+            self._ask_losses(round, presence, state, candidates, asked)
+        selection.begin(round, asked.told)
+        clients = draw(selection, presence, federation.drawn, federation.seed, round)
+        if selection.asks == "drawn":
+            self._ask_losses(round, presence, state, clients, asked)
         last = round == federation.rounds
         return Cohort(
             round, clients, presence, self.learning_rate(round), last=last, reported=self.reported
         )
 
+    def _ask_losses(
+        self,
+        round: int,
+        presence: Presence,
+        state: State,
+        clients: Collection[int],
+        asked: _Asked,
+    ) -> None:
+        """Ask clients what their rows lose; one that gives no answer can take part in the round."""
+        if self.losses is None or not clients:
+            return
+        exchange = self.losses(state, round, clients, self.selection.rows)
+        answers: Iterable[Answer] = self.answers(exchange, asked.seconds)
+        if self.clock is not None:
+            answers = self.clock.timed(exchange, answers, self.ledger, preliminary=True)
+        replies, rejected = self.admission.accept(
+            answers, exchange, presence.rows, audit=self.audit
+        )
+        self.engine.discard(rejected.keys())
+        for client, reason in sorted(rejected.items()):
+            title = self.engine.title(client)
+            self.observer.warning(
+                f"round {round}: {title} did not say what its rows lose: {reason}"
+            )
+        asked.told.update((reply.client, Told.of(reply.payload.numbers)) for reply in replies)
+
+    def answers(self, exchange: Exchange, seconds: dict[int, float]) -> Iterator[Answer]:
+        """Pass answers on as they arrive, and note how long each took, where that is asked for."""
+        begin = time.perf_counter()
+        for answer in self.engine.exchange(exchange):
+            if self.measured:
+                took = time.perf_counter() - begin
+                seconds[answer.client] = seconds.get(answer.client, 0.0) + took
+            yield answer
+
+    def _observed(self, exchanges: _RoundExchanges, told: Mapping[int, Told]) -> dict[str, Any]:
+        """Tell the selection of a round; return what the record says of its draw."""
+        if not self.selection.informed:
+            return {}
+        cohort = exchanges.cohort
+        seconds = self.clock.seconds if self.clock is not None else exchanges.seconds
+        rows, counted = cohort.presence.rows, exchanges.answered - exchanges.rejected.keys()
+        most = self.admission.weight_bound(rows).examples
+        observed = {
+            client: Observation(
+                client in counted,
+                rows[client] if most is None else min(rows[client], most),
+                told.get(client),
+                exchanges.metrics.get(client, {}).get("loss"),
+                seconds.get(client),
+            )
+            for client in sorted({*cohort.clients, *exchanges.replaced})
+        }
+        self.selection.observe(cohort.round, observed)
+        return self.selection.details(cohort.round, observed)
+
+
+@dataclass
+class _Asked:
+    """What a selection learns of a round's clients: what they told, and seconds by this machine."""
+
+    told: dict[int, Told] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+
 
 class _RoundExchanges:
     """The exchanges of one round: drives the method's generator and collects the results."""
 
-    def __init__(self, server: Server, cohort: Cohort) -> None:
-        self.server, self.cohort = server, cohort
+    def __init__(self, server: Server, cohort: Cohort, seconds: dict[int, float]) -> None:
+        self.server, self.cohort, self.seconds = server, cohort, seconds
         self.rejected = cohort.rejected
         self.told: set[int] = set()
         self.replaced: tuple[int, ...] = ()
@@ -336,7 +419,7 @@ class _RoundExchanges:
     def _arriving(self, exchange: Exchange) -> Iterator[Answer]:
         """Pass answers on as they arrive, and notify the observer."""
         asked = len(exchange.requests)
-        for done, answer in enumerate(self.server.engine.exchange(exchange), 1):
+        for done, answer in enumerate(self.server.answers(exchange, self.seconds), 1):
             if exchange.action not in PROTOCOL:
                 self.server.observer.client_done(exchange.round, answer.client, done, asked)
             yield answer

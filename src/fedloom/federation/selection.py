@@ -1,55 +1,32 @@
 """Selection: which of the clients that are there take part in a round.
 
-``[federation] selection`` names it, fedloom's own or a class of the user's
-(``fedloom.selections`` is its group of entry points). It runs on the server and is told who is there
-(:class:`~fedloom.federation.presence.Presence`); clients do not know of it.
+``[selection] name`` says how, by fedloom's own or a class of the user's (``fedloom.selections`` is its
+group of entry points). It runs on the server and is told who is there
+(:class:`~fedloom.federation.presence.Presence`); clients do not know of it. Those that also use what
+single clients tell have files of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedloom.errors import PluginError, SettingsError
+from fedloom.errors import PluginError
+from fedloom.federation.flash import Flash, FlashSettings
+from fedloom.federation.oort import Oort, OortSettings
+from fedloom.federation.power_of_choice import PowerOfChoice, PowerOfChoiceSettings
 from fedloom.federation.presence import Presence
+from fedloom.federation.selection_contract import Selection as Selection
+from fedloom.federation.selection_contract import first, in_proportion
 from fedloom.randomness import generator
 from fedloom.settings.plugins import Choices, undefined
-from fedloom.settings.schema import NamedSettings, parse
-from fedloom.settings.suggestions import nearest
-
-KEY = "federation.selection"
-"""The setting, as messages name it."""
-
-
-class Selection:
-    """Draws the clients of a round. It keeps nothing from one round to the next.
-
-    What it may depend on, the presence holds, which checkpoints save; so a resumed run draws the same.
-    """
-
-    Settings: ClassVar[type[NamedSettings]] = NamedSettings
-
-    def __init__(self, settings: NamedSettings) -> None:
-        """Take the settings, an instance of :attr:`Settings`."""
-        self.settings = settings
-
-    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
-        """Return ``size`` different clients of ``presence.available``, in any order.
-
-        Args:
-            presence: At the start of the round; ``available`` is ascending, and ``rows`` and
-                ``answered_last`` are mappings by client id.
-            size: Number of clients, from 1 to the number of those available.
-            rng: The only source of randomness: its seed is of the experiment, the purpose and the round.
-        """
-        raise NotImplementedError
+from fedloom.settings.schema import NamedSettings
 
 
 class UniformSettings(NamedSettings):
-    """``selection = "uniform"``: every client that is there is as likely as any other."""
+    """``[selection] name = "uniform"``: every client that is there is as likely as any other."""
 
     name: Literal["uniform"] = "uniform"
 
@@ -70,7 +47,7 @@ class Uniform(Selection):
 
 
 class RowsSettings(NamedSettings):
-    """``selection = "rows"``: clients with more training rows are drawn more often."""
+    """``[selection] name = "rows"``: clients with more training rows are drawn more often."""
 
     name: Literal["rows"] = "rows"
 
@@ -79,8 +56,7 @@ class ByRows(Selection):
     """Draws one client after another, each in proportion to its rows among those that are left.
 
     Where a method also weights its mean by rows, large clients count twice: in how often they are drawn,
-    and in each mean. Drawn by the keys of Efraimidis and Spirakis 2006, "Weighted random sampling with a
-    reservoir", https://doi.org/10.1016/j.ipl.2005.11.003.
+    and in each mean.
     """
 
     Settings = RowsSettings
@@ -88,12 +64,11 @@ class ByRows(Selection):
     def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
         """Return ``size`` clients; see :class:`Selection`."""
         there = presence.available
-        rows = np.fromiter((presence.rows[client] for client in there), np.float64, len(there))
-        return _first(there, rng.standard_exponential(len(there)) / rows, size)
+        return in_proportion(there, [presence.rows[client] for client in there], size, rng)
 
 
 class AvailabilitySettings(NamedSettings):
-    """``selection = "availability"``: by when clients last took part, for clients that come and go."""
+    """``[selection] name = "availability"``: by when they last took part, for those that come and go."""
 
     name: Literal["availability"] = "availability"
     prefer: Literal["rare", "steady"] = "rare"
@@ -121,7 +96,7 @@ class ByAvailability(Selection):
         else:
             ranks = (int(client not in last or client in broken) for client in there)
         order = np.fromiter(ranks, np.float64, len(there)) + rng.random(len(there))
-        return _first(there, order, size)
+        return first(there, order, size)
 
 
 class Poisson(Selection):
@@ -146,11 +121,6 @@ class Poisson(Selection):
         return [client for client, coin in drawn if coin < self.rate and client in there]
 
 
-def _first(there: Sequence[int], keys: NDArray[np.float64], size: int) -> list[int]:
-    """Return the ``size`` clients with the smallest keys."""
-    return [there[place] for place in np.argsort(keys, kind="stable")[:size].tolist()]
-
-
 def _lacks(kind: type[Selection]) -> list[str]:
     return undefined(kind, ("draw",), Selection)
 
@@ -161,46 +131,30 @@ SELECTIONS: Choices[Selection] = Choices(
         "uniform": (UniformSettings, Uniform),
         "rows": (RowsSettings, ByRows),
         "availability": (AvailabilitySettings, ByAvailability),
+        "power_of_choice": (PowerOfChoiceSettings, PowerOfChoice),
+        "oort": (OortSettings, Oort),
+        "flash": (FlashSettings, Flash),
     },
     Selection,
     _lacks,
 )
-"""Name in ``[federation] selection`` to its settings and its class."""
+"""Name in ``[selection]`` to its settings and its class."""
+
+DEFAULT = "uniform"
 
 
-def problems(chosen: Mapping[str, Any], *, imports: bool) -> list[str]:
-    """Return the mistakes in ``federation.selection``, one line each.
-
-    Args:
-        chosen: The name and its settings.
-        imports: Whether a class that is not fedloom's may be imported; if not, it is not looked at.
-    """
-    name = chosen["name"]
-    if name not in SELECTIONS:
-        return [f"{KEY} = {name!r}: {nearest(name, SELECTIONS.names)}"]
-    if SELECTIONS.is_foreign(name) and not imports:
-        return []
-    try:
-        return parse(SELECTIONS[name][0], dict(chosen), KEY)[1]
-    except SettingsError as error:
-        return [f"{KEY} = {name!r}: {text}" for text in error.problems]
-
-
-def make_selection(chosen: Mapping[str, Any]) -> Selection:
-    """Return the selection of ``federation.selection``.
+def make_selection(settings: NamedSettings) -> Selection:
+    """Return the selection that settings of ``[selection]`` describe.
 
     Raises:
-        SettingsError: There is none of that name, or its settings are wrong.
         PluginError: Its class, which is not fedloom's, does not take them.
     """
-    if found := problems(chosen, imports=True):
-        raise SettingsError(found)
-    settings, kind = SELECTIONS[chosen["name"]]
+    kind = SELECTIONS[settings.name][1]
     try:
-        return kind(settings.model_validate(dict(chosen)))
+        return kind(settings)
     except TypeError as error:
         raise PluginError(
-            f"selection {chosen['name']}: {error}: it must define __init__(self, settings), which gets "
+            f"selection {settings.name}: {error}: it must define __init__(self, settings), which gets "
             "its settings and nothing else"
         ) from error
 

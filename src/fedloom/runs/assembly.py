@@ -30,6 +30,8 @@ from fedloom.methods import make_method
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
+from fedloom.methods.contract.row_losses import ACTION as LOSSES
+from fedloom.methods.contract.row_losses import RowLosses
 from fedloom.methods.contract.soundness import sound_handlers
 from fedloom.methods.contract.unseen_clients import ACTION as UNSEEN
 from fedloom.methods.contract.unseen_clients import UnseenClients
@@ -193,9 +195,10 @@ def _components(
     accounts, bad_rows = _accounted(bundles, public.get(own.key), models)
     prompts = _prompts(bundles)
     handlers = {
-        **sound_handlers(method, (EVALUATE, UNSEEN)),
+        **sound_handlers(method, (EVALUATE, UNSEEN, LOSSES)),
         EVALUATE: evaluator.handler(),
         UNSEEN: unseen_clients.handler(),
+        LOSSES: RowLosses(method).handler(),
     }
     engine = _local_engine(
         bundles, resources, train, handlers, store, ledger, server.participations, on_step

@@ -34,7 +34,7 @@ def selection_of(experiment: Experiment) -> Selection:
     if experiment.privacy.unit == "client":
         federation = experiment.federation
         return Poisson(min(1.0, federation.cohort_size / _members(experiment)))
-    return make_selection(experiment.federation.selection)
+    return make_selection(experiment.selection)
 
 
 class RunPrivacy:

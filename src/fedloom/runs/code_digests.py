@@ -12,8 +12,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from fedloom.errors import CheckpointError
 from fedloom.experiment.experiment import SECTIONS, Experiment
-from fedloom.federation.selection import KEY as SELECTION
-from fedloom.federation.selection import SELECTIONS
 from fedloom.objectives.base import Objective
 from fedloom.runs.partitioning import SOURCES, own_source
 from fedloom.settings.plugins import Choices, plugin_error
@@ -101,7 +99,6 @@ def plugins_record(experiment: Experiment) -> dict[str, dict[str, str]]:
     }
     source = own_source(experiment.data)
     found["data"] = SOURCES.provenance(source) if source is not None else None
-    found[SELECTION] = SELECTIONS.provenance(experiment.federation.selection["name"])
     return {section: own.to_record() for section, own in found.items() if own is not None}
 
 
@@ -111,7 +108,7 @@ def plugin_digests(experiment: Experiment) -> dict[str, str]:
     Where rows come from is each party's own affair, and who is drawn the server's.
     """
     found = plugins_record(experiment)
-    apart = ("data", SELECTION)
+    apart = ("data", "selection")
     return {section: own["sha256"] for section, own in found.items() if section not in apart}
 
 
@@ -152,10 +149,11 @@ def require_same_plugins(folder: Path, run: Record | None, experiment: Experimen
     for section in sorted(before.keys() | now.keys()):
         old, new = before.get(section, {}), now.get(section, {})
         if old.get("sha256") != new.get("sha256"):
-            named = {
-                "data": f"data.source = {experiment.data.source!r}",
-                SELECTION: f"{SELECTION} = {experiment.federation.selection['name']!r}",
-            }.get(section) or f"{section}.name = {getattr(experiment, section).name!r}"
+            named = (
+                f"data.source = {experiment.data.source!r}"
+                if section == "data"
+                else f"{section}.name = {getattr(experiment, section).name!r}"
+            )
             raise CheckpointError(
                 f"{folder} was begun with another {named}: its file had SHA-256 "
                 f"{old.get('sha256', '')[:12]}, {new.get('file')} has {new.get('sha256', '')[:12]}: "

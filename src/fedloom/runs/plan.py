@@ -8,7 +8,7 @@ from fedloom.accounting.quantities import human_count
 from fedloom.evaluation.metrics import PRIMARY_METRICS
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
-from fedloom.federation.selection import draw
+from fedloom.federation.selection import Uniform, UniformSettings, draw
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.client_privacy import selection_of
 from fedloom.runs.model_building import of_server
@@ -77,6 +77,8 @@ def _ahead(
     }
     new, found = set(sizes), [RoundWork(0.0)]
     selection, presence = selection_of(experiment), Presence.of(sizes)
+    if selection.informed:  # whom it draws follows from what is told by then
+        selection = Uniform(UniformSettings())
     for round in range(1, federation.rounds + 1):
         cohort = draw(selection, presence, federation.drawn, federation.seed, round)
         presence = presence.closed(round, cohort, ())

@@ -51,6 +51,7 @@ from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
 from fedloom.reports import row_account
 from fedloom.runs.assembly import RunComponents
+from fedloom.runs.client_privacy import selection_of
 from fedloom.runs.code_digests import MadeWith, plugins_record
 from fedloom.runs.initial_adapter import Start
 from fedloom.runs.model_building import of_server
@@ -113,9 +114,11 @@ def run_record(
         "data": _data_record(experiment, parts),
         "classes": list(division.classes),
         "method": experiment.method.name,
-        "selection": experiment.federation.selection,
+        "selection": experiment.selection.model_dump(),
         "method_role": _role(parts.method),
-        "sections": [asdict(own) for own in parts.method.sections],
+        "sections": [
+            asdict(own) for own in (*parts.method.sections, *selection_of(experiment).sections)
+        ],
         "client_memory": _client_memory(experiment, parts),
         "traffic": to_record(
             compressed(

@@ -33,12 +33,13 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
-from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
 from fedloom.federation.rounds import Server
 from fedloom.federation.secure_exchange import SecureAggregation
+from fedloom.federation.selection import Selection, UniformSettings
 from fedloom.federation.violations import of_rounds
+from fedloom.methods.contract.row_losses import RowLosses
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.saved_adapter import WEIGHTS
@@ -530,6 +531,8 @@ class _Run:
             self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
             if self.private is not None:
                 restore(self.private, saved.records)
+            if "selection" in saved.records:
+                self.selection.restore(saved.records["selection"])
             if self.compression is not None and saved.wire is not None:
                 self.compression.restore(saved.wire, saved.held)
             if self.clock is not None and saved.clock is not None:
@@ -542,8 +545,8 @@ class _Run:
     def _for_clients(self, start: Tensors) -> Experiment:
         """Return the experiment as sent to clients: without other members, paths and the selection."""
         own = told(self.experiment, self.start, start)
-        servers = {"members": None, "selection": FederationSettings().selection}
-        return replace(own, federation=own.federation.model_copy(update=servers))
+        federation = own.federation.model_copy(update={"members": None})
+        return replace(own, federation=federation, selection=UniformSettings())
 
     def _count_start(self, start: Tensors) -> None:
         """Count the bytes that each client would be sent before the first round."""
@@ -637,7 +640,9 @@ class _Run:
             reported=reported(parts.objective),
             presence=self.presence,
             clock=self.clock,
-            selection=selection_of(experiment),
+            selection=self.selection,
+            losses=RowLosses(parts.method).request,
+            measured=self.remote is not None,
             private=self.private,
             secure=self._secure(),
             compression=self.compression,
@@ -711,6 +716,11 @@ class _Run:
             self._save(self.last)
 
     @cached_property
+    def selection(self) -> Selection:
+        """What draws the clients of each round."""
+        return selection_of(self.experiment)
+
+    @cached_property
     def digest(self) -> str:
         """The fingerprint of what shapes the results; it stays the same over a run."""
         return fingerprint(self.experiment, self.parts.division, self.made)
@@ -718,6 +728,8 @@ class _Run:
     def _records(self) -> dict[str, Any]:
         """Return what the records are now."""
         found = {"files": self.marks.now(), "audit": self.audit.position}
+        if self.selection.informed:
+            found["selection"] = self.selection.saved()
         return found if self.private is None else found | {"privacy": self.private.saved()}
 
     def _save(self, last: _Finished) -> None:

@@ -6,8 +6,8 @@ It knows a model, rows and an objective; it knows no federation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -371,6 +371,46 @@ def local_loss(
             for part, _, metrics in step_losses(model, objective, parts, WITHOUT_GRAPHS):
                 count(totals, objective, part, metrics)
     return totals.result({}).metrics["loss"]
+
+
+def row_losses(
+    model: AdapterModel,
+    share: TokenShare,
+    objective: Objective,
+    settings: TrainingSettings,
+    rows: Sequence[int],
+) -> tuple[list[float], list[float]]:
+    """Return the loss of each of some rows of one party, and what each weighs in a mean of training.
+
+    A row's loss is that of a batch of it alone: of instructions the mean over its completion's tokens, of
+    a pair or an answer its own. An objective with a statistic of the batch takes its form for single rows
+    (:meth:`Objective.for_rows`).
+
+    Args:
+        model: Holds the adapter.
+        share: All rows, with reference log-probs where the objective needs them.
+        objective: What is minimised.
+        settings: Of training, for what a pass holds at most.
+        rows: Which rows, by place.
+
+    Returns:
+        Losses in the objective's unit, and weights of at least 0; a row in which nothing counts has
+        neither.
+    """
+    objective = objective.for_client(share.tokens.labels)
+    if isinstance(objective, StatisticObjective):
+        objective = objective.for_rows()
+    own = replace(share, mismatched=None, mismatched_reference_logps=None)
+    lay_out = StepLayout(model, own, budget_of(settings, model), WITHOUT_GRAPHS)
+    losses, weights = [], []
+    with model.evaluating():
+        for row in rows:
+            model.allowance.step()
+            parts = lay_out.batches(np.array([row]))
+            for part, term, _ in step_losses(model, objective, parts, WITHOUT_GRAPHS):
+                losses.append(float(term))
+                weights.append(objective.weight(part))
+    return losses, weights
 
 
 def step_losses(

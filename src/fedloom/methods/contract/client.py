@@ -11,11 +11,12 @@ from fedloom.data.public import PublicRows
 from fedloom.errors import PluginError
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
+from fedloom.randomness import generator
 from fedloom.tensors import Tensors
 from fedloom.training.coordinates import Coordinates
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
-from fedloom.training.steps import Driver, StepOptions, Training, local_loss
+from fedloom.training.steps import Driver, StepOptions, Training, local_loss, row_losses
 from fedloom.wire.messages import Payload
 
 Answer = TypeVar("Answer")
@@ -202,11 +203,7 @@ class Client:
         Raises:
             PluginError: Row-level privacy hides the rows, of which a loss would tell.
         """
-        if self.driver is not None:
-            raise PluginError(
-                'privacy.unit = "row": the method asks for a loss of rows, which has no noise; its '
-                "declaration should say that it does not go with row-level privacy"
-            )
+        self._require_open_losses()
         return local_loss(
             self.model,
             self.share,
@@ -217,6 +214,29 @@ class Client:
             round=self.round,
             batches=batches,
         )
+
+    def row_losses(self, rows: int) -> tuple[list[float], list[float]]:
+        """Return losses of what the model holds on so many of this client's rows, and their weights.
+
+        Of more rows, others are drawn in each round; see :func:`~fedloom.training.steps.row_losses`.
+
+        Raises:
+            PluginError: Row-level privacy hides the rows, of which a loss would tell.
+        """
+        self._require_open_losses()
+        chosen = list(range(len(self.share)))
+        if rows < len(chosen):
+            drawn = generator(self.seed, "rows whose losses are asked for", self.id, self.round)
+            chosen = sorted(drawn.choice(len(chosen), rows, replace=False).tolist())
+        return row_losses(self.model, self.share, self.objective, self.training, chosen)
+
+    def _require_open_losses(self) -> None:
+        """Refuse losses of rows that row-level privacy hides."""
+        if self.driver is not None:
+            raise PluginError(
+                'privacy.unit = "row": the method asks for a loss of rows, which has no noise; its '
+                "declaration should say that it does not go with row-level privacy"
+            )
 
 
 Handler = Callable[[Client, Payload], Payload | Trainings[Payload]]

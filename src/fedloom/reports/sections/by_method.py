@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.reports.run_data import Run
-from fedloom.reports.sections import client_table, expert_assignment, line_chart
+from fedloom.reports.sections import client_draws, client_table, expert_assignment, line_chart
 from fedloom.reports.sections.spec import KINDS, SectionSpec
 
 OVER_SEEDS = ("line_chart",)
@@ -20,6 +20,7 @@ OVER_SEEDS = ("line_chart",)
 DRAW: Mapping[str, Callable[[str, Sequence[Run]], Mapping[str, Any]]] = {
     "line_chart": line_chart.draw,
     "client_table": client_table.draw,
+    "client_draws": client_draws.draw,
     "expert_assignment": expert_assignment.draw,
 }
 """By kind: returns what ``templates/sections/KIND.html.j2`` shows of the details of some runs."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-Kind = Literal["line_chart", "client_table", "expert_assignment"]
+Kind = Literal["line_chart", "client_table", "client_draws", "expert_assignment"]
 """What draws a section, in the module of ``reports/sections`` of that name."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -20,7 +20,8 @@ class SectionSpec:
 
     Attributes:
         kind: ``line_chart``: a number, or numbers by name, against rounds. ``client_table``: a number for
-            each client id, clients by rounds. ``expert_assignment``: who holds which experts.
+            each client id, clients by rounds. ``client_draws``: why each client was drawn, by id.
+            ``expert_assignment``: who holds which experts.
         title: Its heading.
         text: What it shows, in a sentence or two below the heading; may be empty.
         key: In the rounds' details.
