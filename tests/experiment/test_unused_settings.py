@@ -118,10 +118,18 @@ CASES = {
         "clients.newcomer_steps = 5 does nothing: clients.newcomers is empty",
         {"clients": {"newcomer_steps": 5, "newcomers": [2]}},
     ),
-    "federation.selection": (
-        {"federation": {"selection": "rows"}},
-        "federation.selection = {'name': 'rows'} does nothing: all clients take part in every round",
-        {"federation": {"selection": "rows", "clients": 4, "clients_per_round": 2}},
+    "selection.name": (
+        {"selection": {"name": "rows"}},
+        "selection.name = 'rows' does nothing: all clients take part in every round",
+        {"federation": {"clients": 4, "clients_per_round": 2}, "selection": {"name": "rows"}},
+    ),
+    "selection.rows": (
+        {
+            "federation": {"clients": 4, "clients_per_round": 2},
+            "selection": {"name": "oort", "rows": 9, "losses": "training"},
+        },
+        "selection.rows = 9 does nothing: it is read where selection.losses is 'rows', which is 'training'",
+        {"selection": {"name": "oort", "rows": 9}},
     ),
     **{
         f"privacy.{name}": (
@@ -161,6 +169,7 @@ def test_every_setting_that_is_declared_has_a_case():
             for key, field in kind.model_fields.items()
             if any(isinstance(one, Of) for one in field.metadata)
         }
+    declared.add("selection.name")  # of the section, whatever it chooses
     assert {name for name in declared if not name.startswith("public.")} == {
         name for name in CASES if not name.startswith("public.")
     }

@@ -9,14 +9,14 @@ import pytest
 import fedloom
 from fedloom.errors import PluginError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import Membership, Presence
-from fedloom.federation.selection import draw, make_selection
+from fedloom.federation.selection import SELECTIONS, UniformSettings, draw, make_selection
 from fedloom.randomness import generator
 
 
 def drawn(name, presence, size, round=1, **settings):
-    return draw(make_selection({"name": name, **settings}), presence, size, 5, round)
+    own = SELECTIONS[name][0](name=name, **settings)
+    return draw(make_selection(own), presence, size, 5, round)
 
 
 def test_uniform_draws_the_bits_of_earlier_releases():
@@ -125,46 +125,67 @@ def test_a_class_of_the_users(own):
 @pytest.mark.parametrize(
     ("selection", "told"),
     [
-        ("rowz", "federation.selection = 'rowz': did you mean 'rows'?"),
-        (3, "federation.selection = 3: must be a name, or a table with one"),
-        ({"prefer": "rare"}, "must be a name, or a table with one"),
-        ({"name": "rows", "prefer": "rare"}, "federation.selection.prefer: unknown key"),
-        (
-            {"name": "availability", "prefer": "x"},
-            "federation.selection.prefer = 'x': allowed: rare, steady",
-        ),
-        ("nowhere:Last", "federation.selection = 'nowhere:Last': there is no module nowhere here"),
-        ("chosen:Lost", "federation.selection = 'chosen:Lost': module chosen has no class 'Lost'"),
+        ("rowz", "selection.name = 'rowz': did you mean 'rows'?"),
+        ("oort", "selection.rows = 2"),
+        ({"name": "rows", "prefer": "rare"}, "selection.prefer is a setting of availability"),
+        ({"name": "availability", "prefer": "x"}, "selection.prefer = 'x': allowed: rare, steady"),
+        ("nowhere:Last", "selection.name = 'nowhere:Last': there is no module nowhere here"),
+        ("chosen:Lost", "selection.name = 'chosen:Lost': module chosen has no class 'Lost'"),
         ("chosen:Without", "it must define draw"),
-        ({"name": "chosen:Last", "step": "two"}, "federation.selection.step = 'two'"),
+        ({"name": "chosen:Last", "step": "two"}, "selection.step = 'two'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(own, selection, told):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_mistakes_are_told_in_one_line(own, selection, told, earlier):
+    """In [selection], and in federation.selection of older files."""
+    if selection == "oort":
+        selection = {"name": "oort", "rows": 2}
+    named = {"name": selection} if isinstance(selection, str) else selection
+    table = {"federation": {"selection": selection}} if earlier else {"selection": named}
     with pytest.raises(SettingsError) as raised:
-        Experiment.from_table({"federation": {"selection": selection}})
+        Experiment.from_table(table)
     assert len(raised.value.problems) == 1 and told in raised.value.problems[0]
 
 
+@pytest.mark.parametrize("selection", [3, {"prefer": "rare"}, ["rows"]])
+def test_what_is_no_selection_of_an_older_file_is_told(selection):
+    with pytest.raises(SettingsError, match="must be a name, or a table with one"):
+        Experiment.from_table({"federation": {"selection": selection}})
+
+
+def test_older_files_say_it_in_federation_and_no_file_says_it_twice():
+    older = Experiment.from_table({"federation": {"selection": "rows", "clients": 4}})
+    newer = Experiment.from_table({"federation": {"clients": 4}, "selection": {"name": "rows"}})
+    assert older == newer and newer.selection.name == "rows"
+    table = {"federation": {"selection": {"name": "availability", "prefer": "steady"}}}
+    assert Experiment.from_table(table).selection.prefer == "steady"
+    with pytest.raises(SettingsError, match=r"\[selection\] too, which is its new name"):
+        Experiment.from_table({**table, "selection": {"name": "rows"}})
+    assert "selection" not in Experiment().to_table(defaults=False)
+    assert Experiment.from_table(newer.to_table(defaults=False)) == newer
+
+
 def test_a_client_imports_no_selection_of_a_server(own):
-    table = {"federation": {"selection": "chosen:Without"}}
-    Experiment.from_table(table, importable=lambda section, name: False)
-    assert "chosen" not in sys.modules
-    assert FederationSettings(selection="rows").selection == {"name": "rows"}
+    table = {"selection": {"name": "chosen:Without"}}
+    asked = Experiment.from_table(table, importable=lambda section, name: False)
+    assert "chosen" not in sys.modules and asked.selection == UniformSettings()
 
 
 def test_a_run_records_its_selection_and_asks_those_that_it_draws(experiment, own):
-    federation = {"clients": 4, "clients_per_round": 2, "rounds": 2, "selection": "availability"}
-    result = fedloom.run(experiment(federation=federation))
+    federation = {"clients": 4, "clients_per_round": 2, "rounds": 2}
+    chosen = {"name": "availability"}
+    result = fedloom.run(experiment(federation=federation, selection=chosen))
     rounds = map(json.loads, (result.folder / "rounds.jsonl").read_text().splitlines())
     asked = [client for record in rounds for client in record["clients"]]
     assert sorted(asked) == [0, 1, 2, 3]  # nobody twice before everybody once
     assert json.loads((result.folder / "run.json").read_text())["selection"] == {
-        "name": "availability"
+        "name": "availability",
+        "prefer": "rare",
     }
-    federation["selection"] = {"name": "chosen:Last", "step": 3}
+    chosen = {"name": "chosen:Last", "step": 3}
     other = {"folder": str(result.folder.parent / "other")}
-    again = fedloom.run(experiment(federation=federation, output=other))
+    again = fedloom.run(experiment(federation=federation, selection=chosen, output=other))
     rounds = map(json.loads, (again.folder / "rounds.jsonl").read_text().splitlines())
     assert [record["clients"] for record in rounds] == [[], [0, 3], [0, 3]]
     run = json.loads((again.folder / "run.json").read_text())
-    assert run["plugins"]["federation.selection"]["name"] == "Last"
+    assert run["plugins"]["selection"]["name"] == "Last"

@@ -145,7 +145,7 @@ def test_other_methods_are_refused_with_their_reason(private, name):
         ({"admission": {"max_change": 1.0}}, "the clip bounds every change"),
         ({"method": {"name": "local_only"}}, "judged and saved as it is"),
         ({"federation": {"replacements": 1}}, "leave out federation.replacements = 1"),
-        ({"federation": {"selection": "rows"}}, "leave out federation.selection = 'rows'"),
+        ({"selection": {"name": "rows"}}, "leave out selection.name = 'rows'"),
         ({"privacy": {"delta": 0.5}}, "not below 1 / federation.clients"),
         ({"privacy": {"amplification": True}}, "sampling hides nobody"),
         ({"privacy": {"target_epsilon": 3.0}}, "give one of privacy.noise_multiplier"),
