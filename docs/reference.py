@@ -1,7 +1,7 @@
 """Write the reference pages of the documentation from the code: every setting, and every command.
 
-``python docs/reference.py`` writes ``settings.md``, ``commands.md`` and the tables of ``methods.md``
-beside this file; a test compares them with the code.
+``python docs/reference.py`` writes ``settings.md``, ``commands.md`` the tables of ``methods.md``
+and the lists of ``choose_method.md`` beside this file; a test compares them with the code.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
+from fedloom.accounting.traffic import ParameterTraffic
 from fedloom.data.continuations import ContinuationSettings
 from fedloom.deployment.client_file import OWN_SECTIONS
 from fedloom.deployment.gateway import GatewaySettings
@@ -26,10 +28,12 @@ from fedloom.experiment.aliases import ALIASES
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import SELECTIONS
 from fedloom.methods import METHODS
+from fedloom.methods.declaration import DRIFT
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.benchmarks import GenerationSettings
 from fedloom.runs.comparison import CompareSettings, LinkSettings
 from fedloom.settings.schema import Settings, descriptions
+from fedloom.tensors import tensor_bytes
 
 HERE = Path(__file__).parent
 
@@ -154,11 +158,11 @@ def settings_page() -> str:
     for field in dataclasses.fields(Experiment):
         if field.name in ("name", "objective", "method", "notes"):
             continue
+        if field.name == "selection":
+            lines += named("selection", SELECTIONS)
+            continue
         kind: Any = field.default_factory
         lines += section(f"[{field.name}]", kind)
-        if field.name == "federation":
-            for name, (own, _) in SELECTIONS.items():
-                lines += section(f"selection: {name}", own, 3)
         if field.name == "partition":
             lines += named("objective", OBJECTIVES) + named("method", METHODS)
     lines += ["## Beside an experiment", ""]
@@ -220,20 +224,27 @@ def _commands(command: Any, words: list[str]) -> Iterator[str]:
 
 def methods_page() -> str:
     """Return the page of methods with its tables written anew."""
-    tables = {"methods": _declared(), "works": _works(), "absence": _absence()}
-    return _with_tables("methods.md", tables)
+    return _rewritten("methods", {"methods": _declared(), "works": _works(), "absence": _absence()})
 
 
 def other_tools_page() -> str:
     """Return the page on names in other tools with its table written anew."""
-    return _with_tables("other_tools.md", {"names": _aliases()})
+    return _rewritten("other_tools", {"names": _aliases()})
 
 
-def _with_tables(file: str, tables: dict[str, Iterator[str]]) -> str:
-    page = (HERE / file).read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        opening = f"<!-- {name}: written by docs/reference.py -->\n"
-        before, _, rest = page.partition(opening)
+def choose_method_page() -> str:
+    """Return the page that guides to a method with its lists written anew."""
+    return _rewritten("choose_method", {name: _listed(holds) for name, holds in SITUATIONS.items()})
+
+
+def _rewritten(name: str, parts: dict[str, Iterator[str]]) -> str:
+    """Return a page with what stands between its comments written anew."""
+    page = (HERE / f"{name}.md").read_text(encoding="utf-8")
+    for part, lines in parts.items():
+        opening = f"<!-- {part}: written by docs/reference.py -->\n"
+        before, found, rest = page.partition(opening)
+        if not found:
+            raise SystemExit(f"docs/{name}.md has no line {opening!r}")
         after = rest.partition("<!-- end -->")[2]
         page = before + opening + "\n" + "\n".join(lines) + "\n\n<!-- end -->" + after
     return page
@@ -251,14 +262,123 @@ def _aliases() -> Iterator[str]:
         yield f"| `{ours}` | {', '.join(names)} |"
 
 
+def _lora_of_7b() -> dict[str, torch.Tensor]:
+    """Return the adapter that bytes are counted of: LoRA of rank 8, shapes alone."""
+    return {
+        f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_{factor}.weight": torch.empty(
+            (8, 4096) if factor == "A" else (4096, 8), device="meta"
+        )
+        for layer in range(32)
+        for module in ("q_proj", "v_proj")
+        for factor in "AB"
+    }
+
+
+def bytes_of(name: str) -> tuple[float, float] | None:
+    """Return bytes down and up beside FedAvg's, ``None`` where they follow from more than the adapter."""
+    settings, kind = METHODS[name]
+    whole = tensor_bytes(_lora_of_7b())
+    if kind.pools_data:
+        return 0.0, 0.0
+    try:
+        own = kind(settings()).traffic(_lora_of_7b())
+    except AttributeError:  # it asks the server's side of a run
+        return None
+    if not isinstance(own, ParameterTraffic):
+        return None
+    steps = 10
+    return (own.down + own.also_down) / whole, (own.up + steps * own.up_a_step) / whole
+
+
+def _bytes(name: str) -> str:
+    found = bytes_of(name)
+    if found is not None:
+        return " / ".join(f"{share:.2g}" for share in found)
+    return {
+        "FedLLM": "by cohort, ranks or experts",
+        "KD-FedLLM": "by public rows",
+        "Split-FedLLM": "by the tokens of every step",
+    }[METHODS[name][1].declares.framework]
+
+
+def _is_method(name: str) -> bool:
+    return METHODS[name][1].declares.role == "method"
+
+
+def _is_personal(name: str) -> bool:
+    kind = METHODS[name][1]
+    return kind.personal or kind.own_models
+
+
+def _sends_little(name: str) -> bool:
+    found = bytes_of(name)
+    return found is not None and sum(found) <= 1.0
+
+
+SITUATIONS: dict[str, Any] = {
+    "disagree": _is_personal,
+    "drift": lambda name: METHODS[name][1].declares.problem == DRIFT,
+    "models": lambda name: METHODS[name][1].mixed_models,
+    "ranks": lambda name: METHODS[name][1].mixed_ranks and not METHODS[name][1].mixed_models,
+    "links": _sends_little,
+    "speeds": lambda name: METHODS[name][1].asynchronous,
+    "small": lambda name: not METHODS[name][1].whole_at_clients or METHODS[name][1].submixtures,
+    "rules": lambda name: METHODS[name][1].averages,
+    "summed": lambda name: METHODS[name][1].declares.secure_aggregation.holds,
+    "private": lambda name: METHODS[name][1].declares.client_privacy.holds,
+}
+"""What is listed on the page that guides to a method: name of the part to which methods are in it."""
+
+
+def _listed(holds: Any) -> Iterator[str]:
+    names = [f"`{name}`" for name in METHODS if _is_method(name) and holds(name)]
+    yield ", ".join(names) + "." if names else "None yet."
+
+
+def problem_of(name: str) -> str:
+    """Return the problem that a method is for, as its traits and its declaration say."""
+    kind = METHODS[name][1]
+    traits = {
+        "clients disagree": _is_personal(name),
+        "unlike models": kind.mixed_models,
+        "unlike ranks": kind.mixed_ranks and not kind.mixed_models,
+        "unlike speeds": kind.asynchronous,
+        "no room for the whole model": SITUATIONS["small"](name),
+        "slow links": _sends_little(name),
+        "the mean of factors is not that of products": kind.changes_backbone and kind.two_factors,
+    }
+    found = [words for words, holds in traits.items() if holds and _is_method(name)]
+    found += [kind.declares.problem] if kind.declares.problem else []
+    return "; ".join(found) or ("one model for all" if _is_method(name) else "a baseline")
+
+
 def _declared() -> Iterator[str]:
-    yield "| method | paper | | what travels | what a client keeps |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield (
+        "| method | problem | exactness | what travels | bytes down / up | what a client keeps | "
+        "public rows | secure aggregation | privacy of clients / rows | absence | between machines |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, (_, kind) in METHODS.items():
         own = kind.declares
-        paper = f"[{own.title}]({own.paper})" if own.paper else own.title
-        fidelity = f"{own.fidelity}: {own.difference}" if own.difference else own.fidelity
-        yield f"| `{name}` | {paper} | {fidelity} | {own.travels} | {own.keeps} |"
+        paper = f"`{name}`: [{own.title}]({own.paper})" if own.paper else f"`{name}`: {own.title}"
+        cells = [
+            paper,
+            problem_of(name),
+            f"{own.fidelity}: {own.difference}" if own.difference else own.fidelity,
+            own.travels,
+            _bytes(name),
+            own.keeps,
+            "needed" if kind.needs_public else "no",
+            _yes(own.secure_aggregation.holds),
+            f"{_yes(own.client_privacy.holds)} / {_yes(own.row_privacy.holds)}",
+            _yes(own.absence.tolerated),
+            _yes(not kind.asynchronous and not kind.pools_data),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def _works() -> Iterator[str]:
@@ -305,3 +425,4 @@ if __name__ == "__main__":
     (HERE / "commands.md").write_text(commands_page(), encoding="utf-8")
     (HERE / "methods.md").write_text(methods_page(), encoding="utf-8")
     (HERE / "other_tools.md").write_text(other_tools_page(), encoding="utf-8")
+    (HERE / "choose_method.md").write_text(choose_method_page(), encoding="utf-8")

@@ -15,7 +15,9 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
 
 
-@pytest.mark.parametrize("page", ["settings", "commands", "methods", "other_tools"])
+@pytest.mark.parametrize(
+    "page", ["settings", "commands", "methods", "choose_method", "other_tools"]
+)
 def test_reference_pages_are_what_the_code_says(page):
     written = runpy.run_path(str(DOCS / "reference.py"))[f"{page}_page"]()
     assert (DOCS / f"{page}.md").read_text() == written, "run: python docs/reference.py"

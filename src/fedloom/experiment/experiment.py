@@ -151,8 +151,8 @@ class Experiment:
             problems.append(f"[{COMPARE}]: this is a comparison; run it with fedloom compare")
         for section in sorted(table.keys() - SECTIONS.keys()):
             problems.append(f"[{section}]: unknown section; {nearest(section, SECTIONS)}")
-        table, complaints = moved_selection(table)
-        problems += complaints
+        table, told, complaints = moved_selection(table)
+        notes, problems = [*notes, *told], [*problems, *complaints]
         parts: dict[str, Any] = {}
         for section in SECTIONS:
             settings, complaints = _parse_section(section, table.get(section, {}), importable)

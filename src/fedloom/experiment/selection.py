@@ -13,8 +13,8 @@ EARLIER = "federation.selection"
 """The setting of earlier releases, which is still read."""
 
 
-def moved_selection(table: Mapping[str, Any]) -> tuple[Table, list[str]]:
-    """Return a table with ``federation.selection`` as the section ``[selection]``, and mistakes in it.
+def moved_selection(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str]]:
+    """Return a table with ``federation.selection`` as the section ``[selection]``, notes and mistakes.
 
     Args:
         table: Section to its settings, as a file has them.
@@ -22,22 +22,30 @@ def moved_selection(table: Mapping[str, Any]) -> tuple[Table, list[str]]:
     table = dict(table)
     federation = table.get("federation")
     if not isinstance(federation, Mapping) or "selection" not in federation:
-        return table, []
+        return table, [], []
     chosen = federation["selection"]
     table["federation"] = {key: own for key, own in federation.items() if key != "selection"}
     if "selection" in table:
-        return table, [
-            f"{EARLIER} = {chosen!r:.60}: there is a section [selection] too, which is its new name; "
-            f"leave {EARLIER} out"
-        ]
+        return (
+            table,
+            [],
+            [
+                f"{EARLIER} = {chosen!r:.60}: there is a section [selection] too, which is its new name; "
+                f"leave {EARLIER} out"
+            ],
+        )
     named = {"name": chosen} if isinstance(chosen, str) else chosen
     if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
-        return table, [
-            f"{EARLIER} = {chosen!r:.60}: must be a name, or a table with one; write [selection] "
-            'name = "availability"'
-        ]
+        return (
+            table,
+            [],
+            [
+                f"{EARLIER} = {chosen!r:.60}: must be a name, or a table with one; write [selection] "
+                'name = "availability"'
+            ],
+        )
     table["selection"] = dict(named)
-    return table, []
+    return table, [f"{EARLIER} is read as the section [selection], its new name"], []
 
 
 def selection_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:

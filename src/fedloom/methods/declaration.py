@@ -71,6 +71,8 @@ class Declaration:
         compression_bits: Bits that a coded number has at least, before the entropy stage.
         role: baseline: what other methods are weighed against; it is no way to train a federation.
         reference: Whether methods with personal models are weighed against it.
+        problem: The problem that it is for, beside those that the traits of its class show
+            (``docs/reference.py``); "" for none.
     """
 
     title: str
@@ -89,6 +91,7 @@ class Declaration:
     reference: bool = False
     compression: Claim = UNDECLARED
     compression_bits: int = 0
+    problem: str = ""
 
 
 def yes(why: str) -> Claim:
@@ -157,6 +160,12 @@ ADDS_TO_BACKBONE = Absence(
 )
 """Of methods that put what was learnt into the backbone."""
 
+DRIFT = "clients' rows differ, so that their adapters drift apart in a round"
+"""Problem of methods that correct it."""
+
+SERVER_STEPS = "the mean of changes is a noisy step, which a server's optimizer smooths or scales"
+"""Problem of methods whose server has an optimizer."""
+
 
 def averaging(
     title: str,
@@ -172,6 +181,7 @@ def averaging(
     absence: Absence = AVERAGED,
     reference: bool = False,
     compression: Claim = CODED_CHANGES,
+    problem: str = "",
 ) -> Declaration:
     """Return what a method is whose server needs a mean of parameters alone, trained by plain steps."""
     return Declaration(
@@ -189,4 +199,5 @@ def averaging(
         absence=absence,
         reference=reference,
         compression=compression,
+        problem=problem,
     )

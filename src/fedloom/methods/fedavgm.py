@@ -16,7 +16,7 @@ from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import averaging
+from fedloom.methods.declaration import SERVER_STEPS, averaging
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
 
@@ -39,6 +39,7 @@ class FedAvgM(Method):
         "https://arxiv.org/abs/1909.06335",
         "adapted",
         "on the adapter",
+        problem=SERVER_STEPS,
     )
     reveals = ADAPTERS_ALONE
     taken = ("beta1",)

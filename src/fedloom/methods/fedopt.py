@@ -27,7 +27,7 @@ from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, train_and_upload, training_exchange
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import averaging
+from fedloom.methods.declaration import SERVER_STEPS, averaging
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
 
@@ -126,6 +126,7 @@ class FedAdagrad(_FedOpt):
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
+        problem=SERVER_STEPS,
     )
     taken = ("eta", "tau")
 
@@ -163,6 +164,7 @@ class FedAdam(_MomentumFedOpt):
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
+        problem=SERVER_STEPS,
     )
 
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:
@@ -178,6 +180,7 @@ class FedYogi(_MomentumFedOpt):
         "https://arxiv.org/abs/2003.00295",
         "adapted",
         "on the adapter",
+        problem=SERVER_STEPS,
     )
 
     def second(self, previous: Tensors, signal: Tensors) -> Tensors:

@@ -14,7 +14,7 @@ from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import proximal_gradient, training_exchange
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import averaging
+from fedloom.methods.declaration import DRIFT, averaging
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State
 from fedloom.wire.messages import Payload
@@ -36,6 +36,7 @@ class FedProx(Method):
         "https://arxiv.org/abs/1812.06127",
         "adapted",
         "on the adapter; a fixed amount of work in place of inexact solutions",
+        problem=DRIFT,
     )
     reveals = ADAPTERS_ALONE
     taken = ("mu",)

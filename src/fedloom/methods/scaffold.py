@@ -28,6 +28,7 @@ from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import (
+    DRIFT,
     OWN_STEPS,
     SEVERAL_PARTS,
     SUMMED,
@@ -74,6 +75,7 @@ class Scaffold(Method):
             "trains with the c_k that it kept (0 at first) and today's c",
             "N stays; its last c_k stays in c",
         ),
+        problem=DRIFT,
     )
     reveals: frozenset[Reveal] = frozenset({"adapters", "control_variates"})
 
