@@ -17,6 +17,9 @@ total, so that the totals of a run do not depend on whether it was stopped."""
 EVALUATE = "evaluate"
 """The phase, and the action, that trains nothing."""
 
+ROW_LOSSES = "row_losses"
+"""The phase, and the action, in which clients say what their rows lose, by which some are drawn."""
+
 BEGIN = "begin"
 """Phase in which a client is sent the starting adapter of the run."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, SERVER
+from fedloom.accounting.costs import BEGIN, REFERENCE, REPEATED, ROW_LOSSES, SERVER
 from fedloom.accounting.traffic import Done, Sent, from_record
 from fedloom.storage.run_folder import Record
 
@@ -17,7 +17,7 @@ EVALUATION = "evaluate"
 
 @dataclass(frozen=True)
 class ClientRound:
-    """One client in one round, evaluation left out.
+    """One client in one round, without evaluation and what it was asked before it was drawn.
 
     Attributes:
         round: From 1.
@@ -44,7 +44,8 @@ def turns(run: Record, costs: Iterable[Record]) -> list[ClientRound]:
     """Return every client's turns, given ``run.json`` and the lines of ``costs.jsonl``."""
     found: dict[tuple[int, int], list[Record]] = {}
     for cost in client_costs(costs):
-        found.setdefault((cost["round"], cost["client"]), []).append(cost)
+        if cost["phase"] != ROW_LOSSES:
+            found.setdefault((cost["round"], cost["client"]), []).append(cost)
     traffic = from_record(run["traffic"]) if run.get("traffic") else None
     return [
         ClientRound(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fedloom.accounting.costs import ROW_LOSSES
 from fedloom.accounting.garbage import without_collection
 from fedloom.accounting.ledger import Ledger
 from fedloom.data.client_rows import TokenShare
@@ -30,7 +31,6 @@ from fedloom.methods import make_method
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.federated_evaluation import Evaluator
 from fedloom.methods.contract.method import Method, ServerSide
-from fedloom.methods.contract.row_losses import ACTION as LOSSES
 from fedloom.methods.contract.row_losses import RowLosses
 from fedloom.methods.contract.soundness import sound_handlers
 from fedloom.methods.contract.unseen_clients import ACTION as UNSEEN
@@ -195,10 +195,10 @@ def _components(
     accounts, bad_rows = _accounted(bundles, public.get(own.key), models)
     prompts = _prompts(bundles)
     handlers = {
-        **sound_handlers(method, (EVALUATE, UNSEEN, LOSSES)),
+        **sound_handlers(method, (EVALUATE, UNSEEN, ROW_LOSSES)),
         EVALUATE: evaluator.handler(),
         UNSEEN: unseen_clients.handler(),
-        LOSSES: RowLosses(method).handler(),
+        ROW_LOSSES: RowLosses(method).handler(),
     }
     engine = _local_engine(
         bundles, resources, train, handlers, store, ledger, server.participations, on_step

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from fedloom.accounting.costs import ROW_LOSSES
 from fedloom.errors import MessageError, TrainingError
 from fedloom.federation.informed_selection import LEAST_ROWS
 from fedloom.methods.contract.client import Client, Handler
@@ -19,8 +20,6 @@ from fedloom.methods.contract.method import Method
 from fedloom.tensors import State
 from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import NumberSpec, Schema, amount, score
-
-ACTION = "row_losses"
 
 ROWS = NumberSpec("rows", LEAST_ROWS, 2.0**40)
 """Most rows whose losses are asked for."""
@@ -63,7 +62,7 @@ class RowLosses:
         """
         sent = self.method.sent_for_evaluation(state) or {}
         return Exchange.broadcast(
-            ACTION,
+            ROW_LOSSES,
             round,
             tuple(sorted(clients)),
             Payload(sent, {"rows": float(rows)}),

@@ -6,7 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.accounting.quantities import human_number, human_seconds
+from fedloom.accounting.costs import ROW_LOSSES
+from fedloom.accounting.quantities import (
+    human_bytes,
+    human_flops,
+    human_number,
+    human_seconds,
+)
 from fedloom.reports.client_tables import ClientTable
 from fedloom.reports.run_data import Run
 
@@ -33,7 +39,14 @@ def draw(key: str, runs: Sequence[Run]) -> dict[str, Any]:
     ordered = sorted(drawn, key=lambda client: (len(client), client))  # 9 before 10
     columns = ["client", "drawn", "answered", "last loss", "last time", "why"]
     rows = [_row(client, drawn[client]) for client in ordered]
-    return {"table": ClientTable(columns, rows, lists=True), "rounds": rounds}
+    asked = [cost for cost in runs[0].costs if cost["phase"] == ROW_LOSSES]
+    return {
+        "table": ClientTable(columns, rows, lists=True),
+        "rounds": rounds,
+        "asked": len(asked),
+        "bytes": human_bytes(sum(cost["bytes_down"] + cost["bytes_up"] for cost in asked)),
+        "flops": human_flops(sum(cost["flops"] or 0 for cost in asked)),
+    }
 
 
 def _row(client: str, facts: Sequence[Mapping[str, Any]]) -> list[str]:
