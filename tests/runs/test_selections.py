@@ -6,7 +6,8 @@ import math
 import pytest
 
 import fedloom
-from fedloom.errors import Interrupted, SettingsError
+from fedloom.engines.in_process import SimulationEngine
+from fedloom.errors import Interrupted, MessageError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import SELECTIONS
 from fedloom.methods import METHODS
@@ -19,11 +20,13 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.security.audit_log import events
 from fedloom.training.steps import local_loss
+from fedloom.wire.messages import Answer, Payload
+from unchecked import encode_anything
 
 INFORMED = [name for name, (_, kind) in SELECTIONS.items() if kind.informed]
 SMALL = {
     "data": {"builtin_rows": 60},
-    "federation": {"rounds": 4, "clients": 5, "clients_per_round": 2},
+    "federation": {"rounds": 3, "clients": 5, "clients_per_round": 2},
     "training": {"local_steps": 1},
     "evaluation": {"every": 9, "per_client": False, "max_examples": 4, "samples": 0},
 }
@@ -74,7 +77,7 @@ def test_interrupted_it_draws_the_same(experiment, tmp_path, name, losses):
     assert all(facts["seconds"] > 0 for r in found[1:] for facts in r[1]["selection"].values())
     broken = experiment(**own, output={"folder": str(tmp_path / "broken"), "checkpoint_every": 2})
     with pytest.raises(Interrupted):
-        fedloom.run(broken, observer=Stop(5))
+        fedloom.run(broken, observer=Stop(4))
     again = resume_run(tmp_path / "broken")
     assert draws(again.folder) == (found, states)
 
@@ -106,7 +109,7 @@ def test_candidates_are_sent_the_model_and_their_losses_are_counted(experiment):
     ]
     table = section.content["table"]
     assert not section.note and len(table.rows) == 5
-    assert sum(int(row[1]) for row in table.rows) == 2 * 4
+    assert sum(int(row[1]) for row in table.rows) == 2 * 3
     assert {row[5] for row in table.rows if row[1] != "0"} <= {
         f"a large loss ({n})" for n in range(5)
     }
@@ -174,6 +177,40 @@ def test_what_it_cannot_go_with_is_told_before_anything_is_read(table, sections,
     with pytest.raises(SettingsError) as raised:
         Experiment.from_table(own)
     assert sum(told in problem for problem in raised.value.problems) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("claim", "kind"),
+    [
+        ({"loss": math.nan, "root_mean_square": 1.0}, "not_finite"),
+        ({"loss": 1e12, "root_mean_square": 1.0}, "out_of_range"),
+        ({"loss": 1.0, "root_mean_square": -1.0}, "out_of_range"),
+    ],
+)
+def test_a_loss_out_of_range_is_a_violation_and_draws_nobody(experiment, monkeypatch, claim, kind):
+    plain = SimulationEngine.answer
+
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
+        if exchange.action != "row_losses" or client != 1:
+            return found
+        return Answer(client, encode_anything(Payload(numbers=claim), exchange.reply_schema))
+
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
+    chosen = {"name": "power_of_choice", "candidates": 5, "rows": 8}
+    result = fedloom.run(experiment(**SMALL, selection=chosen))
+    records = lines(result.folder, "rounds.jsonl")[1:]
+    assert not any(1 in record["clients"] for record in records)
+    assert all(record["details"]["candidates"].keys() == {"0", "2", "3", "4"} for record in records)
+    assert {(v["client"], v["kind"]) for r in records for v in r["offences"]} == {(1, kind)}
+
+
+def test_a_client_says_nothing_of_fewer_rows_than_eight(experiment):
+    parts = assemble(settings := experiment(federation={"clients": 1}), partition_data(settings))
+    handler = parts.local.handlers["row_losses"]
+    with pytest.raises(MessageError, match="losses of 1 rows are asked for, 8 is the least"):
+        handler(parts.local.client(0, 1), Payload(parts.initial, {"rows": 1.0}))
 
 
 EVERY = sorted(
