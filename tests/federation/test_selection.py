@@ -156,7 +156,8 @@ def test_what_is_no_selection_of_an_older_file_is_told(selection):
 def test_older_files_say_it_in_federation_and_no_file_says_it_twice():
     older = Experiment.from_table({"federation": {"selection": "rows", "clients": 4}})
     newer = Experiment.from_table({"federation": {"clients": 4}, "selection": {"name": "rows"}})
-    assert older == newer and newer.selection.name == "rows"
+    assert older.to_table() == newer.to_table() and newer.selection.name == "rows"
+    assert older.notes == ("federation.selection is read as the section [selection], its new name",)
     table = {"federation": {"selection": {"name": "availability", "prefer": "steady"}}}
     assert Experiment.from_table(table).selection.prefer == "steady"
     with pytest.raises(SettingsError, match=r"\[selection\] too, which is its new name"):
