@@ -332,11 +332,8 @@ class _Examiner:
             "training": self._training(),
             "privacy": self._privacy(),
         }
-        for name in SECTIONS.keys() - {
-            "data",
-            "selection",
-            *sections,
-        }:  # who is drawn is the server's
+        apart = {"data", "selection", *sections}  # who is drawn is the server's affair
+        for name in SECTIONS.keys() - apart:
             sections[name] = self._section(name)
         experiment = None
         if data is not None and not self.refusals:

@@ -198,8 +198,10 @@ def _components(
         **sound_handlers(method, (EVALUATE, UNSEEN, ROW_LOSSES)),
         EVALUATE: evaluator.handler(),
         UNSEEN: unseen_clients.handler(),
-        ROW_LOSSES: RowLosses(method).handler(),
     }
+    privacy = bundles.experiment.privacy
+    if privacy.unit is None and not privacy.secure_aggregation:  # whoever asks
+        handlers[ROW_LOSSES] = RowLosses(method).handler()
     engine = _local_engine(
         bundles, resources, train, handlers, store, ledger, server.participations, on_step
     )
