@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_says_so(folder):
 
 
 def test_a_run_without_any_round_still_gives_a_page(folder):
-    for name in ("summary.json", "rounds.jsonl", "costs.jsonl", "samples.json"):
+    for name in ("summary.json", "rounds.jsonl", "costs.jsonl"):
         (folder / name).unlink()
     assert "Nothing has been evaluated yet" in write_report([folder]).read_text()
 
