@@ -138,6 +138,10 @@ class OutOfStepError(MessageError):
     """What a client sent goes on from another state than is known here, as after a loss: no violation."""
 
 
+class SumRefused(MessageError):
+    """A client refuses a stage of secure aggregation; the text names clients and stages alone."""
+
+
 class TrainingError(FedloomError):
     """Local training failed on one client."""
 

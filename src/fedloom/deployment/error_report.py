@@ -23,6 +23,7 @@ from fedloom.errors import (
     NonFiniteLoss,
     PolicyError,
     PrivacyError,
+    SumRefused,
     VerificationError,
 )
 from fedloom.wire.envelope import LACKS_START
@@ -47,6 +48,9 @@ LINES |= {
     "experiment": "this client cannot take part in it",
     "policy.privacy.require": "the experiment hides less of this client's rows than this client demands",
     "policy.privacy.column": "the experiment's unit of privacy is another than this client demands",
+    "policy.privacy.secure_aggregation": "the server would see this client's update by itself",
+    "policy.privacy.peers": "this client's file does not trust the keys of all clients of the sum",
+    "policy.privacy.trust_first_use": "a client of the sum has another key than at its first use",
     "policy.privacy.max_epsilon": "this client's rows have no such privacy budget left",
 }
 """Lines of a client's file that can refuse, with the text that is sent."""
@@ -107,6 +111,8 @@ def text_for_server(error: Exception) -> str:
     if isinstance(error, PolicyError):
         lines = dict.fromkeys(one.line for one in error.refusals if one.line in LINES)
         return "; ".join(f"{line}: {LINES[line]}" for line in lines) or Sentence.WORKING.value
+    if isinstance(error, SumRefused):
+        return f"secure aggregation: {error}"
     return _sentence(error).value
 
 

@@ -7,10 +7,11 @@ No torch here: commands that only read a client's file need none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedloom.settings.schema import Settings
 
@@ -23,6 +24,22 @@ REVEALING = (
     "public_rows",
 )
 """Lines that open something; each says in its docstring what it shows the server."""
+
+
+OTHERS = 2
+"""Fewest other clients of a sum."""
+
+
+def _sound_fingerprint(text: str) -> str:
+    if not re.fullmatch("SHA256:[A-Za-z0-9+/]{43}", text):
+        raise ValueError(
+            "must be the fingerprint of a key, SHA256: and 43 characters, as `ssh-keygen -lf NAME.pub` "
+            "prints it"
+        )
+    return text
+
+
+Fingerprint = Annotated[str, AfterValidator(_sound_fingerprint)]
 
 
 class PrivacyPolicySettings(Settings):
@@ -42,6 +59,17 @@ class PrivacyPolicySettings(Settings):
     """Rows with the same value in this column (a patient) are one unit, of runs and of the budget: a run
     with another privacy.column is refused. Default: each row is a unit."""
 
+    secure_aggregation: bool = False
+    """Whether a run must be one of privacy.secure_aggregation, so that the server sees sums of updates
+    and none of this client by itself; others are refused."""
+    peers: list[Fingerprint] = []
+    """Fingerprints (SHA256:..., as `fedloom keys new` and `ssh-keygen -lf NAME.pub` print them) of the
+    other members' keys, had from them and not from the coordinator. This client's update is summed with
+    theirs alone."""
+    trust_first_use: bool = False
+    """Instead of peers: trust whatever key of a member the coordinator tells first, and refuse another
+    one later. It protects from coordinators that follow the protocol, and from no other."""
+
     @property
     def demands_rows(self) -> bool:
         """Whether a run must hide rows in this client's own steps."""
@@ -58,6 +86,18 @@ class PrivacyPolicySettings(Settings):
             yield (
                 'policy.privacy.require = "client" lets in runs whose noise the coordinator adds, which '
                 'no budget here can count: use "row", or leave out max_epsilon and delta'
+            )
+        if self.peers and self.trust_first_use:
+            yield "policy.privacy: give peers or trust_first_use, not both"
+        if 0 < len(set(self.peers)) < OTHERS:
+            yield (
+                f"policy.privacy.peers names {len(set(self.peers))} other member: a sum has "
+                f"{OTHERS + 1} clients at least, so name {OTHERS} or more"
+            )
+        if self.secure_aggregation and not (self.peers or self.trust_first_use):
+            yield (
+                "policy.privacy.secure_aggregation needs policy.privacy.peers: the fingerprints of the "
+                "other members' keys (or trust_first_use = true)"
             )
         if self.column is not None and not self.demands_rows:
             yield (

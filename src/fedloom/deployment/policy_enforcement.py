@@ -122,7 +122,7 @@ DECIDED = _names(
         "public": "source kind ambiguous control_tokens",
         "partition": "kind column alpha minimum sizes feedback",
         "training": "device threads",
-        "privacy": PRIVATE,
+        "privacy": f"{PRIVATE} secure_aggregation",
     }
 )
 """Settings that the functions of this file compare with the client's file, or take in some cases
@@ -157,7 +157,7 @@ LEFT = _names(
         "selection.flash": "losses rows largest ridge width speed",
         "aggregation": "rule bad max_norm",
         "admission": "max_value max_change on_excess max_examples offences pause",
-        "privacy": "profile secure_aggregation clip_quantile clip_learning_rate clip_count_noise "
+        "privacy": "profile clip_quantile clip_learning_rate clip_count_noise "
         "amplification units_per_pass sum_bits sum_bound sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
@@ -321,6 +321,7 @@ class _Examiner:
         self._bounded("the classes", classes, "max_width")
         self._require_method()
         self._require_privacy()
+        self._require_sums()
         data = self._data()
         sections: dict[str, Any] = {
             "model": self._model(),
@@ -420,12 +421,26 @@ class _Examiner:
             what = "evaluation.per_client = true"
             self.refuse(line, f"{what} sends exact scores on this client's own held-out rows")
 
+    def _require_sums(self) -> None:
+        """Refuse to show this client's update by itself, and sums with clients that nobody here knows."""
+        demanded, asked = self.policy.privacy, self.asked.privacy
+        if demanded.secure_aggregation and not asked.secure_aggregation:
+            reason = (
+                "privacy.secure_aggregation is false: the server would see this client's update"
+            )
+            self.refuse("policy.privacy.secure_aggregation", reason)
+        if asked.secure_aggregation and not (demanded.peers or demanded.trust_first_use):
+            reason = (
+                "it names no key of another client, so that nobody here could check who is summed"
+            )
+            self.refuse("policy.privacy.peers", reason)
+
     def _privacy(self) -> PrivacySettings:
         """Return how this client's own steps hide its rows; noise elsewhere is the server's affair."""
         asked = self.asked.privacy
-        if asked.unit != "row":
-            return PrivacySettings()
-        return PrivacySettings(**{name: getattr(asked, name) for name in PRIVATE.split()})
+        names = PRIVATE.split() if asked.unit == "row" else []
+        names.append("secure_aggregation")
+        return PrivacySettings(**{name: getattr(asked, name) for name in names})
 
     def _model(self) -> ModelSettings:
         """Return the backbone: the client's own file's, or the experiment's where it may be loaded."""

@@ -41,6 +41,7 @@ from fedloom.deployment.row_privacy import (
     private_work,
 )
 from fedloom.deployment.rows import partitioned
+from fedloom.deployment.secure_sums import SecureSums, require_stage
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import (
     AuditError,
@@ -114,6 +115,7 @@ class Run:
         secret_noise: Whether noise that hides rows is drawn from the client's key.
         policy: The client's policy when the run was prepared.
         privacy: How its own steps hide its rows.
+        sums: Its part in secure aggregation, where the server sees sums alone.
         moment: Segment and round of the store in memory.
         latest: The latest segment and round with a request for work; earlier ones are over.
     """
@@ -128,6 +130,7 @@ class Run:
     secret_noise: bool
     policy: PolicySettings
     privacy: ClientPrivacy
+    sums: SecureSums | None = None
     moment: Version | None = None
     latest: tuple[int, int] = (0, 0)
 
@@ -298,6 +301,12 @@ class Worker:
         self.run = Run(
             header.run, number, segment, experiment, parts, kept, every, secret, own.policy, privacy
         )
+        if experiment.privacy.secure_aggregation:
+            member, server = self.registration.number, self.registration.gateway
+            self.run.sums = SecureSums(
+                self.client_folder, server, self.key, header.run, number, member, own.policy
+            )
+            parts.local.secure = self.run.sums.clients(experiment.federation.seed)
         return self.run
 
     def _assembled(
@@ -367,23 +376,32 @@ class Worker:
             protocol=PROTOCOL,
             plugins=plugin_digests(run.experiment),
             private=private_work(parts.row_privacies.get(number)),
+            signing=run.sums.signing() if run.sums is not None else None,
         )
 
     def _exchanged(self, run: Run, header: RequestHeader, data: bytes) -> tuple[bytes, str | None]:
         number, engine = run.client, run.parts.local
         request, reply = _schemas(header, run.policy)
+        masking = run.sums.masking(header) if run.sums is not None else None
+        stage = require_stage(header.action, engine.handlers, masking)
         moment = (len(header.began), header.round)
-        if header.action not in engine.handlers or moment < run.latest:
+        if moment < run.latest:
             raise ReportedError(Sentence.UNFIT)
         run.latest = moment
         going_on = engine.under_way(number, header.round)
-        self.day.begin_work((run.id, *moment), header.action, run.policy, going_on=going_on)
+        asked = f"{header.action} {masking.number}" if masking is not None else header.action
+        self.day.begin_work((run.id, *moment), asked, run.policy, going_on=going_on)
         self._note("asked", header, data, header.payload)  # at most as often as the policy allows
         self._remember(run, header, header.round)
-        if run.secret_noise:  # the same request gets the same noise, another request other noise
-            engine.noise_seed = secret_number(self.key, run.id, header.payload)
-        run.privacy.begin_request(header, engine.store, number, going_on=going_on)
+        if not stage:
+            if (
+                run.secret_noise
+            ):  # the same request gets the same noise, another request other noise
+                engine.noise_seed = secret_number(self.key, run.id, header.payload)
+            run.privacy.begin_request(header, engine.store, number, going_on=going_on)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})
+        if run.sums is not None and masking is not None:
+            exchange = run.sums.joined(exchange, masking, header, engine, self._trusted)
         (answer,) = engine.exchange(exchange)
         engine.finish_round()
         if number in engine.store.changed:
@@ -392,6 +410,12 @@ class Worker:
             run.kept.put(now, engine.store.flat().get(number, {}), oldest=oldest)
             engine.store.changed.clear()
         return answer.data or b"", answer.error
+
+    def _trusted(self, **facts: object) -> None:
+        """Record keys of other clients that are trusted at their first use."""
+        LOG.info("trusted at their first use: %s", facts["keys"])
+        if self.log is not None:
+            self.log.record("trusted", **facts)
 
     def _remember(self, run: Run, header: RequestHeader, round: int) -> None:
         """Load the client store as it was before this message, without discarded versions.

@@ -69,6 +69,7 @@ class RunDescription:
         start: Payload with the start of the run, sent once to every client; ``None`` where there is none.
         plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
         private: Whether clients are to hide rows in their own steps, and must say how.
+        summed: Whether their answers are summed under secure aggregation, for which each has a key.
     """
 
     run: str
@@ -83,6 +84,7 @@ class RunDescription:
     start: Tensors | None = None
     plugins: Mapping[str, str] = field(default_factory=dict)
     private: bool = False
+    summed: bool = False
 
 
 class RemoteEngine(Engine, Protocol):

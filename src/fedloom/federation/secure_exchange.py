@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from fedloom.errors import MessageError, PluginError, RoundFailed
+from fedloom.errors import MessageError, PluginError, RoundFailed, SumRefused
 from fedloom.federation.protocol import Total
 from fedloom.privacy.secure_aggregation import primitives
 from fedloom.privacy.secure_aggregation import protocol_messages as messages
@@ -61,6 +62,16 @@ EXAMPLES = "examples"
 
 Stages = Generator[Exchange, Mapping[int, str], Total]
 """Yields exchanges, is sent who is left out of each and why, and returns the sum."""
+
+
+def session_of(run: str, segment: int) -> str:
+    """Return what keys and signatures are bound to of a run: a run that is resumed has others.
+
+    Args:
+        run: Its id.
+        segment: How many times it has been started or resumed.
+    """
+    return f"{run} {segment}"
 
 
 def grid_of(masking: Masking) -> Grid:
@@ -134,13 +145,14 @@ class SecureClients:
     Attributes:
         identities: Their private Ed25519 keys.
         seed: The experiment's, from which the rounding is drawn.
+        registry: The public ones of all clients; of these alone, where it is empty.
         given: Keys of clients whose work another process has handed on.
     """
 
     identities: Mapping[int, bytes]
     seed: int
+    registry: dict[int, bytes] = field(default_factory=dict)
     given: dict[int, ClientKeys] = field(default_factory=dict)
-    _registry: dict[int, bytes] = field(default_factory=dict)
     _context: Context | None = None
     _secrets: dict[int, bytes] = field(default_factory=dict)
     _sessions: dict[int, ClientSession] = field(default_factory=dict)
@@ -157,11 +169,11 @@ class SecureClients:
         if client in self.given:
             return self.given[client]
         self._enter(exchange)
-        if not self._registry:
-            self._registry = {own: primitives.identity_of(k) for own, k in self.identities.items()}
+        if not self.registry:
+            self.registry = {own: primitives.identity_of(k) for own, k in self.identities.items()}
         if client not in self._secrets:
             self._secrets[client] = os.urandom(primitives.KEY_BYTES)
-        return ClientKeys(self.identities[client], self._registry, self._secrets[client])
+        return ClientKeys(self.identities[client], self.registry, self._secrets[client])
 
     def under_way(self, client: int) -> bool:
         """Return whether a client is between two stages of a sum."""
@@ -171,19 +183,21 @@ class SecureClients:
         """Return a client's answer to a stage that is no work on its rows.
 
         Raises:
-            MessageError: The client refuses.
+            SumRefused: The client refuses.
+            MessageError: The request does not fit its schema.
         """
         received = _message(decode(exchange.requests[client], exchange.request_schema))
-        if exchange.action == KEYS:
-            found = self._begun(exchange, client).advertise()
-        else:
-            session = self._session(exchange, client)
-            stage = {
-                SHARES: session.share,
-                SIGNATURES: session.confirm,
-                REVEALED: session.reveal,
-            }[exchange.action]
-            found = stage(received)
+        with _refusing():
+            if exchange.action == KEYS:
+                found = self._begun(exchange, client).advertise()
+            else:
+                session = self._session(exchange, client)
+                stage = {
+                    SHARES: session.share,
+                    SIGNATURES: session.confirm,
+                    REVEALED: session.reveal,
+                }[exchange.action]
+                found = stage(received)
         if exchange.action == REVEALED:
             del self._sessions[client]
             self._ended[client] = (exchange.round, _masking(exchange).number)
@@ -193,13 +207,17 @@ class SecureClients:
         """Return a client's masked answer.
 
         Raises:
-            MessageError: The answer does not fit its schema, is not finite, or the client refuses.
+            SumRefused: The client refuses.
+            MessageError: The answer does not fit its schema, or is not finite.
         """
-        masking, session = _masking(exchange), self._session(exchange, client)
+        masking = _masking(exchange)
+        with _refusing():
+            session = self._session(exchange, client)
         request = exchange.requests[client]
         words = self._words(exchange, client, reply)
         digest = digest_of(exchange, masking, request)
-        session.mask(masking.messages.get(client, b""), digest, words)
+        with _refusing():
+            session.mask(masking.messages.get(client, b""), digest, words)
         width = grid_of(masking).width
         words &= np.uint32(2**width - 1)
         return encode(_payload(MASKED, packed(words, width)), exchange.reply_schema)
@@ -239,6 +257,8 @@ class SecureClients:
         """Forget the sessions of earlier sums."""
         masking = _masking(exchange)
         context = Context(masking.run, exchange.round, masking.number)
+        if self._context is None or context.run != self._context.run:
+            self._ended = {}
         if context != self._context:
             self._context, self._secrets, self._sessions = context, {}, {}
         return context
@@ -263,6 +283,15 @@ class SecureClients:
         return self._sessions[client]
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Have what a client's session refuses be told from other errors."""
+    try:
+        yield
+    except MessageError as error:
+        raise SumRefused(str(error), error.kind) from None
+
+
 def _masking(exchange: Exchange) -> Masking:
     if exchange.masking is None:
         raise MessageError(f"{exchange.action!r} says nothing of how answers are masked")
@@ -274,7 +303,7 @@ class SecureAggregation:
     """The server of secure aggregation in the loop of rounds.
 
     Attributes:
-        run: Id of the run.
+        run: Id of the run, and which time it has been started or resumed (:func:`session_of`).
         bits: Of a value.
         bound: Largest absolute value.
         stochastic: Whether values are rounded at random.
@@ -286,12 +315,20 @@ class SecureAggregation:
     stochastic: bool
 
     @classmethod
-    def of(cls, privacy: PrivacySettings, run: str | None) -> SecureAggregation | None:
-        """Return that of a run, ``None`` where the server may see single updates."""
+    def of(
+        cls, privacy: PrivacySettings, run: str | None, segment: int = 0
+    ) -> SecureAggregation | None:
+        """Return that of a run, ``None`` where the server may see single updates.
+
+        Args:
+            privacy: Settings.
+            run: Id of the run.
+            segment: How many times it has been started or resumed, where clients keep it in memory.
+        """
         if not privacy.secure_aggregation:
             return None
         stochastic = privacy.sum_rounding == "stochastic"
-        return cls(run or "", privacy.sum_bits, privacy.sum_bound, stochastic)
+        return cls(session_of(run or "", segment), privacy.sum_bits, privacy.sum_bound, stochastic)
 
     def stages(
         self, exchange: Exchange, number: int, rows: Mapping[int, int], largest: int | None

@@ -10,7 +10,6 @@ from fedloom.data.reader import require_files
 from fedloom.errors import (
     DataError,
     OutputError,
-    SettingsError,
 )
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.engine import RemoteEngine
@@ -107,13 +106,6 @@ def free_folder(experiment: Experiment) -> Path:
 
 def require_rows(experiment: Experiment, remote: RemoteEngine | None) -> None:
     """Check that this engine has the rows where the experiment needs them, and can do what is asked."""
-    if experiment.privacy.secure_aggregation and remote is not None:
-        raise SettingsError(
-            [
-                "privacy.secure_aggregation: clients on other machines cannot take part in it yet: run "
-                "it with --engine simulation, or leave it out"
-            ]
-        )
     if experiment.data.is_private and remote is None:
         raise DataError(
             'data.source = "clients": the rows are on other machines; use --engine flower'

@@ -448,6 +448,7 @@ class _Run:
     clock: SimulatedClock | None = None
     last: _Finished | None = None
     saved: int = -1
+    segment: int = 0
     clients_in: Path | None = None
     profile: Profile | None = None
     private: PrivateMean | None = None
@@ -506,7 +507,9 @@ class _Run:
                 start if travels(self.experiment) else None,
                 plugin_digests(self.experiment),
                 self.experiment.privacy.unit == "row",
+                self.experiment.privacy.secure_aggregation,
             )
+            self.segment = len(run_description.began)
             self.remote.begin(run_description, self.parts.ledger)
         elif known is None and travels(self.experiment):
             self._count_start(start)
@@ -668,7 +671,7 @@ class _Run:
 
     def _secure(self) -> SecureAggregation | None:
         """Return what has replies summed, where the server may see none of them."""
-        return SecureAggregation.of(self.experiment.privacy, self.admission.run)
+        return SecureAggregation.of(self.experiment.privacy, self.admission.run, self.segment)
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:

@@ -71,9 +71,13 @@ def secret_number(key: ec.EllipticCurvePrivateKey, *words: str) -> int:
 
     Source: HMAC (RFC 2104) with SHA-256, keyed by the private key.
     """
+    return int.from_bytes(secret_bytes(key, "fedloom secret number", *words)[:8], "big") >> 1
+
+
+def secret_bytes(key: ec.EllipticCurvePrivateKey, *words: str) -> bytes:
+    """Return 32 bytes that only the owner of the key can derive from ``words``, as above."""
     own = key.private_numbers().private_value.to_bytes(48, "big")
-    text = "|".join(("fedloom secret number", *words))
-    return int.from_bytes(hmac.digest(own, text.encode(), "sha256")[:8], "big") >> 1
+    return hmac.digest(own, "|".join(words).encode(), "sha256")
 
 
 def is_signed(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) -> bool:

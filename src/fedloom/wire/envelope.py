@@ -65,6 +65,51 @@ PHASES = 16
 SchemaTable = dict[str, Any]
 
 
+Hex = Annotated[str, Field(pattern="^([0-9a-f]{2}){1,128}$")]
+"""Bytes of a key or a signature."""
+
+
+class SigningKey(Settings):
+    """A client's Ed25519 key for a run, by which it signs in secure aggregation."""
+
+    public: Hex
+    signature: Hex
+    """Of the client's own key (``security/signing_keys.py``)."""
+
+
+class Peer(Settings):
+    """A client of a sum, as the others are told of it."""
+
+    client: Count
+    """Its number in the run."""
+    member: Count
+    """Its number as a member of the federation."""
+    key: str = Field(max_length=400)
+    """Its own public key in a line of OpenSSH."""
+    signing: SigningKey
+
+
+class SumHeader(Settings):
+    """How the answer to a request is summed; see :class:`fedloom.wire.messages.Masking`."""
+
+    number: int = Field(ge=0, le=1023)
+    """Which of the round's sums it is."""
+    bits: int = Field(ge=8, le=24)
+    bound: float = Field(gt=0, le=1e300)
+    clients: int = Field(ge=1, le=1 << 20)
+    rows: int = Field(ge=1, le=1 << 40)
+    stochastic: bool
+    contents: SchemaTable
+    """Schema of the answer before it is masked."""
+    alike: list[Annotated[str, Field(max_length=256)]] = Field(default=[], max_length=64)
+    changes: bool = False
+    """Whether tensors of the answer are changes already."""
+    shares: str = Field(default="", max_length=4 << 20)
+    """Encrypted shares from the client's neighbours, in base64, beside the request itself."""
+    peers: list[Peer] = Field(default=[], max_length=10_000)
+    """The clients of the sum, at its first stage."""
+
+
 class RequestHeader(Settings):
     """Header of a request from the server to a client."""
 
@@ -95,6 +140,8 @@ class RequestHeader(Settings):
     held: Count = 0
     """Bytes of the answer that have arrived already over a stream that broke: only the rest is
     requested."""
+    summed: SumHeader | None = None
+    """How the answer is summed, under secure aggregation."""
     payload: str = ""
     """SHA-256 of the payload."""
 
@@ -143,6 +190,8 @@ class Joined(Settings):
     """SHA-256 of the file of each class that is not fedloom's own, by section of the experiment."""
     private: PrivateWork | None = None
     """How its own steps hide its rows, where the experiment asks for that."""
+    signing: SigningKey | None = None
+    """Its key for secure aggregation, where the experiment asks for that."""
 
 
 class ReplyHeader(Settings):

@@ -72,7 +72,7 @@ class Masking:
     """How replies are masked, so that only their sum can be read (``federation/secure_exchange.py``).
 
     Attributes:
-        run: Id of the run.
+        run: Id of the run, and which time it has been started or resumed.
         number: Which of the round's sums it is, from 0.
         bits: Of a value.
         bound: Largest absolute value; what is beyond is cut off.

@@ -33,6 +33,7 @@ from fedloom.accounting.costs import BEGIN, REFERENCE, Cost
 from fedloom.accounting.ledger import Ledger
 from fedloom.engines.flower.run_clients import RunClients
 from fedloom.engines.flower.streams import StreamRequest, StreamResponse, Streams, taken
+from fedloom.engines.flower.sum_headers import bytes_beside, sum_headers
 from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import MessageError, OutputError, RoundFailed
 from fedloom.federation.engine import RunDescription
@@ -157,6 +158,7 @@ class FlowerEngine:
         )
         self.run_clients.plugins = run_description.plugins
         self.run_clients.private = run_description.private
+        self.run_clients.run = run_description.run if run_description.summed else None
         if run_description.start is not None:
             schema = Schema.of(run_description.start)
             self._start = schema, encode(Payload(run_description.start), schema)
@@ -209,12 +211,15 @@ class FlowerEngine:
             "reply": exchange.reply_schema.to_table(),
         }
         others = {schema.digest: schema.to_table() for schema in exchange.schemas.values()}
+        summed = sum_headers(exchange, self.run_clients.peers)
         waiting: dict[int, _Asked] = {}
         self._numbers = {}
         for client, data in exchange.requests.items():
             own = {**facts, "payload": exchange.digests[client]}
             if client in exchange.schemas:
                 own["request"] = others[exchange.schemas[client].digest]
+            if client in summed:
+                own["summed"] = summed[client]
             header = self._header("exchange", client).model_copy(update=own)
             self._numbers[client] = header.number
             asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
@@ -294,7 +299,7 @@ class FlowerEngine:
             if client not in self.run_clients.nodes:
                 return None
             self._messages[self._send(self.run_clients.nodes[client], header, data)] = client
-        return _Asked(client, header, len(data), question)
+        return _Asked(client, header, len(data) + bytes_beside(header.summed), question)
 
     def _send(self, node: int, header: RequestHeader, payload: bytes) -> str:
         """Send a message with the description of the run; return its id."""

@@ -20,11 +20,13 @@ from fedloom.federation.violations import WHY, Report, one_line
 from fedloom.security.audit_log import Limited, Record, no_op_recorder
 from fedloom.security.client_registry import CachedMembers, Members
 from fedloom.security.keys import is_signed
+from fedloom.security.signing_keys import is_certified
 from fedloom.wire.envelope import (
     MAX_REPLY_HEADER,
     PROTOCOL,
     Envelope,
     Joined,
+    Peer,
     ReplyHeader,
     RequestHeader,
 )
@@ -60,10 +62,12 @@ class RunClients:
         model: SHA-256 of the backbone and tokenizer that all must have.
         plugins: By section, SHA-256 of the file of each class that is not fedloom's; all must have it.
         private: Whether all must hide rows in their own steps.
+        run: Id of the run, where its answers are summed under secure aggregation.
         audit: Audit log of clients that register and that are refused.
         report: Called with violations of clients.
         registered: The report of each client when it became ready.
         nodes: The node of each client that can be reached by a message.
+        peers: Under secure aggregation, each client that was ever ready, as others are told of it.
     """
 
     members: Callable[[], Members]
@@ -74,10 +78,12 @@ class RunClients:
     model: str = ""
     plugins: Mapping[str, str] = field(default_factory=dict)
     private: bool = False
+    run: str | None = None
     audit: Record = no_op_recorder
     report: Report = lambda client, kind, reason: None
     registered: dict[int, Joined] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
+    peers: dict[int, Peer] = field(default_factory=dict)
     _absences: dict[int, Absence] = field(default_factory=dict)
     _waits: dict[int, float] = field(default_factory=dict)
 
@@ -282,6 +288,23 @@ class RunClients:
             )
         return reply
 
+    def _signing_problem(self, client: int, joined: Joined) -> str | None:
+        """Return why others could not check a client's signatures on stages of a sum, or ``None``."""
+        if joined.signing is None:
+            return (
+                f"it has fedloom {joined.version}, which knows no secure aggregation between machines: "
+                "upgrade it"
+            )
+        number, own = self.participants[client].number, joined.signing
+        member, raw = (
+            self.members().numbered(number),
+            (bytes.fromhex(own.public), bytes.fromhex(own.signature)),
+        )
+        if member is None or not is_certified(member.key, self.run or "", client, number, *raw):
+            return "its key for secure aggregation is not certified by its own key"
+        self.peers[client] = Peer(client=client, member=number, key=member.key, signing=own)
+        return None
+
     def _problem(self, reply: ReplyHeader) -> str | None:
         """Return why a client cannot take part in this run, or ``None``; this is not a violation."""
         if reply.error is not None or reply.joined is None:
@@ -294,6 +317,8 @@ class RunClients:
         if self.private and reply.joined.private is None:
             old = reply.joined.version
             return f"it has fedloom {old}, which would train without [privacy]: upgrade it"
+        if self.run is not None and (problem := self._signing_problem(reply.client, reply.joined)):
+            return problem
         if reply.joined.model != self.model:
             return (
                 f"its model or tokenizer differs: SHA-256 {reply.joined.model[:12]}, the "
