@@ -38,6 +38,9 @@ def new_key(
 ) -> None:
     """Make a client's key; its public half is what the coordinator needs."""
     from fedloom.security.keys import make_key
+    from fedloom.security.signing_keys import fingerprint
 
     require_place(path, "fedloom keys new FILE")
-    say(f"wrote {path}, which stays here; send the coordinator {make_key(path)}")
+    public = make_key(path)
+    say(f"wrote {path}, which stays here; send the coordinator {public}")
+    say(f"its fingerprint, for other members: {fingerprint(public.read_text())}")

@@ -41,6 +41,7 @@ from fedloom.methods.contract.method import Reveal
 from fedloom.models.load import context_of
 from fedloom.objectives import OBJECTIVES
 from fedloom.privacy.settings import PrivacySettings
+from fedloom.privacy.statement import SUMS
 from fedloom.randomness import generator
 from fedloom.reports import row_account
 from fedloom.runs.model_building import model_folder
@@ -184,6 +185,7 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
             ("objectives", ", ".join(policy.objectives or OBJECTIVES)),
             ("models", ", ".join(_models(own))),
             ("privacy", _demanded(policy.privacy)),
+            ("sums", _sums(policy.privacy)),
             ("approval", "each run waits for approval here" if policy.approve else "not needed"),
         ]
     )
@@ -214,6 +216,18 @@ def _demanded(policy: PrivacyPolicySettings) -> str:
     if policy.require == "client":
         return "rows or clients must be hidden by noise, at least by the coordinator's word"
     return "none is demanded ([policy.privacy])"
+
+
+def _sums(policy: PrivacyPolicySettings) -> str:
+    """Return what a client's file says of secure aggregation, in words."""
+    if policy.peers:
+        whose = f"with clients of {len(set(policy.peers))} keys that this file names"
+    elif policy.trust_first_use:
+        whose = "with clients whose keys the coordinator tells first, by its word"
+    else:
+        return "this client takes part in no secure aggregation (policy.privacy.peers is empty)"
+    text = f"under secure aggregation this client's update is summed {whose}"
+    return f"{text}; other runs are refused" if policy.secure_aggregation else text
 
 
 def _models(own: OwnFile) -> list[str]:
@@ -455,6 +469,15 @@ def _words(experiment: Experiment) -> str:
 
 def _leaves(experiment: Experiment) -> RenderableType:
     reveals = make_method(experiment.method).reveals
+    if experiment.privacy.secure_aggregation:
+        what = ", ".join(name.replace("_", " ") for name in sorted(reveals))
+        masked = (
+            "in masked integers, of which the server reads the sum over clients and nothing else."
+        )
+        work = "How many rows there are, and the time, memory, tokens and compute of the work."
+        return _table(
+            [("numbers", work), ("masked", f"The {what}, losses and accuracies, {masked}")]
+        )
     facts = [("numbers", ALWAYS_SHOWN["numbers"])]
     for name in sorted(reveals):
         said = ALWAYS_SHOWN.get(name) or (_said(name) if name in REVEALING else "")
@@ -484,6 +507,8 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
         yield "noise", "none is added to what leaves this machine"
     if experiment.privacy.unit == "row":
         yield "privacy", _hidden(experiment.privacy)
+    if experiment.privacy.secure_aggregation:
+        yield "sums", f"{SUMS}; {_sums(own.policy.privacy)}"
     policy = own.policy
     yield (
         "bounds",

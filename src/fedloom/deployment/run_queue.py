@@ -73,6 +73,7 @@ class QueuedRun:
     attendance: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     warning: str = ""
+    privacy: list[str] = field(default_factory=list)
     begun: bool = False
     gone: bool = False
     reader: RunEventReader | None = None
@@ -91,6 +92,7 @@ class QueuedRun:
             "attendance": self.attendance,
             "left_out": self.left_out,
             "warning": self.warning,
+            "privacy": self.privacy,
         }
 
     def enter(self, state: str) -> None:
@@ -227,6 +229,7 @@ class RunQueue:
         match told["event"]:
             case "folder":
                 run.folder = str(told["folder"])
+                run.privacy = list(told.get("privacy", []))
             case "begin":
                 run.enter("playing")
                 run.rounds = int(told["plan"]["rounds"])

@@ -28,6 +28,7 @@ from fedloom.engines.flower.transport import SMALL, FlowerTransport
 from fedloom.errors import FedloomError, RoundFailed, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.records import Participant
+from fedloom.privacy.statement import of_settings
 from fedloom.runs.new_folder import free_folder
 from fedloom.runs.parent_process import end_with_parent
 from fedloom.runs.result import Result
@@ -110,13 +111,13 @@ class _RequestedRun:
         folder = free_folder(experiment).resolve()
         output = experiment.output.model_copy(update={"folder": str(folder)})
         experiment = replace(experiment, output=output)
-        self._emit_folder(folder)
+        self._emit_folder(folder, experiment)
         with contextlib.closing(self._engine(experiment, participants)) as engine:
             return run_experiment(experiment, observer=self.run_events, remote=engine)
 
     def _resumed(self, folder: Path) -> Result:
         experiment = Experiment.from_toml(folder / names.EXPERIMENT)
-        self._emit_folder(folder)
+        self._emit_folder(folder, experiment)
         participants = known(RunFolder.existing(folder).read_json(names.RUN))
         if participants is None:  # the run was stopped before its first round
             participants = chosen(experiment, self.server_folder.members())
@@ -129,9 +130,10 @@ class _RequestedRun:
                 remote=engine,
             )
 
-    def _emit_folder(self, folder: Path) -> None:
+    def _emit_folder(self, folder: Path, experiment: Experiment) -> None:
         self.folder = str(folder)
-        self.run_events.emit("folder", folder=self.folder)
+        learnt = of_settings(experiment.privacy, elsewhere=True)
+        self.run_events.emit("folder", folder=self.folder, privacy=learnt)
 
     def _engine(self, experiment: Experiment, participants: Sequence[Participant]) -> FlowerEngine:
         server_folder = self.server_folder

@@ -159,6 +159,7 @@ def _run(run: Mapping[str, Any]) -> list[RenderableType]:
         progress = f", round {run['round'] or 0} of {run['rounds']} done"
     state = f"{run['state']} for {_for(run['since'])}{progress}{where}"
     lines: list[RenderableType] = [Text(f"run {run['name']} ({run['id'][:8]}): {state}")]
+    lines += [Text(f"  {sentence}") for sentence in run.get("privacy", ())]
     for own in run["attendance"]:
         if own["reason"]:
             away = f"for {_for(own['since'])}" if own["since"] else ""

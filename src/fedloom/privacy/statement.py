@@ -20,10 +20,22 @@ SUMS = (
 )
 
 
-def of_settings(settings: PrivacySettings) -> list[str]:
-    """Return what is said of a run for its settings alone, beside the sentences of its figures."""
+CHECKED = (
+    "Secure aggregation between machines: each client's own file says whose keys it trusts, and clients "
+    "learn each other's numbers and public keys; the server learns of each client its rows, and of its "
+    "work tokens, steps and seconds"
+)
+
+
+def of_settings(settings: PrivacySettings, *, elsewhere: bool = False) -> list[str]:
+    """Return what is said of a run for its settings alone, beside the sentences of its figures.
+
+    Args:
+        settings: Of the run.
+        elsewhere: Whether clients are on other machines.
+    """
     if settings.secure_aggregation:
-        return [SUMS]
+        return [SUMS, *[CHECKED] * elsewhere]
     return [NOTHING] if settings.profile == "research" and settings.unit is None else []
 
 

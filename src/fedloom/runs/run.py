@@ -580,7 +580,9 @@ class _Run:
             record["privacy"] = of_rows
             for sentence in of_rows["sentences"]:
                 self.observer.stage(sentence)
-        record["privacy_of_settings"] = of_settings(experiment.privacy)
+        record["privacy_of_settings"] = of_settings(
+            experiment.privacy, elsewhere=remote is not None
+        )
         for sentence in record["privacy_of_settings"]:
             self.observer.stage(sentence)
         self.folder.write_json(names.RUN, record)
