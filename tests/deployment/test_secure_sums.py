@@ -16,7 +16,15 @@ from fedloom.deployment.secure_sums import SecureSums
 from fedloom.engines.flower.records import from_records
 from fedloom.errors import PolicyError, RoundFailed, SettingsError, SumRefused
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.secure_exchange import KEYS, MASKED, REVEALED, SHARES, SIGNATURES
+from fedloom.federation.secure_exchange import (
+    KEYS,
+    MASKED,
+    PROTOCOL,
+    REVEALED,
+    SHARES,
+    SIGNATURES,
+)
+from fedloom.methods import METHODS
 from fedloom.privacy.secure_aggregation.protocol_messages import ids
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
@@ -26,8 +34,15 @@ from fedloom.wire.envelope import Envelope, Peer, ReplyHeader, RequestHeader, Si
 from fedloom.wire.messages import Answer, Payload, decode, encode
 from fedloom.wire.schema import Schema
 from loopback import Outcome, client_file, of, resealed
+from sampling import sampled
 
 STAGES = (KEYS, SHARES, "train", SIGNATURES, REVEALED)
+
+SUMMED = [
+    name
+    for name, (_, kind) in METHODS.items()
+    if kind.declares.secure_aggregation.holds and not kind.own_models
+]
 
 STRANGER = f"SHA256:{'A' * 43}"
 
@@ -41,16 +56,17 @@ def prints(federation):
 class Site:
     """A coordinator and clients whose files name each other's keys."""
 
-    def __init__(self, table, loopback, folder, clients=4, rounds=1, privacy=None, policies=None):
+    def __init__(
+        self, table, loopback, folder, clients=4, rounds=1, privacy=None, policies=None, **sections
+    ):
+        folder.mkdir(exist_ok=True)
+        waits = {"patience": 1.0, "deadline": 60.0, **sections.pop("federation", {})}
+        training = {"local_steps": 1, **sections.pop("training", {})}
         self.table = {
             **table,
-            "federation": {
-                "rounds": rounds,
-                "clients": clients,
-                "patience": 1.0,
-                "deadline": 60.0,
-            },
-            "training": {**table["training"], "local_steps": 1},
+            **sections,
+            "federation": {"rounds": rounds, "clients": clients, **waits},
+            "training": {**table["training"], **training},
             "evaluation": {"per_client": False, "samples": 0, "max_examples": 4},
             "privacy": {"secure_aggregation": True, **(privacy or {})},
             "output": {"folder": str(folder / "there"), "verify": False},
@@ -107,6 +123,11 @@ class Site:
         assert not envelope.payload
         return envelope.read(ReplyHeader)
 
+    def asked(self, number):
+        """Return the header of a message by its number."""
+        headers = (own.read(RequestHeader) for _, own in reversed(self.mail.pushed))
+        return next(own for own in headers if own.number == number)
+
     def sent(self, client, action, round=1):
         """Return what a client was sent for a stage."""
         for node, envelope in self.mail.pushed:
@@ -118,18 +139,18 @@ class Site:
 
 @pytest.fixture
 def site(table, loopback, tmp_path):
-    return lambda **options: Site(table, loopback, tmp_path, **options)
+    return lambda folder="", **options: Site(table, loopback, tmp_path / folder, **options)
 
 
 def away(gone):
-    """Have clients of a simulation, given by exchange, not answer one."""
+    """Have clients of a simulation, given by exchange, not answer one, stages of sums aside."""
 
     def break_(parts):
         carried = parts.engine.exchange
 
         def exchange(asked):
             for answer in carried(asked):
-                left = asked.action == "train" and answer.client in gone(asked)
+                left = asked.action not in PROTOCOL and answer.client in gone(asked)
                 yield Answer(answer.client, error="it went away") if left else answer
 
         parts.engine.exchange = exchange
@@ -189,6 +210,70 @@ def test_a_client_killed_before_a_stage_has_dropped_out_there(site, federate, ac
     (record,) = outcome.rounds
     said = of(record, 2)
     assert said is None if counts else "takes part in no sum of this run and round" in said
+
+
+@pytest.mark.slow
+def test_the_deadline_of_a_round_holds_for_each_stage(site, federate):
+    found = site(federation={"deadline": 3.0})
+    found.mail.tamper = silent(found, 2, SIGNATURES)
+    outcome = found.run()
+    assert outcome.states[-1:] == [simulated(federate, found)]
+    found = site(federation={"deadline": 3.0}, folder="other")
+    found.mail.tamper = silent(found, 2, SHARES)
+    outcome = found.run()
+    assert outcome.states[-1:] == [simulated(federate, found, (2,))]
+    assert of(outcome.rounds[0], 2) == "no answer within 3 seconds"
+
+
+def silent(found, client, action):
+    """Have a client's answer to a stage be lost."""
+
+    def tamper(node, envelope):
+        number = envelope.read(ReplyHeader).number
+        asked = found.asked(number)
+        return None if (node, asked.action) == (100 + client, action) else envelope
+
+    return tamper
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sampled(sorted({*SUMMED} - {"fdlora"}), 2))
+def test_a_method_gives_the_bits_of_a_simulation_also_when_an_answer_is_lost(
+    site, federate, method
+):
+    """What a client has stored with an answer that does not count is discarded.
+
+    FDLoRA asks a client that comes back by itself, which is no sum and ends the run here as there.
+    """
+    found = site(
+        rounds=2,
+        method={"name": method},
+        objective={"name": {"fedpdpo": "pdpo"}.get(method, "dpo")},
+        training={"local_steps": 2},
+    )
+    actions = []
+
+    def tamper(node, envelope):
+        asked = found.asked(envelope.read(ReplyHeader).number)
+        lost = node == 102 and asked.round == 1 and asked.summed and asked.action not in PROTOCOL
+        actions.append(asked.action)
+        return "its answer was lost" if lost else envelope
+
+    found.mail.tamper = tamper
+    outcome = found.run()
+    here = federate(found.experiment, away(lambda asked: {2} if asked.round == 1 else ()))
+    assert outcome.states[-1:] == [here.state.digest()] and KEYS in actions
+
+
+@pytest.mark.slow
+def test_rows_that_are_hidden_are_summed_too(site, federate):
+    """The profile "regulated"; with noise from the seed it has the bits of a simulation."""
+    privacy = {"profile": "regulated", "noise_multiplier": 1.0, "seeded": True, "accountant": "rdp"}
+    found = site(clients=3, privacy=privacy)
+    outcome = found.run()
+    assert outcome.states[-1:] == [simulated(federate, found)]
+    said = " ".join((outcome.folder / name).read_text() for name in ("run.json", "summary.json"))
+    assert "the server sees sums of the updates" in said
 
 
 @pytest.mark.slow

@@ -64,8 +64,8 @@ class PrivacyPolicySettings(Settings):
     and none of this client by itself; others are refused."""
     peers: list[Fingerprint] = []
     """Fingerprints (SHA256:..., as `fedloom keys new` and `ssh-keygen -lf NAME.pub` print them) of the
-    other members' keys, had from them and not from the coordinator. This client's update is summed with
-    theirs alone."""
+    other members' keys, had from them and not from the coordinator; its own may be among them. This
+    client's update is summed with theirs alone."""
     trust_first_use: bool = False
     """Instead of peers: trust whatever key of a member the coordinator tells first, and refuse another
     one later. It protects from coordinators that follow the protocol, and from no other."""

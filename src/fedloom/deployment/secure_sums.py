@@ -127,7 +127,7 @@ class SecureSums:
         """
         summed, secure = header.summed, engine.secure
         assert summed is not None and secure is not None, "the run is one of sums"
-        if header.action == KEYS and not secure.under_way(self.client):
+        if header.action == KEYS:
             secure.registry = self.registry(summed.peers, note)
         return replace(
             exchange,
