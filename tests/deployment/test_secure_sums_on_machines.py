@@ -74,14 +74,14 @@ def summed(table, **sections):
     )
 
 
-def run_id(folder, process):
+def run_id(folder, process, log):
     """The run's id, once its clients have been met."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while time.monotonic() < end and process.poll() is None:
         if (folder / "run.json").exists():
             return json.loads((folder / "run.json").read_text())["id"]
         time.sleep(0.05)
-    raise AssertionError("the run did not begin")
+    raise AssertionError(f"the run did not begin: {log.read_text()[-3000:]}")
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_client_that_is_killed_leaves_a_right_sum(four, table, federate, event
     folder = four.begin(experiment, name)
     process = four.own.processes["run"]
     try:
-        run = run_id(folder, process)
+        run = run_id(folder, process, four.own.folder / "run.log")
         end = time.monotonic() + 60
         while not four.noted(3, run, event, action, 1) and time.monotonic() < end:
             time.sleep(0.01)

@@ -8,13 +8,12 @@ this run. Others who know the fingerprint of its own key can check that, whoever
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedloom.errors import IdentityError
 from fedloom.security.keys import is_signed, public_key, secret_bytes, sign
 
 NAME = "fedloom secure aggregation signing key 1"
@@ -58,10 +57,8 @@ def fingerprint(line: str) -> str:
     Raises:
         IdentityError: It is none.
     """
-    try:
-        content = base64.b64decode(line.split()[1], validate=True)
-    except (IndexError, binascii.Error):
-        raise IdentityError("this is not a public key of OpenSSH") from None
+    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    content = base64.b64decode(public_key(line).public_bytes(*form).split()[1])
     digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
     return f"SHA256:{digest.rstrip('=')}"
 
