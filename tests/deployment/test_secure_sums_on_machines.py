@@ -125,3 +125,24 @@ def test_a_client_that_is_killed_leaves_a_right_sum(four, table, federate, event
     asked = {own["action"] for own in events(folder, "accepted")}
     assert {KEYS, SHARES, "train", SIGNATURES, REVEALED} <= asked
     four.own.call("audit", "verify", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_server_that_is_killed_in_a_sum_and_resumed_gives_the_same_bits(four, table, federate):
+    experiment = summed(table)
+    folder = four.begin(experiment, "resumed")
+    run = run_id(folder, four.own.processes["run"], four.own.folder / "run.log")
+    end = time.monotonic() + 120
+    while not four.noted(0, run, "asked", "train", 2) and time.monotonic() < end:
+        time.sleep(0.01)
+    four.own.kill("run")
+    four.own.kill("server")
+    four.own.start_server()
+    four.own.call(
+        "run", "--resume", folder, "--engine", "flower", "--home", four.own.server, timeout=300
+    )
+    here = federate(experiment, away(lambda asked: ()))
+    states = {own["round"]: own["state"] for own in events(folder, "round")}
+    assert states[2] == here.state.digest()
+    assert len(list(events(folder, "began"))) == 2

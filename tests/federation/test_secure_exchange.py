@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +24,7 @@ from fedloom.federation.secure_exchange import (
 )
 from fedloom.methods import METHODS
 from fedloom.privacy.secure_aggregation.masks import unpacked
-from fedloom.privacy.settings import PrivacySettings
 from fedloom.runs.assembly import assemble
-from fedloom.runs.new_folder import require_rows
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
@@ -326,13 +323,6 @@ def test_every_method_that_looks_at_single_replies_says_so(experiment):
     for name, (_, kind) in METHODS.items():
         if not kind.declares.secure_aggregation.holds:
             assert kind.declares.secure_aggregation.why, name
-
-
-def test_clients_on_other_machines_are_refused_before_anything_is_sent(secure):
-    with pytest.raises(SettingsError, match="clients on other machines cannot take part"):
-        require_rows(secure(), SimpleNamespace(name="flower"))
-    require_rows(secure(), None)
-    assert PrivacySettings().secure_aggregation is False
 
 
 @pytest.mark.slow

@@ -173,7 +173,9 @@ def _what_may_be(own: OwnFile) -> list[RenderableType]:
     shown.add_column()
     policy = own.policy
     for name, text in ALWAYS_SHOWN.items():
-        shown.add_row(Text("yes", style="yellow"), name, text)
+        summed = policy.privacy.secure_aggregation and name != "numbers"
+        said = f"In sums over clients alone. {text}" if summed else text
+        shown.add_row(Text("yes", style="yellow"), name, said)
     for name in REVEALING:
         open_ = getattr(policy, name)
         mark = Text("yes", style="yellow") if open_ else Text("no", style="green")
