@@ -218,6 +218,7 @@ SLOW = {
     "deployment/test_methods_on_machines.py": 1,
     "deployment/test_private_rows.py::test_a_simulation_of_a_file_for_each_client_has_the_bits_of_clients_with_rows_of_their_own": 2,
     "deployment/test_releases.py": 1,
+    "deployment/test_secure_sums_on_machines.py": 3,  # half a minute each
     "deployment/test_slow_link.py": 0,  # 2 minutes
     "deployment/test_start.py::test_machines_start_from_the_same": 3,
     "display/test_untrusted_text.py::test_a_figure_of_any_name_can_be_drawn_and_read": 4,

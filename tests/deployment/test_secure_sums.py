@@ -195,9 +195,8 @@ def test_the_bits_are_those_of_a_simulation_and_only_masked_numbers_travel(site,
     assert "each client's own file says whose keys" in page
 
 
-@pytest.mark.parametrize(
-    "action", [a if a == "train" else pytest.param(a, marks=pytest.mark.slow) for a in STAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("action", STAGES)
 def test_a_client_killed_before_a_stage_has_dropped_out_there(site, federate, action):
     """Its successor has no keys of the sum; what it had sent before counts, and the sum is right."""
     found = site()

@@ -439,7 +439,7 @@ class _Examiner:
         """Return how this client's own steps hide its rows; noise elsewhere is the server's affair."""
         asked = self.asked.privacy
         names = PRIVATE.split() if asked.unit == "row" else []
-        names.append("secure_aggregation")
+        names += ["secure_aggregation"] * asked.secure_aggregation
         return PrivacySettings(**{name: getattr(asked, name) for name in names})
 
     def _model(self) -> ModelSettings:
