@@ -394,9 +394,7 @@ class Worker:
         self._note("asked", header, data, header.payload)  # at most as often as the policy allows
         self._remember(run, header, header.round)
         if not stage:
-            if (
-                run.secret_noise
-            ):  # the same request gets the same noise, another request other noise
+            if run.secret_noise:  # the same for the same request, and for no other
                 engine.noise_seed = secret_number(self.key, run.id, header.payload)
             run.privacy.begin_request(header, engine.store, number, going_on=going_on)
         exchange = Exchange(header.action, header.round, request, reply, {number: data})

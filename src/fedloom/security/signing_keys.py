@@ -18,6 +18,9 @@ from fedloom.security.keys import is_signed, public_key, secret_bytes, sign
 
 NAME = "fedloom secure aggregation signing key 1"
 
+PUBLIC_BYTES = 32
+"""Bytes of a public Ed25519 key."""
+
 
 def signing_secret(key: ec.EllipticCurvePrivateKey, run: str) -> bytes:
     """Return the 32 private bytes of a client's Ed25519 key for a run; only the owner of ``key`` can."""
@@ -48,7 +51,8 @@ def is_certified(
     Raises:
         IdentityError: The line holds no key of a client.
     """
-    return is_signed(public_key(line), _certified(run, client, member, public), signature)
+    text = _certified(run, client, member, public)
+    return len(public) == PUBLIC_BYTES and is_signed(public_key(line), text, signature)
 
 
 def fingerprint(line: str) -> str:

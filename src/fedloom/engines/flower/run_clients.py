@@ -296,10 +296,8 @@ class RunClients:
                 "upgrade it"
             )
         number, own = self.participants[client].number, joined.signing
-        member, raw = (
-            self.members().numbered(number),
-            (bytes.fromhex(own.public), bytes.fromhex(own.signature)),
-        )
+        member = self.members().numbered(number)
+        raw = bytes.fromhex(own.public), bytes.fromhex(own.signature)
         if member is None or not is_certified(member.key, self.run or "", client, number, *raw):
             return "its key for secure aggregation is not certified by its own key"
         self.peers[client] = Peer(client=client, member=number, key=member.key, signing=own)
