@@ -11,12 +11,14 @@ from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.contract.client import Client, carried_out
 from fedloom.training.results import LocalResult
+from fedloom.training.settings import TrainingSettings
 from fedloom.wire.messages import Reply, decode, encode, require_finite
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0), 2: (-2.0, 0.5)}
 ROWS = {0: 1, 1: 3}
 START = (0.0, 1.0)
 RATE = 0.1
+TRAINING = TrainingSettings(learning_rate=RATE, optimizer="sgd", local_steps=2)
 
 
 class Model:
@@ -50,18 +52,30 @@ class QuadraticClient(Client):
         repeats=1,
         part=None,
         work=None,
+        coordinates=None,
+        driver=None,
     ):
         yield from ()  # needs nobody
         w = self.model.parameters["lora_w"]
+        trained = self.model.parameters if coordinates is None else coordinates.parameters
+        if coordinates is not None:
+            coordinates.write(self.model.parameters)
         target = torch.tensor(TARGETS[self.id], dtype=torch.float64)
         for _ in range(self.steps * repeats):
             w.grad = w.detach() - target
+            if coordinates is not None:
+                coordinates.pull_back(self.model.parameters)
             if before_step:
-                before_step(self.model.parameters)
+                before_step(trained)
             with torch.no_grad():
-                w -= learning_rate * w.grad
+                for own in trained.values():
+                    if own.grad is not None:
+                        own -= learning_rate * own.grad
+                        own.grad = None
             if after_step:
-                after_step(self.model.parameters)
+                after_step(trained)
+            if coordinates is not None:
+                coordinates.write(self.model.parameters)
         return LocalResult(2, self.steps, 0, 0, {"loss": 1.0})
 
     def loss(self, batches):
@@ -110,8 +124,8 @@ def play():
 def _answer(method, exchange, number, model, kept, steps, rows):
     client = QuadraticClient(
         id=number, round=exchange.round, model=model, initial={"lora_w": torch.tensor(START)},
-        share=range(rows[number]), objective=None, training=SimpleNamespace(learning_rate=RATE), seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
-        steps=steps,
+        share=range(rows[number]), objective=None, training=TRAINING, seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
+        steps=steps if isinstance(steps, int) else steps[number],
     )  # fmt: skip
     request = decode(exchange.requests[number], exchange.request_schema)
     reply = method.handlers()[exchange.action](client, request)

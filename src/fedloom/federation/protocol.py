@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
@@ -95,6 +96,14 @@ class Replies(list[Reply]):
         weights = [reply.payload.numbers["examples"] if by == "rows" else 1.0 for reply in self]
         return weighted_mean(updates, weights, out=updates[0])
 
+    def reported(self, name: str) -> float | None:
+        """Return the mean by rows of a metric, over those that report it; ``None`` where nobody does."""
+        known = [own.payload for own in self if name in own.payload.metrics]
+        if not known:
+            return None
+        rows = math.fsum(own.numbers["examples"] for own in known)
+        return math.fsum(own.numbers["examples"] * own.metrics[name] for own in known) / rows
+
 
 @dataclass(frozen=True)
 class Total:
@@ -142,6 +151,10 @@ class SummedReplies(Replies):
                     "replies are summed with the weights that Exchange.alike says"
                 )
         return part_of(self.total.means, part) if part else dict(self.total.means)
+
+    def reported(self, name: str) -> float | None:
+        """Return the mean by rows of a metric, as it was summed; ``None`` where nobody reports it."""
+        return self.total.metrics.get(name)
 
     def _single(self, *_: object) -> NoReturn:
         raise PluginError(

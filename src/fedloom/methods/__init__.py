@@ -7,6 +7,7 @@ from collections.abc import Set
 from typing import get_args
 
 from fedloom.errors import PluginError
+from fedloom.methods.apfl import APFL, APFLSettings
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import Declaration
@@ -14,15 +15,18 @@ from fedloom.methods.distillation import DistillationMethod, DistillationSetting
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
 from fedloom.methods.fed_sb import FedSB, FedSBSettings
+from fedloom.methods.fedala import FedALA, FedALASettings
 from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
+from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
+from fedloom.methods.fednova import FedNova, FedNovaSettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -38,6 +42,7 @@ from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FF
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
+from fedloom.methods.moon import MOON, MOONSettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
@@ -51,6 +56,9 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedavg": (FedAvgSettings, FedAvg),
     "fedprox": (FedProxSettings, FedProx),
     "scaffold": (ScaffoldSettings, Scaffold),
+    "feddyn": (FedDynSettings, FedDyn),
+    "fednova": (FedNovaSettings, FedNova),
+    "moon": (MOONSettings, MOON),
     "fedavgm": (FedAvgMSettings, FedAvgM),
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
@@ -62,6 +70,8 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedrep": (FedRepSettings, FedRep),
     "ditto": (DittoSettings, Ditto),
     "pfedme": (PFedMeSettings, PFedMe),
+    "apfl": (APFLSettings, APFL),
+    "fedala": (FedALASettings, FedALA),
     "feddpa": (FedDPASettings, FedDPA),
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from fedloom.federation.protocol import Cohort
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.contract.client import Client, Trainings
 from fedloom.tensors import Tensors
 from fedloom.training.results import StepHook
@@ -80,3 +80,10 @@ def training_exchange(
         Schema.of(adapter, TRAIN_REPLY_NUMBERS, (*cohort.reported, *metrics)),
         alike=() if by_rows else ALL,
     )
+
+
+def show_reported(cohort: Cohort, replies: Replies, metric: str) -> None:
+    """Put the mean of a metric of clients into the round's details, for a section of the page."""
+    mean = replies.reported(metric)
+    if mean is not None:
+        cohort.details[metric] = mean
