@@ -1,0 +1,142 @@
+"""APFL and FedALA by hand: mixtures of a client's own adapter and the shared one."""
+
+import pytest
+import torch
+
+from fedloom.methods.apfl import APFL, MIXING, Alternating, APFLSettings, mixture
+from fedloom.methods.bases.parameter_averaging import ADAPTER
+from fedloom.methods.bases.personal_parts import PERSONAL
+from fedloom.methods.fedala import SHARED, WEIGHTS, FedALA, FedALASettings, Start
+from fedloom.methods.fedavg import FedAvg, FedAvgSettings
+from fedloom.training.optimizers import make_optimizer
+from fedloom.training.settings import TrainingSettings
+from fedloom.training.steps import update
+
+CPU = torch.device("cpu")
+TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
+SGD = TrainingSettings(optimizer="sgd", max_grad_norm=0.0)
+
+
+def one(value):
+    return {"w": torch.tensor([value], dtype=torch.float64)}
+
+
+def step(coordinates, target, rate):
+    """Make a step on (x - target)^2 / 2, with x what the coordinates stand for."""
+    model = {"w": torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))}
+    coordinates.write(model)
+    model["w"].grad = model["w"].detach() - target
+    coordinates.pull_back(model)
+    update(coordinates.parameters, make_optimizer(coordinates.parameters, SGD, rate), SGD)
+    coordinates.write(model)
+    return float(model["w"].detach())
+
+
+@pytest.mark.parametrize(("target", "share", "own"), [(4.0, 0.9, 3.1), (2.0, 0.5, 3.0)])
+def test_apfl_moves_its_share_and_its_own_adapter_at_the_mixture(target, share, own):
+    """v = 3, w = 1, a = 0.5: u = 2. Target 4: gradient -2, <v - w, -2> = -4, v = 3 + 0.1 * 0.5 * 2."""
+    both = Alternating(one(3.0), one(1.0), 0.5, 0.1, CPU)
+    held = step(both, target, 0.1)
+    parts = both.read()
+    assert both.share == pytest.approx(share)
+    assert parts[f"{PERSONAL}/w"].item() == pytest.approx(own)
+    assert parts[f"{ADAPTER}/w"].item() == held == 1.0  # w is what the next step trains
+    step(both, target, 0.1)  # (1 - target) down its own slope; neither v nor a is met
+    assert both.read()[f"{ADAPTER}/w"].item() == pytest.approx(1 + 0.1 * (target - 1))
+    assert both.read()[f"{PERSONAL}/w"].item() == pytest.approx(own)
+    assert both.share == pytest.approx(share)
+
+
+def test_the_share_stays_between_none_and_all():
+    for target, share in ((100.0, 1.0), (-100.0, 0.0)):
+        both = Alternating(one(3.0), one(1.0), 0.5, 0.1, CPU)
+        step(both, target, 0.1)
+        assert both.share == share
+    assert mixture(one(3.0), one(0.1), 1.0) == one(3.0)
+    assert mixture(one(3.0), one(0.1), 0.0) == one(0.1)
+
+
+def local(axis, client, steps):
+    w = (0.0, 1.0)[axis]
+    for _ in range(steps):
+        w -= 0.1 * (w - TARGETS[client][axis])
+    return w
+
+
+def test_apfl_is_fedavg_with_a_share_of_0_and_local_training_with_1(play):
+    fedavg = play(FedAvg(FedAvgSettings()))
+    none = play(APFL(APFLSettings(mixing=0.0, mixing_rate=0.0)))
+    whole = play(APFL(APFLSettings(mixing=1.0, mixing_rate=0.0)))
+    assert none.adapters == whole.adapters == fedavg.adapters  # whatever a is
+    for client in TARGETS:
+        assert none.kept[client][PERSONAL]["lora_w"].tolist() == [0.0, 1.0]  # a = 0 has no slope
+        alone = [local(axis, client, 6) for axis in (0, 1)]
+        assert whole.kept[client][PERSONAL]["lora_w"].tolist() == pytest.approx(alone)
+        assert whole.kept[client][MIXING][MIXING].item() == 1.0
+
+
+def test_apfl_s_share_follows_who_helps(play):
+    """Client 0 has a quarter of the rows: the shared adapter goes to the other's target, its own to its own."""
+    found = play(APFL(APFLSettings(mixing_rate=0.05)), rounds=8)
+    shares = [found.kept[client][MIXING][MIXING].item() for client in (0, 1)]
+    assert shares[0] > shares[1] and shares[0] > 0.5
+
+
+def test_fedala_learns_the_start_by_hand():
+    """v = 0, w = 1, (x - 0.25)^2 / 2, W = 1: slope 0.75 * 1, so W = 0.25 and x = 0.25."""
+    start = Start(one(0.0), one(1.0), one(1.0), CPU)
+    assert start.matters and start.mean == 1.0
+    assert step(start, 0.25, 1.0) == pytest.approx(0.25) == start.mean
+
+
+def test_fedala_s_weights_stay_between_both_ends_and_none_is_learnt_where_they_are_one():
+    start = Start(one(0.0), one(1.0), one(1.0), CPU)
+    step(start, -5.0, 1.0)
+    start.clip(start.parameters)
+    assert start.mean == 0.0
+    assert not Start(one(2.0), one(2.0), one(1.0), CPU).matters
+    start.parameters["w"].grad = torch.tensor([-0.02], dtype=torch.float64)
+    start.normalise(start.parameters)
+    assert start.parameters["w"].grad.item() == -1.0
+
+
+def test_fedala_without_a_rate_is_fedavg(play):
+    found = play(FedALA(FedALASettings(eta=0.0)))
+    assert found.adapters == play(FedAvg(FedAvgSettings())).adapters
+    assert WEIGHTS not in found.kept[0]
+
+
+def test_fedala_s_second_round_by_hand(play):
+    """Two steps of W from 1, at eta 0.5, each at x = v + W (w - v); then two of x at 0.1."""
+    found = play(FedALA(FedALASettings(eta=0.5, first_passes=1)), rounds=2)
+    first, learnt = play(FedAvg(FedAvgSettings()), rounds=1).adapters[0], []
+    for client, targets in TARGETS.items():
+        for axis, target in enumerate(targets):
+            v, w, weight = local(axis, client, 2), first[axis], 1.0
+            for _ in range(2):
+                slope = (v + weight * (w - v) - target) * (w - v)
+                weight = min(1.0, max(0.0, weight - 0.5 * slope))
+            x = v + weight * (w - v)
+            for _ in range(2):
+                x -= 0.1 * (x - target)
+            kept = found.kept[client]
+            assert kept[WEIGHTS]["lora_w"][axis].item() == pytest.approx(weight)
+            assert kept[ADAPTER]["lora_w"][axis].item() == pytest.approx(x)
+            learnt.append(weight)
+    assert min(learnt) < 1
+
+
+def test_fedala_mixes_the_last_tensors_alone_in_passes_until_the_loss_settles(federate, experiment):
+    own = experiment(
+        method={"name": "fedala", "tensors": 2, "eta": 50.0, "first_passes": 14, "settled": 9.0},
+        federation={"rounds": 2},
+        training={"local_steps": 1},
+    )
+    records = []
+    found = federate(own, after=lambda record, parts: records.append(record))
+    first, second = records
+    assert first.details[SHARED] == 1.0 and 0 < second.details[SHARED] < 1
+    steps = [sum(c.steps for c in own.costs if c.client == 0) for own in records]
+    assert steps == [1, 12]  # 11 passes of a step at least, as the round has one
+    kept = found.parts.engine.store.slots(0)
+    assert sorted(kept[WEIGHTS]) == sorted(found.adapter)[-2:]
