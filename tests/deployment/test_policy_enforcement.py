@@ -562,6 +562,7 @@ def test_steps_of_newcomers_are_bounded_for_those_who_are(own):
     [
         ("fedavg_ft", "passes", "max_steps"), ("pfedme", "steps", "max_steps"),
         ("fdlora", "budget", "max_steps"), ("fdlora", "batches", "max_steps"),
+        ("fedala", "first_passes", "max_steps"),
         ("fedpdpo", "bottleneck", "max_width"), ("fedpdpo", "head_rank", "max_rank"),
         ("fedper", "head_rank", "max_rank"), ("fedrep", "head_rank", "max_rank"),
     ],

@@ -17,6 +17,8 @@ PLAIN = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 2, "batch_size
 METHODS = {
     "fedavg": {},
     "scaffold": {},
+    "feddyn": {"alpha": 0.1},
+    "apfl": {"mixing_rate": 0.5},
     "ffa_lora": {},
     "ditto": {"strength": 0.1},
     "pfedme": {"steps": 2, "strength": 1.0, "local_rate": 0.5},

@@ -178,7 +178,7 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, METHOD.replace("    sections = (", "    sections = [1]\n    other = ("), "its sections must be a tuple of SectionSpec(kind, title, text, key), got [1]"),
         (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),
         (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
-        ("feddyn", METHOD, "allowed: centralised, distillation"),
+        ("mydyn", METHOD, "allowed: apfl, centralised"),
     ],
 )  # fmt: skip
 def test_a_class_that_cannot_be_used_is_one_clear_line(folder, name, code, words):
@@ -206,28 +206,28 @@ def test_its_settings_are_checked_like_ours(folder):
         Experiment.from_table({"method": {"name": NAME, "alpha": 0, "beta": 1, "mu": 1}})
     told = " ".join(caught.value.problems)
     assert "method.alpha = 0" in told and "method.beta: unknown key" in told
-    assert "method.mu is a setting of fedprox; method.name is 'feddyn:FedDyn'" in told
+    assert "method.mu is a setting of fedprox and fednova and moon; method.name is 'feddyn:FedDyn'" in told
     with pytest.raises(SettingsError, match="puts updates together in a way of its own"):
         Experiment.from_table({"method": {"name": NAME}, "aggregation": {"rule": "median"}})
 
 
 def test_an_entry_point_has_a_short_name(folder, monkeypatch):
-    points = [EntryPoint("feddyn", NAME, METHODS.group), EntryPoint("fedavg", NAME, METHODS.group)]
+    points = [EntryPoint("mydyn", NAME, METHODS.group), EntryPoint("fedavg", NAME, METHODS.group)]
     monkeypatch.setattr(
         plugins, "entry_points", lambda group: EntryPoints(p for p in points if p.group == group)
     )
-    experiment = Experiment.from_table({"method": {"name": "feddyn"}})
+    experiment = Experiment.from_table({"method": {"name": "mydyn"}})
     assert type(experiment.method).__name__ == "FedDynSettings"
     assert (
         type(Experiment.from_table({"method": {"name": "fedavg"}}).method).__name__
         == "FedAvgSettings"
     )  # ours first
-    with pytest.raises(SettingsError, match=r"allowed: .*feddyn"):
-        Experiment.from_table({"method": {"name": "fedynn"}})
-    points.append(EntryPoint("feddyn", "other:FedDyn", METHODS.group))
+    with pytest.raises(SettingsError, match=r"allowed: .*mydyn"):
+        Experiment.from_table({"method": {"name": "mydin"}})
+    points.append(EntryPoint("mydyn", "other:FedDyn", METHODS.group))
     METHODS._found.clear()
     with pytest.raises(SettingsError, match="both install it: name the class"):
-        Experiment.from_table({"method": {"name": "feddyn"}})
+        Experiment.from_table({"method": {"name": "mydyn"}})
 
 
 def own_file(**policy):
@@ -248,7 +248,7 @@ def test_a_server_makes_no_client_import_what_its_file_does_not_name(folder, sec
         ):
             examine(text, own, 0)
         assert "feddyn" not in sys.modules and not (folder / "imported").exists()
-    assert "feddyn" not in open_methods(own_file())
+    assert NAME not in open_methods(own_file())
     assert open_methods(own_file(methods=["fedavg", NAME])) == [NAME, "fedavg"]
     assert "feddyn" not in sys.modules
     assert PolicySettings(methods=[NAME]).names("method", NAME)

@@ -107,6 +107,7 @@ MOST = {
     "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1),
     "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
     "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
+    "apfl": ({}, 2), "fedala": ({"first_passes": 2}, 3),
 }  # fmt: skip
 """Methods whose requests go over the work more than once: settings, and how often."""
 
@@ -131,7 +132,8 @@ def test_no_request_takes_more_batches_than_it_says(suited, federate, method, mo
     federate(own)
     # five epochs of one batch of public rows; three mixtures on two batches each
     other = {"distillation": 5, "fdlora": 6}.get(method, 0)
-    assert max(taken) == max(3 * times, other)
+    first = {"fedala": 3}  # its only round here has nothing to mix
+    assert max(taken) == first.get(method, max(3 * times, other))
 
 
 @pytest.mark.parametrize(
