@@ -26,6 +26,8 @@ KINDS = {
 METHODS = [
     {"name": "fedavg"},
     {"name": "scaffold"},
+    {"name": "fedptr"},
+    {"name": "fednova"},
     {"name": "fedadam"},
     {"name": "local_only"},
     {"name": "fedsa_lora"},

@@ -32,8 +32,6 @@ METHODS = {
     "fedavg": {"objective": {"name": "dpo"}},
     "scaffold": {"method": {"name": "scaffold"}},
     "feddyn": {"method": {"name": "feddyn"}},
-    "moon": {"method": {"name": "moon"}},
-    "apfl": {"method": {"name": "apfl"}},
     "fedala": {"method": {"name": "fedala", "first_passes": 2}},
     "kto": {"objective": {"name": "kto"}},
     "split": {
@@ -49,7 +47,7 @@ METHODS = {
     },
     "fedpdpo": {"method": {"name": "fedpdpo"}, "objective": {"name": "pdpo"}},
 }
-"""What clients keep between rounds (scaffold, feddyn, moon, apfl, fedala, fedpdpo), and within one (split), and what neither does."""
+"""What clients keep between rounds (scaffold, feddyn, fedala, fedpdpo), and within one (split), and what neither does."""
 
 
 def played(settings, parts):

@@ -1,4 +1,4 @@
-"""FedDyn, FedNova and MOON: hand numbers, what they are equal to, and MOON's term on the real model.
+"""FedDyn, FedNova, MOON and FedPTR: hand numbers, what they are equal to, and MOON's term on the real model.
 
 The hand numbers are of two clients with quadratics in one coordinate, under the real handlers.
 """
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.aggregation.trajectory import descended, extrapolated, fitted, mismatch
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
@@ -19,6 +20,8 @@ from fedloom.methods.contract.client import carried_out
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.feddyn import MOVES, FedDyn, FedDynSettings
 from fedloom.methods.fednova import STEPS, FedNova, FedNovaSettings, gradient_factors
+from fedloom.methods.fedprox import FedProx, FedProxSettings
+from fedloom.methods.fedptr import UNFITTED, FedPTR, FedPTRSettings
 from fedloom.methods.moon import CONTRAST, MOON, PREVIOUS, ContrastedModel, MOONSettings
 from fedloom.objectives.contrastive import contrastive_loss, text_means
 from fedloom.runs.assembly import assemble
@@ -373,6 +376,73 @@ def test_moon_keeps_the_adapters_that_it_sent_last(play):
     assert own[PREVIOUS]["lora_w"][0].item() == pytest.approx(1 - 0.81 * (1 - w))
     w = found.adapters[0][0]
     assert own[f"{PREVIOUS} 1"]["lora_w"][0].item() == pytest.approx(1 - 0.81 * (1 - w))
+
+
+def squares(point, synthetic):
+    """h / 2 (w - a)^2 with h = 1."""
+    return (point["w"] - synthetic["a"]).square().sum() / 2
+
+
+def test_a_trajectory_is_projected_by_hand():
+    """One step at h eta 0.5 takes 0 to 1 where a = 2, and 1 to 1.5; so does beta 0.5."""
+    before, now, synthetic = (
+        {n: torch.tensor([v])} for n, v in (("w", 0.0), ("w", 1.0), ("a", 0.0))
+    )
+    found, missed = fitted(synthetic, squares, before, now, (1, 0.5), (300, 0.05))
+    assert found["a"].item() == pytest.approx(2.0, abs=1e-3) and missed < 1e-6
+    assert descended(now, found, squares, 1, 0.5)["w"].item() == pytest.approx(1.5, abs=1e-3)
+    assert descended(now, found, squares, 0, 0.5)["w"].item() == 1.0  # no step: FedProx
+    assert extrapolated(before, now, 0.5)["w"].item() == 1.5
+    assert mismatch(before, before, now).item() == 1.0
+
+
+def test_a_client_is_pulled_towards_the_projection():
+    """(w - 4)^2 / 2 + 1 / 2 (w - 1.5)^2 has its minimum at 2.75."""
+    own, method = Quadratic(1, 4), FedPTR(FedPTRSettings(strength=1.0))
+    sent = {
+        n: torch.tensor([v], dtype=torch.float64) for n, v in (("w", 1.0), ("projected/w", 1.5))
+    }
+    reply = carried_out(method.handlers()["train"](own, Payload(sent, {"learning_rate": 0.1})))
+    assert reply.tensors["w"].item() == pytest.approx(2.75) and set(reply.tensors) == {"w"}
+
+
+def test_fedptr_without_its_term_is_fedavg_and_without_a_move_fedprox(play):
+    none = play(FedPTR(FedPTRSettings(strength=0.0)))
+    assert none.adapters == play(FedAvg(FedAvgSettings())).adapters
+    still = play(FedPTR(FedPTRSettings(strength=0.5, projection="linear", beta=0.0)))
+    assert still.adapters == play(FedProx(FedProxSettings(mu=0.5))).adapters
+    ahead = play(FedPTR(FedPTRSettings(strength=0.5, projection="linear")))
+    assert ahead.adapters[0] == still.adapters[0] and ahead.adapters[1] != still.adapters[1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_synthetic_examples_make_some_of_a_real_move(federate, experiment, task):
+    records = []
+    small = {"fit_steps": 8, "examples": 2, "length": 4}
+    sections = {**TASKS[task], "method": {"name": "fedptr", **small}}
+    sections["data"] = {**sections["data"], "builtin_rows": 24}
+    own = experiment(**sections, training={"local_steps": 1, "learning_rate": 1e-2})
+    federate(own, after=lambda record, parts: records.append(record))
+    assert UNFITTED not in records[0].details and records[1].details[UNFITTED] < 0.97
+    ahead = [c for c in records[1].costs if c.phase == "project"]
+    assert [c.client for c in ahead] == [-1] and ahead[0].flops > 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"adapter": {"kind": "prompt"}},
+            "adapter.kind = 'prompt': method.name = 'fedptr' trains on",
+        ),
+        ({"training": {"gradient_checkpointing": True}}, "needs gradients of gradients"),
+    ],
+)
+def test_fedptr_refuses_what_has_no_gradients_of_second_order(sections, words):
+    with pytest.raises(SettingsError, match=words) as told:
+        Experiment.from_table({"method": {"name": "fedptr"}, **sections})
+    assert len(told.value.problems) == 1
+    Experiment.from_table({"method": {"name": "fedptr", "projection": "linear"}, **sections})
 
 
 def test_metrics_are_averaged_by_rows_over_those_that_report_them():

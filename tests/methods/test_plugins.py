@@ -206,7 +206,10 @@ def test_its_settings_are_checked_like_ours(folder):
         Experiment.from_table({"method": {"name": NAME, "alpha": 0, "beta": 1, "mu": 1}})
     told = " ".join(caught.value.problems)
     assert "method.alpha = 0" in told and "method.beta: unknown key" in told
-    assert "method.mu is a setting of fedprox and fednova and moon; method.name is 'feddyn:FedDyn'" in told
+    assert (
+        "method.mu is a setting of fedprox and fednova and moon; method.name is 'feddyn:FedDyn'"
+        in told
+    )
     with pytest.raises(SettingsError, match="puts updates together in a way of its own"):
         Experiment.from_table({"method": {"name": NAME}, "aggregation": {"rule": "median"}})
 

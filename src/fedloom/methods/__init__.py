@@ -38,6 +38,7 @@ from fedloom.methods.fedopt import (
 from fedloom.methods.fedpdpo import FedPDPO, FedPDPOSettings
 from fedloom.methods.fedper import FedPer, FedPerSettings, FedRep, FedRepSettings
 from fedloom.methods.fedprox import FedProx, FedProxSettings
+from fedloom.methods.fedptr import FedPTR, FedPTRSettings
 from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
@@ -59,6 +60,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "feddyn": (FedDynSettings, FedDyn),
     "fednova": (FedNovaSettings, FedNova),
     "moon": (MOONSettings, MOON),
+    "fedptr": (FedPTRSettings, FedPTR),
     "fedavgm": (FedAvgMSettings, FedAvgM),
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
