@@ -409,21 +409,21 @@ def test_a_client_is_pulled_towards_the_projection():
 def test_fedptr_without_its_term_is_fedavg_and_without_a_move_fedprox(play):
     none = play(FedPTR(FedPTRSettings(strength=0.0)))
     assert none.adapters == play(FedAvg(FedAvgSettings())).adapters
-    still = play(FedPTR(FedPTRSettings(strength=0.5, projection="linear", beta=0.0)))
+    still = play(FedPTR(FedPTRSettings(strength=0.5, beta=0.0)))
     assert still.adapters == play(FedProx(FedProxSettings(mu=0.5))).adapters
-    ahead = play(FedPTR(FedPTRSettings(strength=0.5, projection="linear")))
+    ahead = play(FedPTR(FedPTRSettings(strength=0.5)))
     assert ahead.adapters[0] == still.adapters[0] and ahead.adapters[1] != still.adapters[1]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_synthetic_examples_make_some_of_a_real_move(federate, experiment, task):
     records = []
-    small = {"fit_steps": 8, "examples": 2, "length": 4}
+    small = {"projection": "synthetic", "fit_steps": 6, "examples": 2, "length": 4}
     sections = {**TASKS[task], "method": {"name": "fedptr", **small}}
     sections["data"] = {**sections["data"], "builtin_rows": 24}
     own = experiment(**sections, training={"local_steps": 1, "learning_rate": 1e-2})
     federate(own, after=lambda record, parts: records.append(record))
-    assert UNFITTED not in records[0].details and records[1].details[UNFITTED] < 0.97
+    assert UNFITTED not in records[0].details and records[1].details[UNFITTED] < 0.99
     ahead = [c for c in records[1].costs if c.phase == "project"]
     assert [c.client for c in ahead] == [-1] and ahead[0].flops > 0
 
@@ -440,9 +440,9 @@ def test_synthetic_examples_make_some_of_a_real_move(federate, experiment, task)
 )
 def test_fedptr_refuses_what_has_no_gradients_of_second_order(sections, words):
     with pytest.raises(SettingsError, match=words) as told:
-        Experiment.from_table({"method": {"name": "fedptr"}, **sections})
+        Experiment.from_table({"method": {"name": "fedptr", "projection": "synthetic"}, **sections})
     assert len(told.value.problems) == 1
-    Experiment.from_table({"method": {"name": "fedptr", "projection": "linear"}, **sections})
+    Experiment.from_table({"method": {"name": "fedptr"}, **sections})
 
 
 def test_metrics_are_averaged_by_rows_over_those_that_report_them():

@@ -7,15 +7,17 @@ found, so that all of the following is our reconstruction. With w_t the shared a
 server
 
 1. fits S, some examples of free input embeddings with free soft targets, so that J steps of gradient
-descent on them take w_{t-1} to w_t (``aggregation/trajectory.py``); the size of a step is fitted with
-them; 2. projects: w~ = U(w_t; S), these steps from w_t; in the first round, and where nothing moved, w~
-= w_t; 3. sends w_t and w~. Client k minimises F_k(w) + lambda/2 ||w - w~||^2, and the server is
-FedAvg's.
+   descent on them take w_{t-1} to w_t (``aggregation/trajectory.py``); the size of a step is fitted too;
+2. projects: w~ = U(w_t; S), these steps from w_t; w~ = w_t in the first round, where nothing moved, and
+   where S makes nothing of the move;
+3. sends w_t and w~. Client k minimises F_k(w) + lambda/2 ||w - w~||^2, and the server is FedAvg's.
 
 With lambda = 0 it is FedAvg, with w~ = w_t FedProx. ``projection = "linear"``, w~ = w_t + beta (w_t -
-w_{t-1}), is the cheap baseline that the synthetic examples must beat to be worth their passes. The
-server computes with shared adapters alone; fitting costs it passes of second order, so keep examples few
-and short.
+w_{t-1}), is the cheap baseline that synthetic examples must beat to be worth their passes. It is the
+default, as ours have not: on the tiny model (LoRA at rank 8, moves of 6 steps, m = 4, L = 8, J = 2, 50
+steps of Adam) they made 6 % of the last move, and the cosine with the next one was 0.15, that of the
+last move itself 0.59. The server computes with shared adapters alone; passes are of second order: keep
+examples few and short.
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ class FedPTRSettings(NamedSettings):
     name: Literal["fedptr"] = "fedptr"
     strength: float = Field(default=0.1, ge=0)
     """lambda, the pull towards the projection (not published); 0 is FedAvg."""
-    projection: Literal["synthetic", "linear"] = "synthetic"
-    """By synthetic examples, or along the last move."""
+    projection: Literal["linear", "synthetic"] = "linear"
+    """Along the last move, or by synthetic examples: the paper's, which take passes at the server and
+    have not come as near to the next move as the last one is."""
     beta: float = Field(default=0.5, ge=0)
     """Of linear: the part of the last move that is added; 0 is FedProx."""
     examples: int = Field(default=4, ge=1, le=64)
