@@ -203,9 +203,9 @@ def test_figures_that_json_has_no_form_for_are_one_clear_line(folder, table):
 
 def test_its_settings_are_checked_like_ours(folder):
     with pytest.raises(SettingsError) as caught:
-        Experiment.from_table({"method": {"name": NAME, "alpha": 0, "beta": 1, "mu": 1}})
+        Experiment.from_table({"method": {"name": NAME, "alpha": 0, "flavour": 1, "mu": 1}})
     told = " ".join(caught.value.problems)
-    assert "method.alpha = 0" in told and "method.beta: unknown key" in told
+    assert "method.alpha = 0" in told and "method.flavour: unknown key" in told
     assert (
         "method.mu is a setting of fedprox and fednova and moon; method.name is 'feddyn:FedDyn'"
         in told
