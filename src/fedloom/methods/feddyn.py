@@ -39,6 +39,7 @@ from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import (
     CODED_CHANGES,
+    DRIFT,
     OWN_STEPS,
     SUMMED,
     Absence,
@@ -91,6 +92,7 @@ class FedDyn(Method):
             "trains with the g_k that it kept (0 at first) and today's adapter",
             "N stays; its last g_k stays in h",
         ),
+        problem=DRIFT,
     )
     reveals = ADAPTERS_ALONE
     taken = ("alpha", "scaled")

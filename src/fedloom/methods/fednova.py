@@ -28,7 +28,7 @@ from fedloom.methods.bases.parameter_averaging import proximal_gradient, trainin
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import averaging, no
+from fedloom.methods.declaration import DRIFT, averaging, no
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State
@@ -59,6 +59,7 @@ class FedNova(Method):
         travels="the adapter down; its change a step, and how many steps count, up",
         client_privacy=no("changes are divided by numbers of steps, which noise does not hide"),
         asynchronous=no("the steps of a round's answers are weighed together"),
+        problem=DRIFT,
     )
     reveals = ADAPTERS_ALONE
     taken = ("mu",)

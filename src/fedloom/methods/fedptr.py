@@ -43,7 +43,7 @@ from fedloom.methods.bases.parameter_averaging import (
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import averaging, no
+from fedloom.methods.declaration import DRIFT, averaging, no
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
@@ -98,6 +98,7 @@ class FedPTR(Method):
         "losses, sizes and steps are ours: the abstract alone was available",
         travels="the adapter and the projected one down, the adapter up",
         asynchronous=no("the projection is of the move of one round"),
+        problem=DRIFT,
     )
     reveals = ADAPTERS_ALONE
     taken = (

@@ -28,7 +28,7 @@ from fedloom.methods.bases.parameter_averaging import show_reported, training_ex
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import Absence, averaging, no
+from fedloom.methods.declaration import DRIFT, Absence, averaging, no
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.contrastive import contrastive_loss, text_means
 from fedloom.reports.sections.spec import SectionSpec
@@ -74,6 +74,7 @@ class MOON(Method):
             "trains with the adapter that it sent last as its negative; the first time, without the term",
             "is in no mean",
         ),
+        problem=DRIFT,
     )
     reveals = ADAPTERS_ALONE
     taken = ("mu", "temperature", "buffer")
