@@ -32,7 +32,16 @@ from fedloom.settings.toml import write_toml
 from fedloom.wire.envelope import Envelope, ReplyHeader, seal
 
 OPEN = dict.fromkeys(
-    ("logits", "activations", "targets", "embeddings", "expert_probes", "public_rows"), True
+    (
+        "logits",
+        "activations",
+        "targets",
+        "embeddings",
+        "expert_probes",
+        "inner_products",
+        "public_rows",
+    ),
+    True,
 )
 """Every line of a client's policy that lets something out."""
 

@@ -36,6 +36,8 @@ METHODS = [
     {"name": "flexlora"},
     {"name": "fed_sb"},
     {"name": "random_projection"},
+    {"name": "regmean"},
+    {"name": "fedmap"},
     {"name": "fedkseed", "candidates": 500},
     {"name": "fedkseed", "candidates": 500, "sampling": "weighted"},
     *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),

@@ -5,6 +5,7 @@ import torch
 
 from fedloom.aggregation.lora import (
     averaging_error,
+    corrected_mean,
     error_flops,
     nearest,
     norm,
@@ -134,3 +135,33 @@ def test_norms_are_those_of_products():
     (one,) = adapters(1)
     dense = sum(float(product.square().sum()) for product in products(one)) ** 0.5
     assert norm(one) == pytest.approx(dense, rel=1e-9)
+
+
+FAIR = [
+    {"x.lora_A.w": torch.tensor([[1.0, 0]]), "x.lora_B.w": torch.tensor([[1.0], [0]])},
+    {"x.lora_A.w": torch.tensor([[1.0, 2]]), "x.lora_B.w": torch.tensor([[3.0], [2]])},
+]
+"""Mean A (1, 1), mean B (2, 1)^T, mean of products [[2, 3], [1, 2]]."""
+
+
+@pytest.mark.parametrize(
+    ("strength", "b", "left"),
+    [(0.0, [2.5, 1.5], 1.0), (0.5, [2.4, 1.4], 1.0198039), (1e12, [2.0, 1.0], 1.41421356)],
+)
+def test_a_corrected_mean_by_hand(strength, b, left):
+    found = corrected_mean(FAIR, [1, 1], strength)
+    assert found["x.lora_A.w"].tolist() == [[1, 1]]
+    assert found["x.lora_B.w"].flatten().tolist() == pytest.approx(b)
+    whole = torch.tensor([[2.0, 3], [1, 2]])
+    residual = whole - found["x.lora_B.w"] @ found["x.lora_A.w"]
+    assert float(residual.norm()) == pytest.approx(left)
+
+
+def test_a_correction_is_nothing_where_nothing_is_lost():
+    same_a = [FAIR[0], {**FAIR[1], "x.lora_A.w": FAIR[0]["x.lora_A.w"]}]
+    for adapters in (same_a, [FAIR[1]] * 3):
+        found = corrected_mean(adapters, [1.0] * len(adapters), 0.0)
+        mean = weighted_mean(adapters, [1.0] * len(adapters))
+        assert all(torch.allclose(found[name], mean[name]) for name in mean)
+    zero = [{**own, "x.lora_A.w": torch.zeros(1, 2)} for own in FAIR]  # no inverse is needed
+    assert torch.isfinite(corrected_mean(zero, [1, 1], 0.0)["x.lora_B.w"]).all()

@@ -2,10 +2,12 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from fedloom.aggregation.means import weighted_mean
+from fedloom.aggregation.merging import merged
 from fedloom.aggregation.rules import AggregationSettings, combined
 
 START = {"w": torch.zeros(3)}
@@ -15,6 +17,10 @@ WEIGHTS = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 @pytest.mark.parametrize("rule", get_args(AggregationSettings.model_fields["rule"].annotation))
 def test_every_rule_that_can_be_set_is_known(rule):
+    own = AggregationSettings(rule=rule).merging
+    if own is not None:  # one of model merging, which needs random numbers too
+        assert merged(UPDATES, WEIGHTS, START, own, np.random.default_rng)[0]["w"].shape == (3,)
+        return
     assert combined(rule, UPDATES, WEIGHTS, START)["w"].shape == (3,)
 
 

@@ -487,7 +487,7 @@ def test_models_of_groups_and_servers_are_checked_where_they_are_loaded(own):
 
 def test_by_default_replies_hold_adapters_and_control_variates(own):
     allowed = set(open_methods(own(SHARED)))
-    closed = {"centralised", "fedamole", "fedmoe", "distillation", "split"}
+    closed = {"centralised", "fedamole", "fedmoe", "regmean", "distillation", "split"}
     assert allowed == METHODS.keys() - closed
     assert set(open_methods(own(SHARED, **OPEN))) == METHODS.keys() - {"centralised"}
     assert set(open_methods(own(SHARED, activations=True))) - allowed == {"split"}
@@ -509,7 +509,7 @@ def test_each_method_needs_the_lines_that_it_says(own, method):
     if method == "fedamole":
         asked["federation"] = {"clients": 4}
     needed = {
-        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "distillation": ["logits"],
+        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "regmean": ["inner_products"], "distillation": ["logits"],
         "split": ["activations", "targets"], "centralised": ["methods"],
     }.get(method, [])  # fmt: skip
     assert lines(ask(own(table), **asked)) == [f"policy.{name}" for name in needed]
@@ -563,6 +563,7 @@ def test_steps_of_newcomers_are_bounded_for_those_who_are(own):
         ("fedavg_ft", "passes", "max_steps"), ("pfedme", "steps", "max_steps"),
         ("fdlora", "budget", "max_steps"), ("fdlora", "batches", "max_steps"),
         ("fedala", "first_passes", "max_steps"),
+        ("fedmap", "batches", "max_steps"),
         ("fedpdpo", "bottleneck", "max_width"), ("fedpdpo", "head_rank", "max_rank"),
         ("fedper", "head_rank", "max_rank"), ("fedrep", "head_rank", "max_rank"),
     ],

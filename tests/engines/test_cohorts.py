@@ -25,6 +25,7 @@ METHODS = {
     "flexlora": {},
     "fed_sb": {},
     "random_projection": {"dimension": 100},
+    "fedmap": {"precision": 1.0},
 }
 
 

@@ -40,6 +40,8 @@ METHODS = {
         "data": {"source": "builtin:instructions"},
     },
     "fed_sb": {"method": {"name": "fed_sb", "factors": "weights"}},
+    "fedmap": {"method": {"name": "fedmap"}},
+    "regmean": {"method": {"name": "regmean", "rows": 4}},
     "fedkseed": {"method": {"name": "fedkseed", "sampling": "weighted"}},
     "fedbuff": {
         "method": {"name": "fedbuff", "concurrency": 2},

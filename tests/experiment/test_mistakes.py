@@ -147,6 +147,13 @@ OTHERS = {
     "evaluate --judge-audit empty --judge refusl": "no judge 'refusl': give refusal, reference, longest",
     "evaluate --judge-audit empty --judge longest": "empty holds no judged pairs",
     "evaluate --judge-audit empty": "--judge-audit needs a judge",
+    "merge gone empty --output x": "gone is not an adapter: it has no adapter_config.json",
+    "merge good.toml empty --output x": "good.toml is an experiment, not an adapter",
+    "merge run started --output nope/x": "there is no folder nope to hold x",
+    "merge run started --output run": "run is not empty; give another folder with --output",
+    "merge run --output x": "merging needs two adapters at least, and 1 is given",
+    "merge run started --output x --rule tise": "it is one of task_arithmetic, ties, dare, knots",
+    "merge run started --output x --weights 1,a": "give numbers with commas between, such as 1,2,1",
     "export gone": "no run folder at gone",
     "export started": "started has no global adapter",
     "export started --to nope/x": "there is no folder nope to hold x",
@@ -209,6 +216,11 @@ MORE = {
     "init": (
         "a.toml b.toml", "--force-it", "''", "good.toml/x.toml", "/proc/x.toml", "--to x.toml", "run", ".",
         "--set a=b",
+    ),
+    "merge": (
+        "", "run started", "run started --output", "run started --output x --space tensors",
+        "run started --output x --scale 0", "run started --output x --rule ties --density 2",
+        "run started --output x --rank 0", "run started --output x --seed -1",
     ),
     "export": (
         "", "empty", "good.toml", "run", "started --client one", "started --client 7",

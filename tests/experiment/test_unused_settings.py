@@ -42,6 +42,24 @@ CASES = {
         )
         for name in ("beta1", "beta2", "epsilon")
     },
+    "aggregation.density": (
+        {"aggregation": {"density": 0.5}},
+        "aggregation.density = 0.5 does nothing: it is read where aggregation.rule is 'ties' or 'dare' or "
+        "'knots', which is 'mean'",
+        {"aggregation": {"density": 0.5, "rule": "ties"}},
+    ),
+    "aggregation.scale": (
+        {"aggregation": {"scale": 2.0, "rule": "median"}},
+        "aggregation.scale = 2.0 does nothing: it is read where aggregation.rule is 'task_arithmetic' or "
+        "'ties' or 'dare' or 'knots', which is 'median'",
+        {"aggregation": {"scale": 2.0, "rule": "dare"}},
+    ),
+    "aggregation.space": (
+        {"aggregation": {"space": "product", "rule": "knots"}},
+        "aggregation.space = 'product' does nothing: it is read where aggregation.rule is "
+        "'task_arithmetic' or 'ties' or 'dare', which is 'knots'",
+        {"aggregation": {"space": "product", "rule": "ties"}},
+    ),
     "wire.keep_plain_below": (
         {"wire": {"keep_plain_below": 5}},
         "wire.keep_plain_below = 5 does nothing: [wire] gives neither up nor down, so that tensors are "

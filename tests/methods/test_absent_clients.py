@@ -366,3 +366,24 @@ def test_a_sequential_split_run_stands_by_its_last_average_where_all_that_had_st
         1: "the line went dead"
     }
     assert part_of(found.states[0].tensors, "back")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["regmean", "lora_fair", "fedawa", "fedmap"])
+def test_weights_and_closed_forms_are_of_who_answered(play, method):
+    found, schedule, came = play(method, ALL_OF_IT), ALL_OF_IT, set()
+    for number, state in enumerate(found.states, 1):
+        replies = found.of("train", number)
+        assert replies.keys() == schedule.answering(number)
+        assert all(torch.isfinite(tensor).all() for tensor in state.tensors.values())
+        came |= replies.keys()
+        if method == "fedawa":
+            assert state.numbers.keys() == {f"logit/{client:06d}" for client in came}
+        if method == "fedmap":
+            answers = [part_of(reply.tensors, ADAPTER) for _, reply in replies.values()]
+            for name, tensor in part_of(state.tensors, ADAPTER).items():
+                own = torch.stack([answer[name] for answer in answers])
+                assert (tensor <= own.amax(0) + 1e-6).all() and (tensor >= own.amin(0) - 1e-6).all()
+    straight, backwards = (play(method, Schedule(backwards=own)) for own in (False, True))
+    for one, other in zip(straight.states, backwards.states, strict=True):
+        assert one.digest() == other.digest()

@@ -43,6 +43,14 @@ def attacked(monkeypatch):
     return switch
 
 
+MERGING = {
+    "task_arithmetic": {"scale": 2.0},
+    "ties": {"density": 0.3},
+    "dare": {"density": 0.5},
+    "knots": {"density": 0.5},
+}
+
+
 def settings(rule):
     return {"aggregation": {"rule": rule, **RULES.get(rule, {})}}
 
@@ -79,9 +87,42 @@ def test_every_method_that_averages_knows_the_rules(experiment, federate, name):
     assert any(not torch.equal(plain[key], robust[key]) for key in plain)
 
 
+@pytest.mark.parametrize("rule", MERGING)
+def test_rules_of_model_merging_in_rounds(experiment, federate, once, rule):
+    own = {"federation": {"clients": 3, "rounds": 2}, "data": {"builtin_rows": 30}}
+    plain = once("plain", lambda: federate(experiment(**own)).adapter)
+    rules = {"aggregation": {"rule": rule, **MERGING[rule]}}
+    found = federate(experiment(**own, **rules))
+    again = federate(experiment(**own, **rules))
+    assert found.state.digest() == again.state.digest()
+    assert any(not torch.equal(found.adapter[name], plain[name]) for name in plain)
+    assert all(torch.isfinite(tensor).all() for tensor in found.adapter.values())
+
+
+def test_the_mean_of_products_is_cut_to_the_rank_with_a_note(experiment, federate):
+    own = {"federation": {"clients": 3, "rounds": 1}, "data": {"builtin_rows": 30}}
+    own |= {"training": {"local_steps": 4, "batch_size": 4, "learning_rate": 0.01}}
+    rules = {"aggregation": {"rule": "task_arithmetic", "space": "product"}}
+    found = federate(experiment(**own, **rules))
+    plain = federate(experiment(**own))
+    lost = found.records[-1].train["rank_error"]
+    assert 0 <= lost < plain.records[-1].train["aggregation_error"]  # no pair of rank 2 is nearer
+    assert found.adapter.keys() == plain.adapter.keys()
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
+        (
+            {"aggregation": {"rule": "knots"}, "method": {"name": "ffa_lora"}},
+            "makes other factors, which method.name = 'ffa_lora' does not go on with; use fedavg, fedprox",
+        ),
+        (
+            {"aggregation": {"rule": "ties", "space": "product"}, "adapter": {"kind": "full"}},
+            "of products needs adapter.kind = \"lora\", not 'full'",
+        ),
+        ({"aggregation": {"rule": "ties", "density": 0.0}}, "aggregation.density"),
+        ({"aggregation": {"rule": "ties", "scale": -1.0}}, "aggregation.scale"),
         (
             {"aggregation": {"bad": 1}},
             "aggregation.bad is a setting of trimmed_mean, krum, multi_krum",

@@ -12,6 +12,7 @@ from fedloom.methods import METHODS, make_method
 from fedloom.methods.distillation import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
+from fedloom.methods.regmean import PRODUCTS
 from fedloom.methods.scaffold import CONTROL
 from fedloom.methods.split import ROWS, TARGETS, SplitSettings
 from fedloom.models.request_limits import Allowance
@@ -56,6 +57,8 @@ def held(spec):
     """What a tensor of a reply holds."""
     if spec.name.startswith(f"{CONTROL}/"):
         return {"control_variates"}
+    if spec.name.startswith(PRODUCTS):
+        return {"inner_products"}
     labels = {"targets"} if spec.name == ROWS and spec.shape[1] == 3 else set()
     return {HOLDS.get(spec.name, "adapters")} | labels
 
@@ -130,8 +133,8 @@ def test_no_request_takes_more_batches_than_it_says(suited, federate, method, mo
 
     monkeypatch.setattr(Allowance, "step", counted)
     federate(own)
-    # five epochs of one batch of public rows; three mixtures on two batches each
-    other = {"distillation": 5, "fdlora": 6}.get(method, 0)
+    # five epochs of one batch of public rows; three mixtures on two batches each; four for a likelihood
+    other = {"distillation": 5, "fdlora": 6, "fedmap": 3 + 4}.get(method, 0)
     first = {"fedala": 3}  # its only round here has nothing to mix
     assert max(taken) == first.get(method, max(3 * times, other))
 

@@ -100,6 +100,7 @@ REFUSED = {
     "centralised": ("policy.methods", experiment(method={"name": "centralised"}, data={
         "source": "builtin:preferences", "test_source": None})),
     "fedmoe": ("policy.expert_probes", experiment(method={"name": "fedmoe"}, adapter={"kind": "submixture"})),
+    "regmean": ("policy.inner_products", experiment(method={"name": "regmean"})),
     "group's model": ("policy.models", experiment(
         method={"name": "local_only"}, clients={"groups": {"a": {"clients": [0], "model": str(OTHER)}}})),
     "kind": ("data.kind", experiment(data={"kind": "feedback"}, objective={"name": "kto"})),

@@ -69,6 +69,37 @@ def residual(adapters: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
     return stacked([*pairs, weighted_mean(pairs, weights)], [*shares, -1.0])
 
 
+def corrected_mean(
+    adapters: Sequence[Tensors], weights: Sequence[float], strength: float
+) -> Tensors:
+    """Return the mean adapter with B + dB in place of the mean B, float64 inside.
+
+    dB = (W - B A) A^T (A A^T + strength I)^-1 minimises ||W - (B + dB) A||_F^2 + strength ||dB||_F^2 for
+    the mean A, the mean B and W = sum_k p_k B_k A_k; W is never formed. The distance to W never grows.
+
+    Args:
+        adapters: One a client, of one rank.
+        weights: One a client, at least 0, not all 0.
+        strength: lambda, at least 0; with 0 directions that A has not are left alone.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    found = weighted_mean([dict(adapter) for adapter in adapters], weights)
+    for a, b in factor_pairs(found).values():
+        ups, downs = ([adapter[name].double() for adapter in adapters] for name in (b, a))
+        down, up = (
+            torch.stack([p * t for p, t in zip(shares, own, strict=True)]).sum(0)
+            for own in (downs, ups)
+        )
+        gram = down @ down.T
+        wanted = torch.stack(
+            [p * (u @ (d @ down.T)) for p, u, d in zip(shares, ups, downs, strict=True)]
+        ).sum(0)
+        ridge = strength * torch.eye(len(gram), dtype=gram.dtype)
+        change = (wanted - up @ gram) @ torch.linalg.pinv(gram + ridge, hermitian=True)
+        found[b] = (up + change).to(found[b].dtype)
+    return found
+
+
 def nearest(adapter: Tensors, rank: int, before: Tensors | None = None) -> Tensors:
     """Return the adapter of a rank whose products are nearest to those of ``adapter`` (Frobenius norm).
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedloom.aggregation.means import weighted_mean
+from fedloom.aggregation.merging import MERGE_RULES, Merging, Space
 from fedloom.aggregation.robust import (
     clipped_mean,
     coordinate_median,
@@ -16,7 +17,7 @@ from fedloom.aggregation.robust import (
     multi_krum,
     trimmed_mean,
 )
-from fedloom.settings.schema import Settings
+from fedloom.settings.schema import Of, Settings
 from fedloom.tensors import Tensors
 
 NEEDED = {"trimmed_mean": 1, "krum": 3, "multi_krum": 3}
@@ -61,6 +62,13 @@ def combined(
     raise ValueError(f"{rule!r} is not a rule")
 
 
+OF_MERGING = Of("aggregation.rule", MERGE_RULES)
+
+SPARSE = Of("aggregation.rule", ("ties", "dare", "knots"))
+
+EITHER_SPACE = Of("aggregation.rule", ("task_arithmetic", "ties", "dare"))
+
+
 class AggregationSettings(Settings):
     """``[aggregation]``: how the server puts the clients' updates together."""
 
@@ -72,12 +80,39 @@ class AggregationSettings(Settings):
         "multi_krum",
         "geometric_median",
         "clipped_mean",
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "knots",
     ] = "mean"
-    """The mean by rows, or a rule that some bad clients cannot move far: ``aggregation/robust.py``."""
+    """The mean by rows; a rule that some bad clients cannot move far (median to clipped_mean,
+    ``aggregation/robust.py``); or one of model merging, for clients that learn different things
+    (task_arithmetic to knots, ``aggregation/merging.py``)."""
     bad: int = Field(default=0, ge=0)
     """Of trimmed_mean, krum and multi_krum: f, clients of a round that may be bad."""
     max_norm: float | None = Field(default=None, gt=0)
     """Of clipped_mean: largest norm of a client's change over all tensors."""
+
+    density: Annotated[float | None, SPARSE] = Field(default=None, gt=0, le=1)
+    """Share of the entries of each tensor's change that is kept: of ties and knots the largest (default
+    0.2), of dare random ones, the others being divided by it (default 0.8)."""
+    scale: Annotated[float, OF_MERGING] = Field(default=1.0, gt=0, le=100)
+    """Times the merged change: 1 is the step of the mean, the number of clients that of the sum."""
+    space: Annotated[Space, EITHER_SPACE] = "factors"
+    """Whether the rule takes changes of LoRA's factors A and B apart, or of their products B A, whose
+    result is cut to adapter.rank; knots has products alone."""
+
+    @property
+    def merging(self) -> Merging | None:
+        """The rule of model merging, if it is one."""
+        if self.rule not in MERGE_RULES:
+            return None
+        return Merging(self.rule, self.density, self.scale, self.space)  # type: ignore[arg-type]
+
+    @property
+    def of_products(self) -> bool:
+        """Whether the rule needs both factors of LoRA."""
+        return self.merging is not None and self.merging.of_products
 
     def contradictions(self, cohort: int) -> list[str]:
         """Return what in these settings cannot both be meant, with so many clients in a round."""

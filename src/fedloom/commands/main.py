@@ -21,6 +21,7 @@ from fedloom.commands import compare
 from fedloom.commands import advise
 from fedloom.commands import tune
 from fedloom.commands import export
+from fedloom.commands import merge
 from fedloom.commands import keys
 from fedloom.commands import members
 from fedloom.commands import server
@@ -39,6 +40,7 @@ COMMANDS = (
     advise,
     tune,
     export,
+    merge,
     keys,
     members,
     server,

@@ -21,6 +21,7 @@ REVEALING = (
     "targets",
     "embeddings",
     "expert_probes",
+    "inner_products",
     "public_rows",
 )
 """Lines that open something; each says in its docstring what it shows the server."""
@@ -131,6 +132,9 @@ class PolicySettings(Settings):
     expert_probes: bool = False
     """How many tokens of some rows pass each expert of the model. It shows roughly what rows are
     about."""
+    inner_products: bool = False
+    """Second moments of what LoRA's first factor makes of the tokens of some rows, in every round: rank x
+    rank numbers a layer. They show which directions rows lie in and, of few short rows, more."""
     public_rows: bool = False
     """Rows that all parties have are read from [public] of this file and learnt from, with what the
     server says about them. They show the server nothing; what it says about them changes this client's

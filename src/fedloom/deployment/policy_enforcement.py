@@ -155,7 +155,7 @@ LEFT = _names(
         "selection.oort": "losses rows largest explore explore_decay explore_least cut_off speed "
         "percentile penalty pace_rounds pace_step",
         "selection.flash": "losses rows largest ridge width speed",
-        "aggregation": "rule bad max_norm",
+        "aggregation": "rule bad max_norm density scale space",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "privacy": "profile clip_quantile clip_learning_rate clip_count_noise "
         "amplification units_per_pass sum_bits sum_bound sum_rounding",

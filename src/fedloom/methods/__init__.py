@@ -20,11 +20,13 @@ from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
+from fedloom.methods.fedawa import FedAWA, FedAWASettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
+from fedloom.methods.fedmap import FedMAP, FedMAPSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
 from fedloom.methods.fednova import FedNova, FedNovaSettings
 from fedloom.methods.fedopt import (
@@ -44,8 +46,10 @@ from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoR
 from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.moon import MOON, MOONSettings
+from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
+from fedloom.methods.regmean import RegMean, RegMeanSettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 from fedloom.reports.sections.spec import problems
@@ -65,7 +69,10 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedadagrad": (FedAdagradSettings, FedAdagrad),
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
+    "fedawa": (FedAWASettings, FedAWA),
     "fedbuff": (FedBuffSettings, FedBuff),
+    "regmean": (RegMeanSettings, RegMean),
+    "lora_fair": (LoRAFAIRSettings, LoRAFAIR),
     "fedavg_ft": (FedAvgFTSettings, FedAvgFT),
     "fedpdpo": (FedPDPOSettings, FedPDPO),
     "fedper": (FedPerSettings, FedPer),
@@ -74,6 +81,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "pfedme": (PFedMeSettings, PFedMe),
     "apfl": (APFLSettings, APFL),
     "fedala": (FedALASettings, FedALA),
+    "fedmap": (FedMAPSettings, FedMAP),
     "feddpa": (FedDPASettings, FedDPA),
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedloom.accounting.costs import SERVER
 from fedloom.aggregation.lora import A, B, factor_pairs, without_factors
-from fedloom.errors import ModelError, TrainingError
+from fedloom.errors import TrainingError
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.fixed_factors import (
     R,
@@ -39,7 +39,7 @@ from fedloom.methods.bases.parameter_averaging import TRAIN_REPLY_NUMBERS, train
 from fedloom.methods.bases.trained_coordinates import TensorFunction, TrainsCoordinates
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
-from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide
+from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide, require_linear_layers
 from fedloom.methods.declaration import Absence, averaging
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
@@ -116,12 +116,7 @@ class FedSB(TrainsCoordinates):
             ModelError: Some are of a stack of experts, whose change is not their product.
         """
         super().setup(server)
-        if server.model.stacked:
-            raise ModelError(
-                f'method.name = "fed_sb": {server.model.stacked} has factors for a stack of experts, '
-                "whose change is not their product: name linear layers as adapter.targets, such as "
-                '["q_proj"]'
-            )
+        require_linear_layers(server.model, 'method.name = "fed_sb"')
 
     def first(self, adapter: Tensors) -> Tensors:
         """Return R = 0, and what is no factor as it is, such as a classification head."""

@@ -37,6 +37,7 @@ class FedAvg(Method):
     reveals = ADAPTERS_ALONE
 
     averages = True
+    takes_merged_products = True
 
     def __init__(self, settings: FedAvgSettings) -> None:
         """Take no settings beyond the name."""

@@ -57,6 +57,7 @@ class FedAvgFT(KeepsAdapter):
     bounded = MappingProxyType({"passes": "max_steps"})
 
     averages = True
+    takes_merged_products = True
 
     def __init__(self, settings: FedAvgFTSettings) -> None:
         """Keep the settings."""

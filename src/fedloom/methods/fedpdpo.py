@@ -56,6 +56,7 @@ class FedPDPO(KeepsParts):
         absence=KEEPS_PARTS,
     )
     reveals = ADAPTERS_ALONE
+    takes_merged_products = True
     taken = ("head_mode", "schedule")
     bounded = MappingProxyType({"bottleneck": "max_width", "head_rank": "max_rank"})
 

@@ -58,6 +58,7 @@ class FedPer(KeepsParts):
         absence=KEEPS_PARTS,
     )
     reveals = ADAPTERS_ALONE
+    takes_merged_products = True
     taken = ("head_mode",)
     bounded = MappingProxyType({"head_rank": "max_rank"})
 

@@ -42,6 +42,7 @@ class FedProx(Method):
     taken = ("mu",)
 
     averages = True
+    takes_merged_products = True
 
     def __init__(self, settings: FedProxSettings) -> None:
         """Keep mu."""

@@ -192,7 +192,8 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
             ``quantization``, ``dtype`` to load it in, ``task`` (causal, classification or reward),
             ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``,
             ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none),
-            ``privacy`` (sentences, where something is promised of it), and of a whole model
+            ``privacy`` (sentences, where something is promised of it), ``merged`` (how many adapters
+            it was merged from, if it was), and of a whole model
             ``own_code`` and ``tokenizer_of_base``.
         kind: What the folder holds.
     """
@@ -259,6 +260,11 @@ def _what(facts: Facts, kind: FolderKind) -> str:
     whose = "" if facts["client"] is None else f" of client {facts['client']} alone"
     clients = f"{facts['clients']} client{'s' if facts['clients'] != 1 else ''}"
     rounds = f"{facts['rounds']} round{'s' if facts['rounds'] != 1 else ''}"
+    if facts.get("merged"):
+        return (
+            f"{what}, merged by `{facts['method']}` from {facts['merged']} adapters that were trained "
+            f"with the objective `{facts['objective']}`, with no round; `merge.json` says how."
+        )
     return (
         f"{what}{whose}, trained with the objective `{facts['objective']}` by the federated method "
         f"`{facts['method']}`: {rounds}, {clients}, precision {facts['precision']}."

@@ -291,6 +291,26 @@ TRAINING = (
         "training",
     ),
     Metric(
+        "rank_error",
+        "distance of the adapter, at its rank, to the products that a rule of model merging made, over "
+        "their norm",
+        "1",
+        0,
+        None,
+        "adapted matrices",
+        "training",
+    ),
+    Metric(
+        "weight_entropy",
+        "entropy of the clients' learnt weights in the mean: the logarithm of the number of clients "
+        "where all weigh alike, 0 where one counts alone",
+        "nats",
+        0,
+        None,
+        "clients of the round",
+        "training",
+    ),
+    Metric(
         "cut_off",
         "share of the numbers of updates that were beyond privacy.sum_bound and were cut to it (secure "
         "aggregation)",

@@ -224,6 +224,7 @@ class _FirstRound:
         self.training = parts.local.training
         resources = parts.local.resources[client]
         self.public, self._model, self._own = resources.public, resources.model, own
+        self.rows = len(parts.local.shares[client])
 
     def own_rows(self) -> float:
         return self._own
@@ -231,6 +232,15 @@ class _FirstRound:
     def own_forward_passes(self) -> float:
         with torch.no_grad():
             return _own_rows(*self._rows)[1]
+
+    def reading(self, indices: np.ndarray) -> float:
+        model, own = self._model, TokenShare(self._rows[2].tokens.take(indices))
+        before, budget = model.flops, scoring_budget(self.training, model)
+        with torch.no_grad():
+            for _, batch in Layout(model, own, budget, by_itself=True).everything():
+                rows, length = batch.sequences.input_ids.shape
+                model.count(rows, length + model.virtual_tokens, 1)
+        return model.flops - before
 
     def passes(self, share: TokenShare, indices: np.ndarray, *, scoring: bool = False) -> float:
         budget = (scoring_budget if scoring else budget_of)(self.training, self._model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
 
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.token_set import TokenSet
@@ -37,13 +39,19 @@ class OwnMixture(Method):
         client.model.write(payload.tensors or client.store.get(ADAPTER, client.initial))
 
 
-def passes(client: Client, tokens: TokenSet) -> Iterator[int]:
-    """Run rows through a client's model, without gradients; yield the rows of each pass after it."""
+def passes(
+    client: Client, tokens: TokenSet, before: Callable[[Tensor], None] = lambda mask: None
+) -> Iterator[int]:
+    """Run rows through a client's model, without gradients; yield the rows of each pass after it.
+
+    ``before`` is called before each with the ``(rows, length)`` mask of its real tokens.
+    """
     model = client.model
     budget = scoring_budget(client.training, model)
     layout = Layout(model, TokenShare(tokens), budget, by_itself=True)  # the model is called itself
     for indices, batch in layout.everything():
         read = batch.sequences
+        before(read.attention_mask)
         with model.evaluating():
             model(input_ids=read.input_ids, attention_mask=read.attention_mask, logits_to_keep=1)
         yield len(indices)

@@ -126,6 +126,7 @@ def _parameters(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]
             f"aggregation.rule = {aggregation.rule!r}: method.name = {view.name!r} puts "
             "updates together in a way of its own"
         )
+    yield from _products(kind, view)
     if adapter is not None and adapter.kind == "submixture" and not kind.submixtures:
         yield (
             "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
@@ -144,6 +145,21 @@ def _parameters(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]
             f"same model and rank; {_listed(view.names_of('mixed_ranks'))} allow different ranks, "
             f"{_listed(view.names_of('mixed_models'))} both"
         )
+
+
+def _products(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+    """Yield why a rule cannot have the products of LoRA's factors."""
+    if view.aggregation is None or not view.aggregation.of_products or not kind.averages:
+        return
+    opening = f"aggregation.rule = {view.aggregation.rule!r} of products"
+    if not kind.takes_merged_products:
+        others = _listed(view.names_of("takes_merged_products"))
+        yield (
+            f"{opening} makes other factors, which method.name = {view.name!r} does not go on with; use "
+            f'{others}, or aggregation.space = "factors" with another rule than knots'
+        )
+    if view.adapter is not None and view.adapter.kind != "lora":
+        yield f'{opening} needs adapter.kind = "lora", not {view.adapter.kind!r}'
 
 
 def _listed(names: list[str]) -> str:

@@ -132,7 +132,8 @@ class ExperimentView:
         return self.clients.groups if self.clients is not None else {}
 
     def names_of(
-        self, attribute: Literal["mixed_ranks", "mixed_models", "submixtures"]
+        self,
+        attribute: Literal["mixed_ranks", "mixed_models", "submixtures", "takes_merged_products"],
     ) -> list[str]:
         """Return the names of the methods whose class says so."""
         return [name for name, kind in self.methods.items() if getattr(kind, attribute)]

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.merging import Merging, merged
 from fedloom.aggregation.rules import AggregationSettings, combined
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.errors import CheckpointError, RoundFailed
+from fedloom.errors import CheckpointError, ModelError, RoundFailed
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies, Round
 from fedloom.methods.contract.averaging import note_averaging_error, weights_of
@@ -38,6 +39,7 @@ from fedloom.models.heads import PersonalModules
 from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
 from fedloom.privacy.private_mean import PrivateMean
+from fedloom.randomness import generator
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
@@ -52,6 +54,7 @@ Reveal = Literal[
     "targets",
     "embeddings",
     "expert_probes",
+    "inner_products",
     "rows",
 ]
 """What a client's replies can hold beside numbers: each but the first two has a line of its own in a
@@ -73,6 +76,19 @@ def by_place(tensor: Tensor, dimension: int, presence: Presence) -> dict[int, Te
             f"before, and {len(clients)} take part: whose it is cannot be told; start a new run"
         )
     return dict(zip(clients, tensor.unbind(dimension), strict=True))
+
+
+def require_linear_layers(model: AdapterModel, what: str) -> None:
+    """Check that the change of each layer under LoRA's factors is their product.
+
+    Raises:
+        ModelError: A layer has factors for a stack of experts; ``what`` begins the message.
+    """
+    if model.stacked:
+        raise ModelError(
+            f"{what}: {model.stacked} has factors for a stack of experts, whose change is not their "
+            'product: name linear layers as adapter.targets, such as ["q_proj"]'
+        )
 
 
 class ModelSpec(NamedTuple):
@@ -120,12 +136,14 @@ class FirstRound(Protocol):
     Attributes:
         seed: The experiment's seed.
         client: The client's id.
+        rows: Of the client.
         training: How it trains.
         public: The public rows as its model reads them.
     """
 
     seed: int
     client: int
+    rows: int
     training: TrainingSettings
     public: PublicRows | None
 
@@ -134,6 +152,9 @@ class FirstRound(Protocol):
 
     def own_forward_passes(self) -> float:
         """Return those of the forward passes of that training alone."""
+
+    def reading(self, indices: NDArray[np.int64]) -> float:
+        """Return those of reading some of its own rows once, each sequence by itself."""
 
     def passes(
         self, share: TokenShare, indices: NDArray[np.int64], *, scoring: bool = False
@@ -244,9 +265,15 @@ class Method(MethodTraits):
         return PersonalModules()
 
     def setup(self, server: ServerSide) -> None:
-        """Take what there is on the server, once, before the first round."""
+        """Take what there is on the server, once, before the first round.
+
+        Raises:
+            ModelError: A rule of products is set, and layers are not the product of their factors.
+        """
         self.server = server
         self.aggregation = server.aggregation
+        if server.aggregation.of_products:
+            require_linear_layers(server.model, f"aggregation.rule = {server.aggregation.rule!r}")
 
     def averaged(
         self, replies: Sequence[Reply], cohort: Cohort, start: Tensors, *, noted: bool = False
@@ -272,6 +299,8 @@ class Method(MethodTraits):
             if noted:
                 note_averaging_error(known, cohort, by_rows=self.by_rows)
             return known.mean(by="rows" if self.by_rows else "clients")
+        if own.merging is not None:
+            return self._merged(own.merging, replies, cohort, start)
         adapters = [reply.payload.tensors for reply in replies]
         weights = weights_of(replies, by_rows=self.by_rows)
         largest = own.max_norm or math.inf
@@ -281,6 +310,20 @@ class Method(MethodTraits):
             raise RoundFailed(
                 f"round {cohort.round}: aggregation.rule = {own.rule!r} has too few updates: {error}"
             ) from error
+
+    def _merged(
+        self, own: Merging, replies: Sequence[Reply], cohort: Cohort, start: Tensors
+    ) -> Tensors:
+        """Return the merge of adapters that began with ``start``; a note says what its rank loses."""
+
+        def draws(place: int) -> np.random.Generator:
+            return generator(self.server.seed, "merging", replies[place].client, cohort.round)
+
+        adapters = [reply.payload.tensors for reply in replies]
+        weights = weights_of(replies, by_rows=self.by_rows)
+        found, lost = merged(adapters, weights, start, own, draws)
+        cohort.notes.update({} if lost is None else {"rank_error": lost})
+        return found
 
     def privacy_statement(self) -> str | None:
         """Return what may be said about privacy beyond that rows stay with their clients, if anything."""

@@ -22,6 +22,8 @@ class MethodTraits:
         changes_backbone: Whether weights that are frozen while training change between rounds.
         by_rows: Whether clients weigh by their rows in means of adapters, or all alike.
         averages: Whether it takes means of adapters by ``Method.averaged``, which other rules replace.
+        takes_merged_products: Whether what it averages may come back as other factors of LoRA with the
+            merged products, so that rules of products can replace the mean.
         trainings: How often a client goes over a round's work at most in one request.
         repeats: Optimizer steps on each batch.
         asynchronous: Whether a round takes answers that arrive one by one, by the simulated clock.
@@ -40,6 +42,7 @@ class MethodTraits:
     whole_at_clients = True
     changes_backbone = False
     averages = False
+    takes_merged_products = False
     by_rows = True
     trainings = 1
     repeats = 1
