@@ -84,6 +84,7 @@ class ParameterTraffic:
         up: Bytes of the tensors it sends.
         also_down: Bytes of the tensors sent to it in a second message, after the round's training.
         up_a_step: Bytes more that it sends for each optimizer step.
+        up_even: Bytes of the tensors it sends in rounds 2, 4, ..., where they are others; else 0.
     """
 
     down: int
@@ -91,12 +92,14 @@ class ParameterTraffic:
     framework: str = FEDLLM
     also_down: int = 0
     up_a_step: int = 0
+    up_even: int = 0
 
-    def of_round(self, done: Done) -> Sent:
+    def of_round(self, done: Done, round: int = 1) -> Sent:
         """Return the bytes of a round."""
+        own = self.up_even if self.up_even and round % 2 == 0 else self.up
         down = self.down + header(1 if self.down else 0, 1)
-        sent = self.up + self.up_a_step * done.steps
-        up = sent + header((1 if self.up else 0) + (2 if self.up_a_step else 0), 1, 2)
+        sent = own + self.up_a_step * done.steps
+        up = sent + header((1 if own else 0) + (2 if self.up_a_step else 0), 1, 2)
         if not self.also_down:
             return Sent(down, up, 1)
         return Sent(down + self.also_down + header(1, 1), up + header(0, 1), 2)
@@ -121,7 +124,7 @@ class LogitTraffic:
     adaptive: bool
     framework: str = "KD-FedLLM"
 
-    def of_round(self, done: Done) -> Sent:
+    def of_round(self, done: Done, round: int = 1) -> Sent:
         """Return the bytes of a round; they do not depend on what was done in it."""
         row = row_bytes(self.entries, self.encoding) + self.entries * self.index
         soft_labels = self.positions * (row + (4 if self.adaptive else 0))
@@ -156,7 +159,7 @@ class ActivationTraffic:
     average_every: int
     framework: str = "Split-FedLLM"
 
-    def of_round(self, done: Done) -> Sent:
+    def of_round(self, done: Done, round: int = 1) -> Sent:
         """Return the bytes of a round in which a client took so many steps."""
         segments = ceil(done.steps / self.average_every) if self.average_every else 1
         forward = done.tokens * row_bytes(self.hidden, self.activations)

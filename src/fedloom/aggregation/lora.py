@@ -117,7 +117,7 @@ def nearest(adapter: Tensors, rank: int, before: Tensors | None = None) -> Tenso
     """
     result = dict(adapter)
     for a, b in factor_pairs(adapter).values():
-        left, values, right = _decomposed(adapter[b], adapter[a])
+        left, values, right = decomposed(adapter[b], adapter[a])
         roots = values[:rank].sqrt()
         up, down = left[:, :rank] * roots, (right[:rank].T * roots).T
         if before is not None:
@@ -134,7 +134,7 @@ def rank_in_use(adapter: Tensors) -> float:
     A singular value counts if float32 can tell it from zero beside the layer's largest.
     """
     pairs = factor_pairs(adapter).values()
-    ranks = [_rank(_decomposed(adapter[b], adapter[a])[1]) for a, b in pairs]
+    ranks = [_rank(decomposed(adapter[b], adapter[a])[1]) for a, b in pairs]
     return sum(ranks) / len(ranks)
 
 
@@ -156,7 +156,7 @@ def part_of_ranks(adapter: Tensors, low: int, high: int) -> Tensors:
     return {n: t[low:high] if A in n else t[:, low:high] for n, t in factors.items()}
 
 
-def _decomposed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decomposed(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, the singular values and V^T of B A in float64."""
     left, small_left = torch.linalg.qr(b.double())
     right, small_right = torch.linalg.qr(a.double().T)

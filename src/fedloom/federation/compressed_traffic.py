@@ -55,5 +55,6 @@ def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Tr
     return replace(
         traffic,
         up=round(traffic.up * up),
+        up_even=round(traffic.up_even * up),
         down=round(traffic.down * down) + (beside if traffic.down or traffic.up else 0),
     )

@@ -29,6 +29,7 @@ from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
 from fedloom.methods.fedmap import FedMAP, FedMAPSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
 from fedloom.methods.fednova import FedNova, FedNovaSettings
+from fedloom.methods.fedmomentum import FedMomentum, FedMomentumSettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -41,7 +42,9 @@ from fedloom.methods.fedpdpo import FedPDPO, FedPDPOSettings
 from fedloom.methods.fedper import FedPer, FedPerSettings, FedRep, FedRepSettings
 from fedloom.methods.fedprox import FedProx, FedProxSettings
 from fedloom.methods.fedptr import FedPTR, FedPTRSettings
+from fedloom.methods.fedrot_lora import FedRotLoRA, FedRotLoRASettings
 from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
+from fedloom.methods.fedsvd import FedSVD, FedSVDSettings
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
@@ -50,6 +53,7 @@ from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
 from fedloom.methods.regmean import RegMean, RegMeanSettings
+from fedloom.methods.rolora import RoLoRA, RoLoRASettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
 from fedloom.reports.sections.spec import problems
@@ -86,11 +90,15 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),
     "ffa_lora": (FFALoRASettings, FFALoRA),
+    "fedsvd": (FedSVDSettings, FedSVD),
+    "rolora": (RoLoRASettings, RoLoRA),
+    "fedrot_lora": (FedRotLoRASettings, FedRotLoRA),
     "fed_sb": (FedSBSettings, FedSB),
     "fedkseed": (FedKSeedSettings, FedKSeed),
     "random_projection": (RandomProjectionSettings, RandomProjection),
     "flora": (FLoRASettings, FLoRA),
     "fedex_lora": (FedExLoRASettings, FedExLoRA),
+    "fedmomentum": (FedMomentumSettings, FedMomentum),
     "flexlora": (FlexLoRASettings, FlexLoRA),
     "hetlora": (HetLoRASettings, HetLoRA),
     "fedamole": (FedAMoLESettings, FedAMoLE),

@@ -52,7 +52,7 @@ def turns(run: Record, costs: Iterable[Record]) -> list[ClientRound]:
             round,
             client,
             _sent(rows),
-            traffic.of_round(_done(rows)) if traffic else None,
+            traffic.of_round(_done(rows), round) if traffic else None,
             sum(row["flops"] or 0 for row in rows),
             sum(row["seconds"] or 0 for row in rows),
             sum(row["tokens"] or 0 for row in rows),

@@ -60,6 +60,7 @@ def training_exchange(
     metrics: tuple[NumberSpec, ...] = (),
     *,
     by_rows: bool = True,
+    answered: Tensors | None = None,
 ) -> Exchange:
     """Return the exchange in which the cohort trains ``adapter``; replies hold the number of examples.
 
@@ -69,6 +70,7 @@ def training_exchange(
         more: Numbers that travel with the learning rate.
         metrics: Names and ranges of what clients report beside the objective's own metrics.
         by_rows: Whether the mean of the replies is by rows; otherwise it is over clients alike.
+        answered: Tensors of the names and shapes of the replies (default: those of ``adapter``).
     """
     numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(
@@ -77,7 +79,11 @@ def training_exchange(
         cohort.clients,
         Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
         Schema.of(adapter, tuple(numbers)),
-        Schema.of(adapter, TRAIN_REPLY_NUMBERS, (*cohort.reported, *metrics)),
+        Schema.of(
+            adapter if answered is None else answered,
+            TRAIN_REPLY_NUMBERS,
+            (*cohort.reported, *metrics),
+        ),
         alike=() if by_rows else ALL,
     )
 

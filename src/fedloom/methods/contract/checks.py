@@ -40,6 +40,12 @@ def tasks_only(view: ExperimentView) -> Iterator[str]:
         )
 
 
+def optimizer_anew(view: ExperimentView, why: str) -> Iterator[str]:
+    """Yield that optimizers cannot go on with their state of the round before, and why."""
+    if view.training is not None and view.training.keep_optimizer_state:
+        yield f"training.keep_optimizer_state: method.name = {view.name!r} {why}"
+
+
 def summed_alone(kind: type[MethodTraits], claim: Claim, view: ExperimentView) -> Iterator[str]:
     """Yield what cannot be where the server sees the sum of a round's answers alone.
 
