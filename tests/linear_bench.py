@@ -81,13 +81,14 @@ class LinearClient(Client):
             with torch.no_grad():
                 for name, parameter in trained.items():
                     if parameter.grad is not None:
-                        parameter -= learning_rate * (self.rates or {}).get(name, 1.0) * parameter.grad
+                        parameter -= (
+                            learning_rate * (self.rates or {}).get(name, 1.0) * parameter.grad
+                        )
             if after_step:
                 after_step(trained)
             if coordinates is not None:
                 coordinates.write(tensors)
         return LocalResult(2, self.steps, 0, 0, {"loss": float(loss)})
-
 
     def gradients(self):
         """Leave the gradients of both factors, s G A^T with G of W; return the loss."""
@@ -144,7 +145,7 @@ def play(name, *, rounds=1, steps=20, rate=0.2, rank=2, alpha=None, adapter=None
     own = kind(**(settings or {}))
     method, alpha = cls(own), alpha or float(rank)
     adapter = adapter or start(rank)
-    rows = rows or {client: 1 for client in range(CLIENTS)}
+    rows = rows or dict.fromkeys(range(CLIENTS), 1)
     server = Model(rank, alpha)
     server.write(adapter)
     ranks = ranks or dict.fromkeys(rows, rank)
@@ -183,7 +184,12 @@ def play(name, *, rounds=1, steps=20, rate=0.2, rank=2, alpha=None, adapter=None
                     if exchange.check is not None:
                         exchange.check(client, payload)
                     found.sent[number, exchange.action, client] = request, payload
-                    replies.append(Reply(client, decode(encode(reply, exchange.reply_schema), exchange.reply_schema)))
+                    replies.append(
+                        Reply(
+                            client,
+                            decode(encode(reply, exchange.reply_schema), exchange.reply_schema),
+                        )
+                    )
                 exchange = generator.send(Replies(replies))
         except StopIteration as stop:
             state = stop.value

@@ -38,7 +38,11 @@ IDENTITY = pair(torch.eye(2), torch.eye(2))
 @pytest.mark.parametrize(
     ("degrees", "share", "expected"),
     [
-        (90, 0.0, 0.5),  # FedAvg: mean factors (I + R) / 2 and (I + R^T) / 2, of which the product is I / 2
+        (
+            90,
+            0.0,
+            0.5,
+        ),  # FedAvg: mean factors (I + R) / 2 and (I + R^T) / 2, of which the product is I / 2
         (90, 0.5, 0.85355339),  # 45 degrees are left: cos(22.5 degrees) squared
         (90, None, 1.0),
         (179.99, 0.5, 0.5),  # 90 degrees are left
@@ -65,7 +69,9 @@ def test_the_best_rotation_by_hand():
 def test_only_a_reflection_undoes_the_change_of_one_sign():
     flipped = pair(torch.diag(tensor(1.0, -1.0)), torch.diag(tensor(1.0, -1.0)))
     means = {
-        share: product(weighted_mean([IDENTITY, rotated(flipped, IDENTITY, lora.A, share)], [1.0, 1.0]))
+        share: product(
+            weighted_mean([IDENTITY, rotated(flipped, IDENTITY, lora.A, share)], [1.0, 1.0])
+        )
         for share in (0.0, 1.0, None)
     }
     assert torch.allclose(means[0.0], torch.diag(tensor(1.0, 0.0)), atol=1e-6)

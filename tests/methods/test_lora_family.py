@@ -135,7 +135,9 @@ def test_rolora_reaches_what_ffa_cannot():
 
 def test_fedmomentum_that_keeps_nothing_is_flexlora_and_with_all_of_it_exact():
     flex = play("flexlora", rounds=1).weight(1.0)
-    assert torch.allclose(play("fedmomentum", rounds=1, settings={"kept": 0.0}).weight(1.0), flex, atol=1e-6)
+    assert torch.allclose(
+        play("fedmomentum", rounds=1, settings={"kept": 0.0}).weight(1.0), flex, atol=1e-6
+    )
     found = play("fedmomentum", rounds=1, alpha=4.0)
     sent = [r.tensors for (_, action, _), (_, r) in found.sent.items() if action == "train"]
     exact = 2.0 * sum(own[B] @ own[A] for own in sent) / len(sent)

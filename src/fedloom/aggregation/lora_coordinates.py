@@ -17,8 +17,8 @@ from fedloom.tensors import Tensors
 def rotation(overlap: Tensor, share: float | None = None) -> Tensor:
     """Return the orthogonal R that brings factors nearest to others of the same rank.
 
-    ``overlap`` is A A_ref^T or B^T B_ref, ``(r, r)``; with its singular vectors U S V^T, R = U V^T has the
-    least ||R^T A - A_ref||_F, or ||B R - B_ref||_F (orthogonal Procrustes).
+    ``overlap`` is A A_ref^T or B^T B_ref, ``(r, r)``; with its singular vectors U S V^T, R = U V^T has
+    the least ||R^T A - A_ref||_F, or ||B R - B_ref||_F (orthogonal Procrustes).
 
     With a share, R is a proper rotation (the direction of the least singular value is turned over where
     U V^T has the determinant -1) and goes only so far: what is returned is the orthogonal matrix nearest
@@ -52,9 +52,7 @@ def rotated(adapter: Tensors, reference: Tensors, factor: str, share: float | No
     result = dict(adapter)
     for a, b in factor_pairs(adapter).values():
         down, up = adapter[a].double(), adapter[b].double()
-        overlap = (
-            down @ reference[a].double().T if factor == A else up.T @ reference[b].double()
-        )
+        overlap = down @ reference[a].double().T if factor == A else up.T @ reference[b].double()
         turn = rotation(overlap, share)
         result[a] = (turn.T @ down).to(adapter[a].dtype).contiguous()
         result[b] = (up @ turn).to(adapter[b].dtype).contiguous()
@@ -62,7 +60,7 @@ def rotated(adapter: Tensors, reference: Tensors, factor: str, share: float | No
 
 
 def rotation_flops(adapter: Tensors) -> float:
-    """Return the operations of the matrix products in :func:`rotated` for A; for B they are about as many."""
+    """Return the operations of matrix products in :func:`rotated` for A."""
     return sum(
         2.0 * len(adapter[a]) * (2 * adapter[a].numel() + adapter[b].numel())
         for a, b in factor_pairs(adapter).values()
@@ -73,9 +71,9 @@ def orthonormal(adapter: Tensors) -> Tensors:
     """Return an adapter with the same products whose A have orthonormal rows.
 
     With B A = U S V^T, A becomes V^T and B becomes U S. Source: FedSVD, 2025,
-    https://arxiv.org/abs/2505.12805. The decomposition is that of an r x r matrix, after QR decompositions
-    of both factors, so the rows stay in the row space of A, also where B has a smaller rank. Layers whose
-    B is 0 stay as they are: any V would do.
+    https://arxiv.org/abs/2505.12805. The decomposition is that of an r x r matrix, after QR
+    decompositions of both factors, so the rows stay in the row space of A, also where B has a smaller
+    rank. Layers whose B is 0 stay as they are: any V would do.
     """
     result = dict(adapter)
     for a, b in factor_pairs(adapter).values():
@@ -90,8 +88,8 @@ def with_rest(whole: Tensors, rank: int, kept: float, before: Tensors) -> tuple[
     """Return the nearest adapter of a rank, and factors of what of the products is beyond it.
 
     Of each layer's singular values, the least number is kept that has ``kept`` of the squares' sum; the
-    first ``rank`` of them are the adapter (:func:`nearest`), the others the rest. Source: FedMomentum, 2026,
-    https://arxiv.org/abs/2603.08014.
+    first ``rank`` of them are the adapter (:func:`nearest`), the others the rest. Source: FedMomentum,
+    2026, https://arxiv.org/abs/2603.08014.
 
     Args:
         whole: Stacked factors of the clients, of any rank; what is not a factor goes to the adapter.

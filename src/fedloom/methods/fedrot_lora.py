@@ -1,10 +1,11 @@
 """FedRot-LoRA: before it answers, a client turns its factors towards those that it was sent.
 
-Source: "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", 2026,
+Source: Zhang et al. 2026, "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA",
 https://arxiv.org/abs/2602.23638, and its authors' code. (B R) (R^T A) = B A: clients that learnt the same
-in other coordinates cancel each other where factors are averaged. From the second round on a client brings
-A (even rounds) or B (odd ones) as near to the received one as an orthogonal R can, and turns the other
-with it. What it learnt is the same, and the bytes are FedAvg's. In the first round B is zero everywhere.
+in other coordinates cancel each other where factors are averaged. From the second round on a client
+brings A (even rounds) or B (odd ones) as near to the received one as an orthogonal R can, and turns the
+other with it. What it learnt is the same, and the bytes are FedAvg's. In the first round B is zero
+everywhere.
 """
 
 from __future__ import annotations
