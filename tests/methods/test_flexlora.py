@@ -1,15 +1,20 @@
 """Clients of different ranks: what becomes of the ranks that only some hold, by hand and over rounds."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fedloom
+import linear_bench as bench
 from fedloom.aggregation.lora import rank_in_use, resized, slices
+from fedloom.errors import MessageError, SettingsError
 from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.packed_factors import pack, unpack
-from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
+from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings
+from fedloom.methods.hetlora import HetLoRA, HetLoRASettings, tail_gradient
 from fedloom.runs.observers import Silent
 from fedloom.wire.messages import Reply, decode
 
@@ -156,3 +161,81 @@ def test_over_twenty_rounds_with_two_of_six_clients_no_rank_is_lost(
     ranks, _, told = ranks_over_rounds(federate, experiment, name, "padded", 20, monkeypatch)
     assert ranks[-1] < 4.0
     assert len(told) == sum(after < before for before, after in pairwise(ranks))
+
+
+PRUNING = {"pruning": 0.75, "penalty": 0.05, "least_rank": 2}
+
+
+def test_ranks_are_pruned_where_the_tail_lost_weight_and_never_grow():
+    first = bench.start(4, seed=3)
+    first[bench.B] = 0.5 * torch.ones(bench.SIZE, 4)
+    plain = bench.play("hetlora", rounds=4, rank=4, adapter=first)
+    found = bench.play("hetlora", rounds=4, rank=4, adapter=first, settings=PRUNING)
+    assert all(cohort.details == {} for cohort in plain.cohorts) and not plain.state.numbers
+    ranks = [[int(own) for own in cohort.details["ranks"].values()] for cohort in found.cohorts]
+    assert ranks[-1] != [4] * 4 and min(map(min, ranks)) >= 2
+    for before, after in pairwise([[4] * 4, *ranks]):
+        assert all(
+            new in (old, max(2, old * 3 // 4)) for old, new in zip(before, after, strict=True)
+        )
+    for number in range(2, 5):  # what is sent has the rank of the table
+        for client in range(4):
+            request, reply = found.sent[number, "train", client]
+            assert len(request.tensors["factors"]) == ranks[number - 2][client]
+            assert len(reply.tensors["factors"]) == ranks[number - 1][client]
+    assert {c: int(own["rank"]["rank"]) for c, own in found.kept.items()} == dict(
+        enumerate(ranks[-1])
+    )
+
+
+def test_the_penalty_is_the_gradient_of_the_norms_product():
+    torch.manual_seed(1)
+    own = {
+        name: torch.nn.Parameter(torch.randn(shape)) for name, shape in ((A, (4, 5)), (B, (3, 4)))
+    }
+    (own[A][2:].norm() * own[B][:, 2:].norm()).backward()
+    expected = {name: 0.5 * p.grad.clone() for name, p in own.items()}
+    for parameter in own.values():
+        parameter.grad = torch.zeros_like(parameter)
+    tail_gradient(2, 0.5)(own)
+    assert all(torch.allclose(p.grad, expected[name], atol=1e-6) for name, p in own.items())
+    zero = {A: torch.nn.Parameter(torch.ones(4, 5)), B: torch.nn.Parameter(torch.zeros(3, 4))}
+    for parameter in zero.values():
+        parameter.grad = torch.zeros_like(parameter)
+    tail_gradient(2, 0.5)(zero)
+    assert all(bool(p.grad.isfinite().all()) for p in zero.values()) and not zero[A].grad.any()
+
+
+def test_a_rank_that_no_pruning_gives_is_refused_and_settings_without_pruning_are_told(experiment):
+    method = HetLoRA(HetLoRASettings(**PRUNING))
+    check = method.check_of({0: 4})
+    for rank in (3, 4):
+        check(0, SimpleNamespace(tensors={"factors": torch.zeros(rank, 2)}))
+    with pytest.raises(
+        MessageError, match="rank 2, and it was sent rank 4, which it may prune to 3"
+    ):
+        check(0, SimpleNamespace(tensors={"factors": torch.zeros(2, 2)}))
+    with pytest.raises(
+        SettingsError, match=r"method\.least_rank is of pruning: set method\.pruning below 1"
+    ):
+        experiment(method={"name": "hetlora", "least_rank": 2})
+    with pytest.raises(SettingsError, match="prunes ranks between rounds"):
+        experiment(
+            method={"name": "hetlora", "pruning": 0.9}, training={"keep_optimizer_state": True}
+        )
+
+
+def test_pruned_ranks_are_resumed_and_clients_are_judged_by_them(experiment, tmp_path):
+    settings = experiment(
+        method={"name": "hetlora", "pruning": 0.5, "penalty": 1.0},
+        adapter={"rank": 4},
+        federation={"rounds": 3},
+        training={"learning_rate": 1e-2, "local_steps": 2},
+        output={"folder": str(tmp_path / "run"), "verify": False},
+    )
+    whole = fedloom.run(settings)
+    adapter = (whole.folder / "adapter/adapter_model.safetensors").read_bytes()
+    rounds = [json.loads(line) for line in (whole.folder / "rounds.jsonl").read_text().splitlines()]
+    assert rounds[-1]["details"]["ranks"] != {"0": 4, "1": 4, "2": 4}
+    fedloom.resume(whole.folder, from_round=2)
+    assert (whole.folder / "adapter/adapter_model.safetensors").read_bytes() == adapter

@@ -31,13 +31,15 @@ def rotation(overlap: Tensor, share: float | None = None) -> Tensor:
         share: From 0 (the identity) to 1; ``None`` for U V^T itself, reflections included.
     """
     left, _, right = torch.linalg.svd(overlap)
+    whole: Tensor = left @ right
     if share is None:
-        return left @ right
-    if float(torch.linalg.det(left @ right)) < 0:
-        right = torch.cat([right[:-1], -right[-1:]])
-    blend = (1 - share) * torch.eye(len(overlap), dtype=overlap.dtype) + share * (left @ right)
+        return whole
+    if float(torch.linalg.det(whole)) < 0:
+        whole = left @ torch.cat([right[:-1], -right[-1:]])
+    blend = (1 - share) * torch.eye(len(overlap), dtype=overlap.dtype) + share * whole
     left, _, right = torch.linalg.svd(blend)
-    return left @ right
+    turn: Tensor = left @ right
+    return turn
 
 
 def rotated(adapter: Tensors, reference: Tensors, factor: str, share: float | None) -> Tensors:
@@ -73,14 +75,17 @@ def orthonormal(adapter: Tensors) -> Tensors:
     With B A = U S V^T, A becomes V^T and B becomes U S. Source: FedSVD, 2025,
     https://arxiv.org/abs/2505.12805. The decomposition is that of an r x r matrix, after QR
     decompositions of both factors, so the rows stay in the row space of A, also where B has a smaller
-    rank. Layers whose B is 0 stay as they are: any V would do.
+    rank. Layers whose B is 0 stay as they are: any V would do. Of both signs of a row the one is
+    taken that points along the row there was.
     """
     result = dict(adapter)
     for a, b in factor_pairs(adapter).values():
         if bool(adapter[b].any()):
             left, values, right = decomposed(adapter[b], adapter[a])
-            result[a] = right.to(adapter[a].dtype).contiguous()
-            result[b] = (left * values).to(adapter[b].dtype).contiguous()
+            along = (right * adapter[a].double()).sum(1)
+            signs = torch.where(along < 0, -1.0, 1.0).to(along.dtype)
+            result[a] = (signs[:, None] * right).to(adapter[a].dtype).contiguous()
+            result[b] = (left * values * signs).to(adapter[b].dtype).contiguous()
     return result
 
 

@@ -45,14 +45,19 @@ from fedloom.methods.fedptr import FedPTR, FedPTRSettings
 from fedloom.methods.fedrot_lora import FedRotLoRA, FedRotLoRASettings
 from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
 from fedloom.methods.fedsvd import FedSVD, FedSVDSettings
-from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings, HetLoRA, HetLoRASettings
+from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
+from fedloom.methods.hetlora import HetLoRA, HetLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.moon import MOON, MOONSettings
 from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
 from fedloom.methods.regmean import RegMean, RegMeanSettings
+from fedloom.methods.lora_a2 import LoRAA2, LoRAA2Settings
+from fedloom.methods.pfedme import PFedMe, PFedMeSettings
+from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
+from fedloom.methods.ravan import Ravan, RavanSettings
 from fedloom.methods.rolora import RoLoRA, RoLoRASettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings
@@ -93,7 +98,9 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedsvd": (FedSVDSettings, FedSVD),
     "rolora": (RoLoRASettings, RoLoRA),
     "fedrot_lora": (FedRotLoRASettings, FedRotLoRA),
+    "lora_a2": (LoRAA2Settings, LoRAA2),
     "fed_sb": (FedSBSettings, FedSB),
+    "ravan": (RavanSettings, Ravan),
     "fedkseed": (FedKSeedSettings, FedKSeed),
     "random_projection": (RandomProjectionSettings, RandomProjection),
     "flora": (FLoRASettings, FLoRA),

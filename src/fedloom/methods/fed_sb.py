@@ -16,30 +16,26 @@ of the singular values: the model does not move before it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from fedloom.accounting.costs import SERVER
 from fedloom.aggregation.lora import A, B, factor_pairs, without_factors
+from fedloom.aggregation.lora import A, B
 from fedloom.errors import TrainingError
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.fixed_factors import (
+    FixedFactors,
     R,
-    between,
     first_gradient,
-    matrix_name,
-    random_factors,
     singular_factors,
 )
 from fedloom.methods.bases.parameter_averaging import TRAIN_REPLY_NUMBERS, training_exchange
-from fedloom.methods.bases.trained_coordinates import TensorFunction, TrainsCoordinates
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide, require_linear_layers
+from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
@@ -65,7 +61,7 @@ class FedSBSettings(NamedSettings):
     two are sent to each client once, as large as LoRA's factors."""
 
 
-class FedSB(TrainsCoordinates):
+class FedSB(FixedFactors):
     """Averages R."""
 
     declares = averaging(
@@ -83,16 +79,12 @@ class FedSB(TrainsCoordinates):
     )
     reveals = ADAPTERS_ALONE
     taken = ("factors",)
-    two_factors = True
-    no_start = (
-        "it has fixed factors of its own; merge the adapter into its model (fedloom export) and give "
-        "that as model.path"
-    )
+    name = "fed_sb"
 
     def __init__(self, settings: FedSBSettings) -> None:
         """Keep the settings."""
+        super().__init__(settings)
         self.settings = settings
-        self._random: Tensors = {}
 
     @classmethod
     def public_rows_needed(cls, settings: FedSBSettings) -> bool:
@@ -198,10 +190,6 @@ class FedSB(TrainsCoordinates):
             self._require(kept)
         self.place(client, own, kept)
 
-    def function_flops(self, adapter: Tensors) -> float:
-        """Return those of R A over all layers."""
-        return sum(2.0 * len(adapter[a]) * adapter[a].numel() for a in factor_pairs(adapter))
-
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         self._require(client.store)
         return (yield from super()._train(client, payload))
@@ -212,12 +200,11 @@ class FedSB(TrainsCoordinates):
                 "it lacks the fixed factors; the server sends them before the next round that it is in"
             )
 
-    def _factors(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
+    def factors(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
         """Return A and B; before there are any, those of the start, whose product is 0 as R is."""
         if self.settings.factors != "random":
             return kept.get(FACTORS) or {n: t for n, t in start.items() if A in n or B in n}
-        self._random = self._random or random_factors(start, seed)
-        return self._random
+        return super().factors(start, seed, kept)
 
     def _decomposed(self, cohort: Cohort) -> Tensors:
         """Return the first singular vectors of each layer's weights, or of the first step on them."""

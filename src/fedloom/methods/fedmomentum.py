@@ -2,10 +2,10 @@
 
 Source: FedMomentum, 2026, https://arxiv.org/abs/2603.08014; a reconstruction after its abstract and a
 third party's code, as no official code was found. The server decomposes the mean of the clients'
-products, P = sum_k p_k B_k A_k = U S V^T. The first r singular values, their roots on either side, are the
-next factors; those from there up to the share ``kept`` of the energy are added to the backbone, and what
-is beyond is dropped. FLoRA would add all of P to the backbone and begin with fresh factors; FlexLoRA
-would drop all beyond r.
+products, P = sum_k p_k B_k A_k = U S V^T. The first r singular values, their roots on either side, are
+the next factors; those from there up to the share ``kept`` of the energy are added to the backbone, and
+what is beyond is dropped. FLoRA would add all of P to the backbone and begin with fresh factors;
+FlexLoRA would drop all beyond r.
 
 In place of the paper's randomised decomposition there is the exact one of stacked factors, which costs
 less. No optimizer state goes on, in spite of the name.

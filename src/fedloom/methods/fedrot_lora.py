@@ -19,10 +19,10 @@ from fedloom.aggregation.lora import A, B
 from fedloom.aggregation.lora_coordinates import rotated, rotation_flops
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew
+from fedloom.methods.contract.checks import optimizer_anew, require_linear
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
-from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
 from fedloom.methods.declaration import averaging, no
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State
@@ -70,6 +70,11 @@ class FedRotLoRA(Method):
                 f'method.share = {view.method.share:g} is of method.rotation = "part": set that, or '
                 "leave the share out"
             )
+
+    def setup(self, server: ServerSide) -> None:
+        """Check that the factors are of linear layers."""
+        super().setup(server)
+        require_linear("fedrot_lora", server.model.stacked)
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""

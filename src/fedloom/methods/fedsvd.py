@@ -22,10 +22,10 @@ from fedloom.aggregation.lora import A
 from fedloom.aggregation.lora_coordinates import orthonormal
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew
+from fedloom.methods.contract.checks import optimizer_anew, require_linear
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
-from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
 from fedloom.methods.declaration import averaging, no
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
@@ -69,6 +69,11 @@ class FedSVD(Method):
         yield from super().check(view)
         if view.method.period:
             yield from optimizer_anew(view, "changes the coordinates of B between rounds")
+
+    def setup(self, server: ServerSide) -> None:
+        """Check that the factors are of linear layers."""
+        super().setup(server)
+        require_linear("fedsvd", server.model.stacked)
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average B, decompose."""

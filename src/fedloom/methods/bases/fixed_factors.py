@@ -7,12 +7,20 @@ which is the same product.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.aggregation.lora import A, factor_pairs
-from fedloom.methods.bases.trained_coordinates import signed_partition
+from fedloom.aggregation.lora import A, B, factor_pairs, without_factors
+from fedloom.methods.bases.trained_coordinates import (
+    TensorFunction,
+    TrainsCoordinates,
+    signed_partition,
+)
+from fedloom.methods.contract.checks import require_linear
 from fedloom.methods.contract.method import ServerSide
 from fedloom.objectives.sft import SFT
 from fedloom.randomness import generator
@@ -24,6 +32,74 @@ from fedloom.training.steps import accumulate_gradients
 
 R = ".lora_R."
 """What the name of a matrix has in place of A's ``.lora_A.``."""
+
+
+class FixedFactors(TrainsCoordinates):
+    """Averages R between factors that are random here; a subclass may have others.
+
+    Attributes:
+        name: In ``[method]``, for errors.
+        heads: Matrices on R's diagonal, each ``(r / heads, r / heads)``; 0 for one without a dimension.
+    """
+
+    name: str
+
+    two_factors = True
+    no_start = (
+        "it has fixed factors of its own; merge the adapter into its model (fedloom export) and give "
+        "that as model.path"
+    )
+    heads = 0
+
+    def __init__(self, settings: Any) -> None:
+        """Have no factors yet."""
+        self._random: Tensors = {}
+
+    def setup(self, server: ServerSide) -> None:
+        """Check that the factors are of linear layers."""
+        super().setup(server)
+        require_linear(self.name, server.model.stacked)
+
+    def first(self, adapter: Tensors) -> Tensors:
+        """Return R = 0, and what is no factor as it is, such as a classification head."""
+        found = {}
+        for a in factor_pairs(adapter):
+            size = len(adapter[a]) // max(1, self.heads)
+            shape = (self.heads, size, size) if self.heads else (size, size)
+            found[matrix_name(a)] = torch.zeros(shape)
+        return found | without_factors(adapter)
+
+    def function(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> TensorFunction:
+        """Return R A in place of A; B is no function of R."""
+        fixed = self.factors(start, seed, kept)
+        device = next(iter(start.values())).device
+        down = {name: tensor.to(device) for name, tensor in fixed.items() if A in name}
+
+        def moved(coordinates: Mapping[str, Tensor]) -> Tensors:
+            others = {n: t for n, t in coordinates.items() if R not in n}
+            return {a: between(coordinates[matrix_name(a)], t) for a, t in down.items()} | others
+
+        return moved
+
+    def frozen(self, names: Collection[str]) -> list[str]:
+        """Freeze B."""
+        return [name for name in names if B in name]
+
+    def fixed(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
+        """Return B."""
+        return {n: t for n, t in self.factors(start, seed, kept).items() if B in n}
+
+    def function_flops(self, adapter: Tensors) -> float:
+        """Return those of R A over all layers."""
+        heads = max(1, self.heads)
+        return sum(
+            2.0 * len(adapter[a]) * adapter[a].numel() / heads for a in factor_pairs(adapter)
+        )
+
+    def factors(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
+        """Return A and B; here random ones from the seed."""
+        self._random = self._random or random_factors(start, seed)
+        return self._random
 
 
 def random_factors(adapter: Tensors, seed: int) -> Tensors:

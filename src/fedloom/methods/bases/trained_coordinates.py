@@ -71,6 +71,14 @@ class TrainsCoordinates(Method):
         """Return the coordinates in a state; here all of it."""
         return state.tensors
 
+    def trained(self, coordinates: Tensors) -> Tensors:
+        """Return what a client's training begins with, given what it was sent; here that."""
+        return coordinates
+
+    def answer(self, coordinates: Tensors) -> Tensors:
+        """Return the coordinates that a client sends, given what was trained; here that."""
+        return coordinates
+
     def function_flops(self, adapter: Tensors) -> float:
         """Return the operations of matrix products in the function; here it has none."""
         return 0.0
@@ -131,7 +139,7 @@ class TrainsCoordinates(Method):
         device = client.model.device
         start = {name: tensor.to(device) for name, tensor in client.initial.items()}
         function = self.function(start, client.seed, client.store)
-        own = Coordinates(payload.tensors, function, device)
+        own = Coordinates(self.trained(payload.tensors), function, device)
         result = yield from client.training_steps(
             payload.numbers["learning_rate"],
             frozen=self.frozen(client.model.parameters),
@@ -139,7 +147,7 @@ class TrainsCoordinates(Method):
         )
         # once before the first step; of each step, its backward pass and the function again
         client.model.flops += (1 + 2 * result.steps) * self.function_flops(start)
-        return Payload(own.read(), {"examples": len(client.share)}, result.metrics)
+        return Payload(self.answer(own.read()), {"examples": len(client.share)}, result.metrics)
 
 
 def start_of(client: Client) -> Tensors:

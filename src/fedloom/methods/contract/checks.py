@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fedloom.errors import ModelError
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.traits import MethodTraits
 from fedloom.methods.declaration import Claim
@@ -44,6 +45,23 @@ def optimizer_anew(view: ExperimentView, why: str) -> Iterator[str]:
     """Yield that optimizers cannot go on with their state of the round before, and why."""
     if view.training is not None and view.training.keep_optimizer_state:
         yield f"training.keep_optimizer_state: method.name = {view.name!r} {why}"
+
+
+def require_linear(name: str, stacked: str | None) -> None:
+    """Check that LoRA's factors are of linear layers.
+
+    Args:
+        name: The method's, for the error.
+        stacked: A layer whose factors are of a stack of experts, if there is one.
+
+    Raises:
+        ModelError: There is, and its change is not their product.
+    """
+    if stacked:
+        raise ModelError(
+            f'method.name = "{name}": {stacked} has factors for a stack of experts, whose change is '
+            'not their product: name linear layers as adapter.targets, such as ["q_proj"]'
+        )
 
 
 def summed_alone(kind: type[MethodTraits], claim: Claim, view: ExperimentView) -> Iterator[str]:
