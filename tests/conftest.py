@@ -131,12 +131,19 @@ def table(model_folder, tmp_path):
     }
 
 
+RANKS = {"ravan": 4, "hilora": 3}
+"""Of methods that divide a rank: one that can be divided."""
+
+
 @pytest.fixture
 def experiment(table):
     """Make an experiment from the small table with some sections changed."""
     from fedloom.experiment.experiment import Experiment
 
     def make(**sections):
+        rank = RANKS.get(sections.get("method", {}).get("name", ""))
+        if rank:
+            sections["adapter"] = {"rank": rank, **sections.get("adapter", {})}
         changed = {name: {**table.get(name, {}), **section} for name, section in sections.items()}
         return Experiment.from_table({**table, **changed})
 

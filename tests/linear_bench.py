@@ -95,8 +95,10 @@ class LinearClient(Client):
         with torch.no_grad():
             down, up = (self.model.parameters[name] for name in (A, B))
             whole = torch.zeros(SIZE, SIZE)
-            directions = slice(2 * self.id, 2 * self.id + 2)
-            whole[:, directions] = (self.model.weight() - self.target)[:, directions]
+            own = isinstance(self.target, dict)
+            directions = slice(None) if own else slice(2 * self.id, 2 * self.id + 2)
+            target = self.target[self.id] if own else self.target
+            whole[:, directions] = (self.model.weight() - target)[:, directions]
             down.grad, up.grad = (
                 self.model.scaling * own for own in (up.T @ whole, whole @ down.T)
             )
@@ -139,8 +141,13 @@ class Outcome:
 
 
 def play(name, *, rounds=1, steps=20, rate=0.2, rank=2, alpha=None, adapter=None, target=None, settings=None,
-         rows=None, rates=None, ranks=None, state=None, turned=lambda client, tensors: tensors, seed=0):  # fmt: skip
-    """Play rounds; ``turned`` changes what a client has trained before it answers."""
+         rows=None, rates=None, ranks=None, state=None, turned=lambda client, tensors: tensors,
+         there=lambda round, client: True, seed=0):  # fmt: skip
+    """Play rounds.
+
+    ``turned`` changes what a client has trained before it answers, ``there`` says who is in a round. With a
+    target of its own (a dictionary) a client sees all input directions.
+    """
     kind, cls = METHODS[name]
     own = kind(**(settings or {}))
     method, alpha = cls(own), alpha or float(rank)
@@ -150,14 +157,15 @@ def play(name, *, rounds=1, steps=20, rate=0.2, rank=2, alpha=None, adapter=None
     server.write(adapter)
     ranks = ranks or dict.fromkeys(rows, rank)
     method.setup(
-        SimpleNamespace(model=server, seed=seed, cohort=len(rows), ranks=ranks, aggregation=AggregationSettings())
+        SimpleNamespace(model=server, seed=seed, cohort=len(rows), ranks=ranks, aggregation=AggregationSettings(), rounds=rounds)
     )  # fmt: skip
     kept = {client: {} for client in rows}
     found = Outcome(method, [], {}, kept, [])
     state = state or method.initial_state(adapter)
     for number in range(1, rounds + 1):
         whole = Presence.of(rows)
-        cohort = Cohort(number, tuple(rows), replace(whole), rate, last=number == rounds)
+        asked = tuple(client for client in rows if there(number, client))
+        cohort = Cohort(number, asked, replace(whole, available=asked), rate, last=number == rounds)
         generator = method.round(state, cohort)
         exchange = next(generator)
         try:

@@ -50,7 +50,11 @@ MANY = {"max_rounds_a_day": 1_000_000, "max_runs_a_day": 1_000_000}
 
 BUILTIN = "builtin:preferences"
 
-ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
+ADAPTERS = {
+    "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
+    "ravan": {"rank": 4},
+    "hilora": {"rank": 3},
+}
 
 
 def builtin(experiment):

@@ -20,6 +20,8 @@ SECTIONS = {
         "method": {"max_experts_per_client": 6, "min_experts_per_client": 1},
         "partition": {"kind": "column", "column": "domain"},
     },
+    "ravan": {"adapter": {"rank": 4}},
+    "hilora": {"adapter": {"rank": 3}},
     "fedmoe": {"adapter": {"kind": "submixture"}, "method": {"experts_per_client": 3}},
 }
 NEAR = {"fedpdpo": 0.003, "distillation": 0.003}

@@ -83,7 +83,11 @@ TURNS = [("fedavg", name) for name in SETS] + [
 ]
 """Of all but FedAvg every third pair is quick, so that each method runs under one objective or more."""
 
-ADAPTERS = {"fedamole": {"kind": "experts", "rank": 2, "experts": 4}}
+ADAPTERS = {
+    "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
+    "ravan": {"rank": 4},
+    "hilora": {"rank": 3},
+}
 """What a method needs that does not do with LoRA."""
 
 

@@ -89,6 +89,29 @@ def orthonormal(adapter: Tensors) -> Tensors:
     return result
 
 
+def left_vectors(factor: Tensor) -> Tensor:
+    """Return the left singular vectors of a factor ``(outputs, r)`` in float64."""
+    left, _, _ = torch.linalg.svd(factor.double(), full_matrices=False)
+    vectors: Tensor = left
+    return vectors
+
+
+def orthonormal_b(adapter: Tensors, rank: int) -> Tensors:
+    """Return the nearest adapter of a rank, with orthonormal columns in B.
+
+    With B A = U S V^T, B becomes the first columns of U and A those rows of S V^T. Source: HiLoRA, 2026,
+    https://arxiv.org/abs/2603.02785.
+    """
+    result = dict(adapter)
+    for a, b in factor_pairs(adapter).values():
+        left, values, right = decomposed(adapter[b], adapter[a])
+        down = (values * right.T).T[:rank]
+        missing = rank - len(down)
+        result[a] = torch.nn.functional.pad(down, (0, 0, 0, missing)).to(adapter[a].dtype)
+        result[b] = torch.nn.functional.pad(left[:, :rank], (0, missing)).to(adapter[b].dtype)
+    return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
 def with_rest(whole: Tensors, rank: int, kept: float, before: Tensors) -> tuple[Tensors, Tensors]:
     """Return the nearest adapter of a rank, and factors of what of the products is beyond it.
 

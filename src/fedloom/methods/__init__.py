@@ -48,6 +48,7 @@ from fedloom.methods.fedsvd import FedSVD, FedSVDSettings
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.hetlora import HetLoRA, HetLoRASettings
+from fedloom.methods.hilora import HiLoRA, HiLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
 from fedloom.methods.moon import MOON, MOONSettings
 from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
@@ -98,6 +99,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedsvd": (FedSVDSettings, FedSVD),
     "rolora": (RoLoRASettings, RoLoRA),
     "fedrot_lora": (FedRotLoRASettings, FedRotLoRA),
+    "hilora": (HiLoRASettings, HiLoRA),
     "lora_a2": (LoRAA2Settings, LoRAA2),
     "fed_sb": (FedSBSettings, FedSB),
     "ravan": (RavanSettings, Ravan),

@@ -294,6 +294,7 @@ def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledge
         min(federation.cohort_size, members),
         {client: key[1] for client, key in bundles.clients.items()},
         experiment.aggregation,
+        federation.rounds,
     )
 
 

@@ -182,6 +182,7 @@ class ServerSide:
         cohort: Clients of a round.
         ranks: LoRA rank of each client.
         aggregation: How updates are put together.
+        rounds: Of the run.
     """
 
     model: AdapterModel
@@ -196,6 +197,7 @@ class ServerSide:
     cohort: int
     ranks: Mapping[int, int]
     aggregation: AggregationSettings
+    rounds: int = 1
 
 
 class Method(MethodTraits):

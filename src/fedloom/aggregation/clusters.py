@@ -1,0 +1,113 @@
+"""Groups of clients by distances between them: spectral clustering, silhouettes, and one group where
+there are no two; pure, and the same for the same distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.aggregation.lora_coordinates import left_vectors
+
+Matrix = NDArray[np.float64]
+
+NO_TWO = 0.1
+"""Mean silhouette below which no division into groups is better than none."""
+
+
+def subspace_distances(factors: Mapping[int, Sequence[Tensor]]) -> Matrix:
+    """Return ``(clients, clients)`` distances 1 - ||U_i^T U_j||_F^2 / r, as means over the layers.
+
+    U are the left singular vectors of a client's factor; (B R) with an orthogonal R has the same span.
+    Source: HiLoRA, 2026, https://arxiv.org/abs/2603.02785.
+
+    Args:
+        factors: By client id, ``(outputs, r)`` of each layer; clients ascend in the result.
+    """
+    bases = [[left_vectors(own) for own in factors[client]] for client in sorted(factors)]
+    found = np.zeros((len(bases), len(bases)))
+    for i, j in combinations(range(len(bases)), 2):
+        shares = [
+            float((one.T @ other).square().sum()) / one.shape[1]
+            for one, other in zip(bases[i], bases[j], strict=True)
+        ]
+        found[i, j] = found[j, i] = max(0.0, 1.0 - sum(shares) / len(shares))
+    return found
+
+
+def silhouette(distances: Matrix, labels: Sequence[int]) -> float:
+    """Return the mean silhouette of groups, from -1 to 1; an element alone in its group counts as 0.
+
+    Source: Rousseeuw 1987, "Silhouettes: A graphical aid to the interpretation and validation of cluster
+    analysis", https://doi.org/10.1016/0377-0427(87)90125-7.
+    """
+    own, groups = np.asarray(labels), sorted(set(labels))
+    total = 0.0
+    for i, label in enumerate(own):
+        same = own == label
+        if same.sum() == 1:
+            continue
+        inside = distances[i][same].sum() / (same.sum() - 1)
+        outside = min(distances[i][own == other].mean() for other in groups if other != label)
+        total += (outside - inside) / max(inside, outside, 1e-300)
+    return total / len(own)
+
+
+def average_linkage(distances: Matrix, count: int) -> list[int]:
+    """Return the group of each element, of ``count`` groups; they are numbered by their first elements.
+
+    Source: agglomerative clustering with the mean distance between groups (UPGMA).
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage  # which few methods wait for
+    from scipy.spatial.distance import squareform
+
+    if len(distances) == 1:
+        return [0]
+    tree = linkage(squareform(distances, checks=False), "average")
+    return _numbered(fcluster(tree, count, "maxclust").tolist())
+
+
+def spectral_groups(distances: Matrix, most: int) -> list[int]:
+    """Return the group of each element by spectral clustering, of a number of groups that is found.
+
+    Affinities are exp(-d^2 / (2 sigma^2)) with the median of the distances as sigma. The number of
+    groups, from 2 to ``most``, is where the eigenvalues of the normalised Laplacian have the largest gap;
+    elements are divided by average linkage of their rows of the first eigenvectors, where k-means would
+    draw. It is one group where all distances are 0, or where the silhouette is below :data:`NO_TWO`.
+    Source: Ng, Jordan and Weiss 2001, "On Spectral Clustering: Analysis and an algorithm".
+
+    Args:
+        distances: ``(n, n)``, symmetric, at least 0.
+        most: Groups, from 1.
+    """
+    count = len(distances)
+    sigma = median_distance(distances)
+    if count < 3 or most < 2 or sigma < 1e-9:
+        far = count == 2 and most > 1 and sigma > 0.5
+        return [0, 1] if far else [0] * count
+    affinity = np.exp(-(distances**2) / (2 * sigma**2))
+    roots = 1 / np.sqrt(affinity.sum(1))
+    values, vectors = np.linalg.eigh(np.eye(count) - roots[:, None] * affinity * roots)
+    highest = min(most, count - 1)
+    gaps = [values[k] - values[k - 1] for k in range(2, highest + 1)]
+    groups = 2 + int(np.argmax(gaps))
+    rows = vectors[:, :groups]
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
+    apart = np.linalg.norm(rows[:, None] - rows[None], axis=2)
+    labels = average_linkage(apart, groups)
+    return labels if silhouette(distances, labels) >= NO_TWO else [0] * count
+
+
+def median_distance(distances: Matrix) -> float:
+    """Return the median of the distances of two different elements; 0 for one alone."""
+    upper = distances[np.triu_indices(len(distances), 1)]
+    return float(np.median(upper)) if len(upper) else 0.0
+
+
+def _numbered(labels: Sequence[int]) -> list[int]:
+    order = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    return [order[label] for label in labels]

@@ -1,0 +1,94 @@
+"""Groups of clients, formed on the server from the spans of what clients' B moved by, by client id.
+
+The state has, for each layer and client, a running mean of the movement, each scaled to length 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from fedloom.aggregation.clusters import spectral_groups, subspace_distances
+from fedloom.aggregation.lora import B
+from fedloom.tensors import State, Tensors, by_client, of_clients
+from fedloom.wire.messages import Reply
+
+MOVED, OF = "moved/", "group_of/"
+"""Before a layer's B and a client's id: how it moved. Before an id: its group."""
+
+DECAY = 0.9
+"""Of the running mean."""
+
+
+def groups_of(state: State) -> dict[int, int]:
+    """Return the group of each client that has one."""
+    found = {n.removeprefix(OF): v for n, v in state.numbers.items() if n.startswith(OF)}
+    return {int(client): int(group) for client, group in found.items()}
+
+
+def numbers_of(groups: Mapping[int, int]) -> dict[str, float]:
+    """Return the numbers of a state that hold the groups."""
+    return {f"{OF}{client:06d}": float(group) for client, group in sorted(groups.items())}
+
+
+def movements(tensors: Tensors, before: Tensors, replies: Iterable[Reply]) -> Tensors:
+    """Return the running means with those of a round.
+
+    Args:
+        tensors: Of the state.
+        before: The B that clients began with, by name.
+        replies: With the B that they sent.
+    """
+    found: Tensors = {}
+    for reply in replies:
+        for name in (name for name in before if B in name):
+            change = _of_length_1(reply.payload.tensors[name].float() - before[name].float())
+            known = tensors.get(f"{MOVED}{name}/{reply.client:06d}")
+            if known is not None:
+                change = _of_length_1(DECAY * known + (1 - DECAY) * change)
+            found |= of_clients(f"{MOVED}{name}", {reply.client: change})
+    return found
+
+
+def formed(tensors: Tensors, most: int) -> dict[int, int]:
+    """Return groups of all clients whose movements are known; at most so many."""
+    moves = _by_client(tensors)
+    labels = spectral_groups(subspace_distances(moves), most)
+    return dict(zip(sorted(moves), labels, strict=True))
+
+
+def nearest_groups(
+    tensors: Tensors, groups: Mapping[int, int], clients: Collection[int]
+) -> dict[int, int]:
+    """Return the group of each of some clients whose members are nearest on average."""
+    moves = _by_client(tensors)
+    places, found = {client: place for place, client in enumerate(sorted(moves))}, {}
+    distances = subspace_distances(moves)
+    for client in sorted(clients):
+        means = {
+            group: float(
+                np.mean(
+                    [distances[places[client], places[k]] for k in groups if groups[k] == group]
+                )
+            )
+            for group in sorted(set(groups.values()))
+        }
+        found[client] = min(means, key=lambda group: (means[group], group))
+    return found
+
+
+def _by_client(tensors: Tensors) -> dict[int, list[Tensor]]:
+    """Return each client's movements, of all layers in one order."""
+    names = [n.removeprefix(MOVED).rpartition("/")[0] for n in tensors if n.startswith(MOVED)]
+    found: dict[int, list[Tensor]] = {}
+    for name in sorted(set(names)):
+        for client, tensor in by_client(tensors, f"{MOVED}{name}").items():
+            found.setdefault(client, []).append(tensor)
+    return found
+
+
+def _of_length_1(tensor: Tensor) -> Tensor:
+    norm = float(tensor.norm())
+    return tensor / norm if norm > 0 else tensor

@@ -1,0 +1,291 @@
+"""HiLoRA: an adapter for all, one for a group of clients, and one of each client, one after the other.
+
+Source: HiLoRA, 2026, https://arxiv.org/abs/2603.02785; a reconstruction after a note on it and a third
+party's code, as no official code was found. The rank of ``[adapter]`` has three equal parts: root,
+group and leaf. In the first rounds all train the root; the server takes the best of its rank for the
+mean of their products, with orthonormal columns in B. It keeps a running mean of how each client's B
+moved, and from the spans of these forms groups (``aggregation/clusters.py``). Then each group trains
+its part in the same way, on top of the root; then each client its leaf, of which nothing is sent. A
+penalty keeps a part's B off the spans of those below: ``penalty`` ||B_below^T B||_F^2 for each.
+
+Here groups go by how B moved from the root, as all clients begin with the same B; and clients may stay
+one group. A client that is first there when groups are formed trains the root once on trial, and joins
+the group whose members' movements are nearest to its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.lora import B, only_factors, rank_of, stacked, without_factors
+from fedloom.aggregation.lora_coordinates import orthonormal_b
+from fedloom.aggregation.means import weighted_mean
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.client_groups import (
+    formed,
+    groups_of,
+    movements,
+    nearest_groups,
+    numbers_of,
+)
+from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.bases.rank_parts import PartHooks, rank_part, whole_of
+from fedloom.methods.contract.checks import optimizer_anew, require_linear
+from fedloom.methods.contract.client import Client, Handler, Trainings
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
+from fedloom.methods.declaration import EACH_ANSWER, OWN_STEPS, TOGETHER, Absence, Declaration, no
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
+from fedloom.training.results import LocalResult
+from fedloom.training.settings import Work
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.schema import NumberSpec, Schema
+
+ROOT, GROUP, OTHER = "root", "group", "other"
+"""Parts of the state and of requests: those of the adapter, and what is no factor."""
+
+PART = NumberSpec("part", 0.0, 2.0)
+"""Number of a request: which part is trained."""
+
+INDEX_NUMBER = NumberSpec("group", -1.0, 1e6)
+"""Number of a request: the client's group, -1 for none."""
+
+LEAF, INDEX = "leaf", "group"
+"""Slot of the client store with its leaf, and there the index of its group, -1 for none."""
+
+
+class HiLoRASettings(NamedSettings):
+    """``[method] name = "hilora"``."""
+
+    name: Literal["hilora"] = "hilora"
+    root_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of the rounds in which all train the root."""
+    group_share: float = Field(default=0.4, gt=0, lt=1)
+    """Share of the rounds, after these, in which groups train their parts; in the others clients train
+    their leaves. Both shares together are below 1."""
+    most_groups: int = Field(default=10, ge=1)
+    """Groups of clients, at most."""
+    penalty: float = Field(default=0.1, ge=0)
+    """Weight of a part's overlap with those below it."""
+
+
+class HiLoRA(Method):
+    """Trains a root, a part for each group, and a leaf of each client."""
+
+    declares = Declaration(
+        "HiLoRA",
+        "https://arxiv.org/abs/2603.02785",
+        "reconstructed",
+        "groups by how B moved from the root, perhaps one; parts are of equal rank",
+        "FedLLM",
+        "the part that is trained, down and up, with those below it down; leaves do not travel",
+        "its leaf, and which group it is in",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=no("groups are formed of single answers"),
+        row_privacy=OWN_STEPS,
+        asynchronous=TOGETHER,
+        compression=no("clients of unlike groups are sent unlike parts"),
+        absence=Absence(
+            "is in no mean; its leaf and its group stay",
+            "first there when groups exist, it trains the root on trial and joins the nearest group",
+            "is in no mean; the movement that groups were formed of stays",
+        ),
+    )
+    reveals = ADAPTERS_ALONE
+    taken = ("root_share", "group_share", "most_groups", "penalty")
+    two_factors = True
+    personal = True
+    no_start = (
+        "its adapter has parts that a start has not; merge it into its model (fedloom export)"
+    )
+
+    def __init__(self, settings: HiLoRASettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+        self.fresh: Tensors = {}
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also shares and a rank that leave no part for someone."""
+        yield from super().check(view)
+        yield from optimizer_anew(view, "trains other parts in later rounds")
+        own = view.method
+        if own.root_share + own.group_share >= 1:
+            yield (
+                f"method.root_share = {own.root_share:g} and method.group_share = {own.group_share:g} "
+                "leave no round for the clients' leaves: let them be below 1 together"
+            )
+        if view.adapter is not None and view.adapter.rank % 3:
+            rank = view.adapter.rank
+            yield (
+                f"adapter.rank = {rank} is that of three equal parts: set it to a multiple of 3, such as "
+                f"{3 * max(1, round(rank / 3))}"
+            )
+
+    def setup(self, server: ServerSide) -> None:
+        """Store the adapter as it is initialised."""
+        super().setup(server)
+        require_linear("hilora", server.model.stacked)
+        self.fresh = server.model.read()
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Return the root's part, and what is no factor."""
+        return State(join_parts(root=rank_part(adapter, 0), other=without_factors(adapter)))
+
+    def part_of_round(self, round: int) -> int:
+        """Return which part is trained in a round: 0, 1 or 2."""
+        rounds, own = self.server.rounds, self.settings
+        root = max(1, math.floor(own.root_share * rounds + 0.5))
+        both = max(root + 1, math.floor((own.root_share + own.group_share) * rounds + 0.5))
+        return (round > root) + (round > both)
+
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Return two: a client that is first there when groups exist trains on trial too."""
+        return 1 if round == 1 else 2
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Train the round's part; form groups before the first that is theirs."""
+        part, tensors, groups = (
+            self.part_of_round(cohort.round),
+            dict(state.tensors),
+            groups_of(state),
+        )
+        root = part_of(tensors, ROOT)
+        if part and not groups:
+            groups = formed(tensors, self.settings.most_groups)
+            for group in sorted(set(groups.values())):
+                tensors |= join_parts(**{f"{GROUP}/{group:03d}": rank_part(self.fresh, 1)})
+        unknown = tuple(client for client in cohort.clients if client not in groups)
+        if part and unknown:
+            replies = yield self._exchange(cohort, tensors, groups, "probe", 0, unknown)
+            tensors |= movements(tensors, root, replies)
+            groups |= nearest_groups(tensors, groups, replies.answered)
+        asked = tuple(client for client in cohort.clients if part == 0 or client in groups)
+        replies = yield self._exchange(cohort, tensors, groups, "train", part, asked)
+        if part == 0:
+            tensors |= movements(tensors, root, replies)
+        if part < 2 and replies:
+            tensors |= join_parts(**_means(replies, groups if part else {}))
+        if groups:
+            cohort.details["groups"] = {str(c): group for c, group in sorted(groups.items())}
+        return State(tensors, numbers_of(groups))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"train": self._train, "probe": self._probe}
+
+    def shared(self, state: State) -> Tensors:
+        """Return the adapter of a client without a group: root and initial parts."""
+        parts = [part_of(state.tensors, "root"), rank_part(self.fresh, 1), rank_part(self.fresh, 2)]
+        found = {**whole_of(parts), **part_of(state.tensors, "other")}
+        return {name: found[name] for name in self.fresh}
+
+    def sent_for_evaluation(self, state: State) -> Tensors:
+        """Return the root and all groups' parts."""
+        names = ("root/", "other/", "group/")
+        return {n: t for n, t in state.tensors.items() if n.startswith(names)}
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count a part down and up, as while the root is trained."""
+        size = tensor_bytes({**rank_part(adapter, 0), **without_factors(adapter)})
+        return ParameterTraffic(size, size)
+
+    def load(self, client: Client, payload: Payload) -> None:
+        """Write root, its group's part and its leaf, each as it is initialised where there is none."""
+        index = int(client.store.get(LEAF, {INDEX: torch.tensor([-1])})[INDEX])
+        group = part_of(payload.tensors, f"{GROUP}/{index:03d}")
+        root, other = (part_of(payload.tensors, name) for name in (ROOT, OTHER))
+        client.model.write(_adapter(client, root, group, other))
+
+    def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
+        """Train the leaf."""
+        hooks = PartHooks(client.model.read(), 2, self.settings.penalty, client.model.device)
+        client.train(learning_rate, hooks.before, hooks.after, purpose="settling ", work=work)
+
+    def _exchange(
+        self,
+        cohort: Cohort,
+        tensors: Tensors,
+        groups: Mapping[int, int],
+        action: str,
+        part: int,
+        clients: tuple[int, ...],
+    ) -> Exchange:
+        """Return the exchange in which clients train a part; those of one group are sent the same."""
+        common = {n: t for n, t in tensors.items() if n.startswith((f"{ROOT}/", f"{OTHER}/"))}
+        root, other = part_of(tensors, ROOT), part_of(tensors, OTHER)
+        below = {} if part == 0 else join_parts(group=root)
+        request = Schema.of({**common, **below}, (LEARNING_RATE, PART, INDEX_NUMBER))
+        sent = {} if part == 2 else {**root, **other}
+        if action == "probe":
+            sent = {name: tensor for name, tensor in root.items() if B in name}
+        parts = {}
+        for group in sorted({groups.get(client, -1) if part else -1 for client in clients}):
+            own = part_of(tensors, f"{GROUP}/{group:03d}") if part else {}
+            numbers = {LEARNING_RATE.name: cohort.learning_rate, PART.name: float(part)}
+            payload = Payload(
+                {**common, **join_parts(group=own)}, {**numbers, INDEX_NUMBER.name: float(group)}
+            )
+            parts[group] = encode(payload, request)
+        requests = {client: parts[groups.get(client, -1) if part else -1] for client in clients}
+        reply = Schema.of(sent, TRAIN_REPLY_NUMBERS, cohort.reported)
+        return Exchange(action, cohort.round, request, reply, requests)
+
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        part, index = (int(payload.numbers[name]) for name in (PART.name, INDEX_NUMBER.name))
+        result = yield from self._fit(client, payload, part, "")
+        trained = client.model.read()
+        own = client.store.get(LEAF, {})
+        if part == 2:
+            own = {**rank_part(trained, 2), **without_factors(trained)}
+        client.store[LEAF] = {**own, INDEX: torch.tensor([index])}
+        sent = {} if part == 2 else {**rank_part(trained, part), **without_factors(trained)}
+        return Payload(sent, {"examples": len(client.share)}, result.metrics)
+
+    def _probe(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        result = yield from self._fit(client, payload, 0, "probe ")
+        sent = {n: t for n, t in rank_part(client.model.read(), 0).items() if B in n}
+        return Payload(sent, {"examples": len(client.share)}, result.metrics)
+
+    def _fit(
+        self, client: Client, payload: Payload, part: int, purpose: str
+    ) -> Trainings[LocalResult]:
+        root, group, other = (part_of(payload.tensors, name) for name in (ROOT, GROUP, OTHER))
+        start = _adapter(client, root, group, other)
+        client.model.write(start)
+        hooks = PartHooks(start, part, self.settings.penalty, client.model.device)
+        rate = payload.numbers["learning_rate"]
+        result = yield from client.training_steps(rate, hooks.before, hooks.after, purpose=purpose)
+        client.model.flops += result.steps * hooks.flops(start)
+        return result
+
+
+def _adapter(client: Client, root: Tensors, group: Tensors, other: Tensors) -> Tensors:
+    """Return a client's adapter of what it was sent and its leaf, which has a head of its own."""
+    kept = client.store.get(LEAF, {})
+    leaf = only_factors(kept) or rank_part(client.initial, 2)
+    own = {name: tensor for name, tensor in without_factors(kept).items() if name != INDEX}
+    return {**whole_of([root, group or rank_part(client.initial, 1), leaf]), **other, **own}
+
+
+def _means(replies: Sequence[Reply], groups: Mapping[int, int]) -> dict[str, Tensors]:
+    """Return the parts of the state that a round renews: each group's, or the root without groups."""
+    found: dict[str, Tensors] = {}
+    for group in sorted({groups.get(reply.client, -1) for reply in replies}):
+        own = [reply.payload for reply in replies if groups.get(reply.client, -1) == group]
+        rows = [payload.numbers["examples"] for payload in own]
+        factors = [only_factors(payload.tensors) for payload in own]
+        whole = stacked(factors, [count / sum(rows) for count in rows])
+        found[f"{GROUP}/{group:03d}" if groups else ROOT] = orthonormal_b(
+            whole, rank_of(factors[0])
+        )
+    others = [without_factors(reply.payload.tensors) for reply in replies]
+    found[OTHER] = weighted_mean(others, [reply.payload.numbers["examples"] for reply in replies])
+    return found

@@ -1,0 +1,65 @@
+"""Distances of spans, silhouettes and groups, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.aggregation.clusters import (
+    average_linkage,
+    median_distance,
+    silhouette,
+    spectral_groups,
+    subspace_distances,
+)
+
+
+def columns(*degrees):
+    """One column of two numbers at an angle, by client."""
+    return {
+        client: [torch.tensor([[math.cos(math.radians(d))], [math.sin(math.radians(d))]])]
+        for client, d in enumerate(degrees)
+    }
+
+
+def test_distances_are_those_of_spans():
+    found = subspace_distances(columns(0, 60))
+    assert found[0, 1] == pytest.approx(0.75)
+    found = subspace_distances(columns(0, 10, 90, 80))
+    assert found[0, 1] == pytest.approx(0.03015369)
+    assert found[0, 2] == pytest.approx(1.0) and found[0, 3] == pytest.approx(0.96984631)
+    assert median_distance(found) == pytest.approx(0.92643427, abs=1e-6)
+    assert spectral_groups(found, 3) == [0, 0, 1, 1] == spectral_groups(found, 10)
+
+
+def test_coordinates_and_signs_change_no_distance():
+    torch.manual_seed(0)
+    factors = {client: [torch.randn(6, 3), torch.randn(5, 3)] for client in range(4)}
+    turn = torch.linalg.qr(torch.randn(3, 3))[0]
+    turned = {client: [-own @ turn for own in factors[client]] for client in factors}
+    assert np.allclose(subspace_distances(factors), subspace_distances(turned), atol=1e-6)
+
+
+def test_silhouettes_by_hand():
+    """1 - cos of (1, 0), (2, 1), (0, 1), (-1, 3); the best division is {1, 2}, {3, 4}."""
+    rows = np.array([[1.0, 0], [2, 1], [0, 1], [-1, 3]])
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    distances = 1 - rows @ rows.T
+    np.fill_diagonal(distances, 0.0)
+    expected = {(0, 0, 1, 1): 0.91148716, (0, 0, 1, 2): 0.42586105, (0, 1, 2, 2): 0.46184946}
+    for labels, value in expected.items():
+        assert silhouette(distances, labels) == pytest.approx(value, abs=1e-7)
+    assert average_linkage(distances, 2) == [0, 0, 1, 1]
+    assert average_linkage(distances, 3) == [0, 1, 2, 2]
+
+
+def test_copies_of_one_client_are_one_group_and_so_are_few_or_alike_ones():
+    torch.manual_seed(1)
+    one = [torch.randn(8, 2)]
+    assert spectral_groups(subspace_distances(dict.fromkeys(range(5), one)), 4) == [0] * 5
+    assert spectral_groups(subspace_distances({0: one}), 4) == [0]
+    assert spectral_groups(subspace_distances(columns(0, 90)), 4) == [0, 1]
+    assert spectral_groups(subspace_distances(columns(0, 90)), 1) == [0, 0]
+    wide = {client: [torch.randn(40, 2)] for client in range(6)}  # each as far from any other
+    assert spectral_groups(subspace_distances(wide), 4) == [0] * 6

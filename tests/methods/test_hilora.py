@@ -1,0 +1,137 @@
+"""HiLoRA: groups are found, parts are trained one after the other, and leaves stay with their clients."""
+
+import pytest
+import torch
+
+from fedloom.errors import SettingsError
+from fedloom.methods.bases.client_groups import groups_of
+from fedloom.methods.bases.rank_parts import PartHooks, rank_part
+from fedloom.methods.hilora import LEAF, HiLoRA, HiLoRASettings
+from fedloom.tensors import part_of
+from linear_bench import SIZE, A, B, Outcome, play, start, target_of
+
+ROUNDS = 10
+COMMON = target_of(1, seed=5)
+OF_GROUP = {0: target_of(1, seed=6), 1: target_of(1, seed=7)}
+GROUPED = {client: COMMON + OF_GROUP[client // 2] for client in range(4)}
+"""Clients 0 and 1 have one target, 2 and 3 another; half of both is common."""
+
+
+def hilora(**sections):
+    return play("hilora", **{"rounds": ROUNDS, "rank": 6, "alpha": 6.0, "target": GROUPED, "rate": 0.2, **sections})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> Outcome:
+    return hilora()
+
+
+def test_the_penalty_and_its_gradient_by_hand():
+    """B below is (1, 0), B is (3, 4): their overlap is 3, its square 9, and its gradient (6, 0)."""
+    adapter = {A: torch.ones(3, 2), B: torch.tensor([[1.0, 3.0, 0.0], [0.0, 4.0, 0.0]])}
+    hooks = PartHooks(adapter, 1, 1.0, torch.device("cpu"))
+    own = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in adapter.items()}
+    for parameter in own.values():
+        parameter.grad = torch.zeros_like(parameter)
+    hooks.before(own)
+    assert own[B].grad.tolist() == [[0.0, 6.0, 0.0], [0.0, 0.0, 0.0]]
+    assert hooks.flops(adapter) == 2 * 2 * 2 * 1 * 1
+
+
+def test_two_groups_are_found_and_each_part_is_trained_in_its_rounds(found):
+    assert [found.method.part_of_round(number) for number in range(1, 11)] == [0] * 3 + [1] * 4 + [
+        2
+    ] * 3
+    assert groups_of(found.state) == {0: 0, 1: 0, 2: 1, 3: 1}
+    assert found.cohorts[-1].details["groups"] == {"0": 0, "1": 0, "2": 1, "3": 1}
+    root = [part_of(state.tensors, "root") for state in found.states]
+    assert not torch.equal(root[1][B], root[2][B])
+    assert all(torch.equal(root[2][name], own[name]) for own in root[3:] for name in own)
+    group = [part_of(state.tensors, "group/001") for state in found.states]
+    assert not group[2] and all(torch.equal(group[6][n], own[n]) for own in group[7:] for n in own)
+    columns = root[-1][B]
+    assert torch.allclose(columns.T @ columns, torch.eye(2), atol=1e-5)
+    for number in (8, 9, 10):  # nothing of a leaf is sent
+        assert all(not found.sent[number, "train", client][1].tensors for client in range(4))
+
+
+def test_a_leaf_is_its_clients_own_and_what_is_served_fits_it_best(found):
+    def served(client, parts):
+        root, own = part_of(found.state.tensors, "root"), found.kept[client][LEAF]
+        group = part_of(found.state.tensors, f"group/{int(own['group']):03d}")
+        whole = [root, group, own][:parts]
+        return sum(part[B] @ part[A] for part in whole)
+
+    for client in range(4):
+        errors = [float((served(client, n) - GROUPED[client]).square().sum()) for n in (1, 2, 3)]
+        assert errors[0] > 2 * errors[1] > 2 * errors[2]
+    leaves = [found.kept[client][LEAF][B] for client in range(4)]
+    assert all(bool(own.any()) for own in leaves)
+
+
+def test_clients_alike_stay_one_group():
+    alike = hilora(target=dict.fromkeys(range(4), COMMON), rounds=5)
+    assert set(groups_of(alike.state).values()) == {0}
+
+
+def test_who_comes_late_joins_the_nearest_group(found):
+    late = hilora(there=lambda round, client: client != 3 or round > 5)
+    assert 3 not in groups_of(late.states[4]) and groups_of(late.state) == groups_of(found.state)
+    assert [key for key in late.sent if key[1] == "probe"] == [(6, "probe", 3)]
+    assert set(late.sent[6, "probe", 3][1].tensors) == {B}
+
+
+def test_other_ids_change_no_tensor(found):
+    ids = {10: 1, 11: 1, 20: 1, 21: 1}
+    target = dict(zip(ids, GROUPED.values(), strict=True))
+    other = hilora(rows=ids, target=target, ranks=dict.fromkeys(ids, 6))
+    assert torch.equal(
+        part_of(other.state.tensors, "root")[B], part_of(found.state.tensors, "root")[B]
+    )
+    assert groups_of(other.state) == {10: 0, 11: 0, 20: 1, 21: 1}
+
+
+def test_without_training_the_model_stays():
+    still = hilora(steps=0)
+    for state in still.states:
+        assert not still.weight(1.0, state).any()
+    assert set(groups_of(still.state).values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"adapter": {"rank": 8}}, r"adapter\.rank = 8 is that of three equal parts.*such as 9"),
+        ({"method": {"root_share": 0.5, "group_share": 0.5}}, "leave no round for the clients' leaves"),
+        ({"training": {"keep_optimizer_state": True}}, "trains other parts in later rounds"),
+        ({"adapter": {"start": "somewhere"}}, "its adapter has parts that a start has not"),
+    ],
+)  # fmt: skip
+def test_what_it_does_not_go_with(experiment, sections, words):
+    with pytest.raises(SettingsError, match=words):
+        experiment(**{**sections, "method": {"name": "hilora", **sections.get("method", {})}})
+
+
+def test_parts_of_a_model_with_a_head(experiment, federate):
+    found = federate(
+        experiment(
+            method={"name": "hilora"},
+            data={"source": "builtin:labelled"},
+            objective={"name": "classification"},
+            training={"weight_decay": 0.5, "local_steps": 2},
+            federation={"rounds": 4},
+        ),
+        evaluate=True,
+    )
+    assert isinstance(found.parts.method, HiLoRA) and HiLoRASettings().penalty == 0.1
+    assert not found.records[-1].rejected
+    initial, root = found.parts.initial, part_of(found.state.tensors, "root")
+    for name, tensor in rank_part(found.adapter, 0).items():
+        assert torch.equal(tensor, root[name])
+    for place in (1, 2):
+        for name, tensor in rank_part(found.adapter, place).items():
+            assert torch.equal(tensor, rank_part(initial, place)[name])
+    kept = [found.parts.engine.store.slots(client)[LEAF] for client in range(3)]
+    heads = [n for n in kept[0] if ".lora_" not in n and n != "group"]
+    assert heads and all(not torch.equal(kept[0][n], kept[1][n]) for n in heads)
+    assert start(3)[A].shape == (3, SIZE)
