@@ -5,8 +5,8 @@ import torch
 
 from fedloom.errors import SettingsError
 from fedloom.methods.bases.client_groups import groups_of
-from fedloom.methods.bases.rank_parts import PartHooks, rank_part
-from fedloom.methods.hilora import LEAF, HiLoRA, HiLoRASettings
+from fedloom.methods.bases.rank_parts import LEAF, PartHooks, rank_part
+from fedloom.methods.hilora import HiLoRA, HiLoRASettings
 from fedloom.tensors import part_of
 from linear_bench import SIZE, A, B, Outcome, play, start, target_of
 

@@ -1,6 +1,4 @@
-"""Groups of clients by distances between them: spectral clustering, silhouettes, and one group where
-there are no two; pure, and the same for the same distances.
-"""
+"""Groups of clients by distances between them; pure, and the same for the same distances."""
 
 from __future__ import annotations
 

@@ -16,26 +16,38 @@ the group whose members' movements are nearest to its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.lora import B, only_factors, rank_of, stacked, without_factors
+from fedloom.aggregation.lora import B, only_factors, rank_of, without_factors
 from fedloom.aggregation.lora_coordinates import orthonormal_b
-from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.client_groups import (
     formed,
+    group_means,
     groups_of,
     movements,
     nearest_groups,
     numbers_of,
 )
-from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.bases.rank_parts import PartHooks, rank_part, whole_of
+from fedloom.methods.bases.rank_parts import (
+    GROUP,
+    INDEX,
+    INDEX_NUMBER,
+    LEAF,
+    OTHER,
+    PART,
+    ROOT,
+    PartHooks,
+    adapter_of,
+    part_exchange,
+    rank_part,
+    whole_of,
+)
 from fedloom.methods.contract.checks import optimizer_anew, require_linear
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -45,20 +57,7 @@ from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
 from fedloom.training.results import LocalResult
 from fedloom.training.settings import Work
-from fedloom.wire.messages import Exchange, Payload, Reply, encode
-from fedloom.wire.schema import NumberSpec, Schema
-
-ROOT, GROUP, OTHER = "root", "group", "other"
-"""Parts of the state and of requests: those of the adapter, and what is no factor."""
-
-PART = NumberSpec("part", 0.0, 2.0)
-"""Number of a request: which part is trained."""
-
-INDEX_NUMBER = NumberSpec("group", -1.0, 1e6)
-"""Number of a request: the client's group, -1 for none."""
-
-LEAF, INDEX = "leaf", "group"
-"""Slot of the client store with its leaf, and there the index of its group, -1 for none."""
+from fedloom.wire.messages import Payload
 
 
 class HiLoRASettings(NamedSettings):
@@ -152,27 +151,27 @@ class HiLoRA(Method):
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Train the round's part; form groups before the first that is theirs."""
-        part, tensors, groups = (
-            self.part_of_round(cohort.round),
-            dict(state.tensors),
-            groups_of(state),
-        )
-        root = part_of(tensors, ROOT)
+        part, groups = self.part_of_round(cohort.round), groups_of(state)
+        tensors, root = dict(state.tensors), part_of(state.tensors, ROOT)
         if part and not groups:
             groups = formed(tensors, self.settings.most_groups)
             for group in sorted(set(groups.values())):
                 tensors |= join_parts(**{f"{GROUP}/{group:03d}": rank_part(self.fresh, 1)})
         unknown = tuple(client for client in cohort.clients if client not in groups)
         if part and unknown:
-            replies = yield self._exchange(cohort, tensors, groups, "probe", 0, unknown)
+            replies = yield part_exchange(cohort, tensors, {}, "probe", 0, unknown)
             tensors |= movements(tensors, root, replies)
             groups |= nearest_groups(tensors, groups, replies.answered)
         asked = tuple(client for client in cohort.clients if part == 0 or client in groups)
-        replies = yield self._exchange(cohort, tensors, groups, "train", part, asked)
+        of = groups if part else {}
+        replies = yield part_exchange(cohort, tensors, of, "train", part, asked)
         if part == 0:
             tensors |= movements(tensors, root, replies)
         if part < 2 and replies:
-            tensors |= join_parts(**_means(replies, groups if part else {}))
+            for group, mean in group_means(replies, of).items():
+                name = f"{GROUP}/{group:03d}" if part else ROOT
+                tensors |= join_parts(**{name: orthonormal_b(only_factors(mean), rank_of(root))})
+            tensors |= join_parts(other=without_factors(replies.mean()))
         if groups:
             cohort.details["groups"] = {str(c): group for c, group in sorted(groups.items())}
         return State(tensors, numbers_of(groups))
@@ -202,41 +201,12 @@ class HiLoRA(Method):
         index = int(client.store.get(LEAF, {INDEX: torch.tensor([-1])})[INDEX])
         group = part_of(payload.tensors, f"{GROUP}/{index:03d}")
         root, other = (part_of(payload.tensors, name) for name in (ROOT, OTHER))
-        client.model.write(_adapter(client, root, group, other))
+        client.model.write(adapter_of(client, root, group, other))
 
     def personalise(self, client: Client, learning_rate: float, work: Work) -> None:
         """Train the leaf."""
         hooks = PartHooks(client.model.read(), 2, self.settings.penalty, client.model.device)
         client.train(learning_rate, hooks.before, hooks.after, purpose="settling ", work=work)
-
-    def _exchange(
-        self,
-        cohort: Cohort,
-        tensors: Tensors,
-        groups: Mapping[int, int],
-        action: str,
-        part: int,
-        clients: tuple[int, ...],
-    ) -> Exchange:
-        """Return the exchange in which clients train a part; those of one group are sent the same."""
-        common = {n: t for n, t in tensors.items() if n.startswith((f"{ROOT}/", f"{OTHER}/"))}
-        root, other = part_of(tensors, ROOT), part_of(tensors, OTHER)
-        below = {} if part == 0 else join_parts(group=root)
-        request = Schema.of({**common, **below}, (LEARNING_RATE, PART, INDEX_NUMBER))
-        sent = {} if part == 2 else {**root, **other}
-        if action == "probe":
-            sent = {name: tensor for name, tensor in root.items() if B in name}
-        parts = {}
-        for group in sorted({groups.get(client, -1) if part else -1 for client in clients}):
-            own = part_of(tensors, f"{GROUP}/{group:03d}") if part else {}
-            numbers = {LEARNING_RATE.name: cohort.learning_rate, PART.name: float(part)}
-            payload = Payload(
-                {**common, **join_parts(group=own)}, {**numbers, INDEX_NUMBER.name: float(group)}
-            )
-            parts[group] = encode(payload, request)
-        requests = {client: parts[groups.get(client, -1) if part else -1] for client in clients}
-        reply = Schema.of(sent, TRAIN_REPLY_NUMBERS, cohort.reported)
-        return Exchange(action, cohort.round, request, reply, requests)
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         part, index = (int(payload.numbers[name]) for name in (PART.name, INDEX_NUMBER.name))
@@ -258,34 +228,10 @@ class HiLoRA(Method):
         self, client: Client, payload: Payload, part: int, purpose: str
     ) -> Trainings[LocalResult]:
         root, group, other = (part_of(payload.tensors, name) for name in (ROOT, GROUP, OTHER))
-        start = _adapter(client, root, group, other)
+        start = adapter_of(client, root, group, other)
         client.model.write(start)
         hooks = PartHooks(start, part, self.settings.penalty, client.model.device)
         rate = payload.numbers["learning_rate"]
         result = yield from client.training_steps(rate, hooks.before, hooks.after, purpose=purpose)
         client.model.flops += result.steps * hooks.flops(start)
         return result
-
-
-def _adapter(client: Client, root: Tensors, group: Tensors, other: Tensors) -> Tensors:
-    """Return a client's adapter of what it was sent and its leaf, which has a head of its own."""
-    kept = client.store.get(LEAF, {})
-    leaf = only_factors(kept) or rank_part(client.initial, 2)
-    own = {name: tensor for name, tensor in without_factors(kept).items() if name != INDEX}
-    return {**whole_of([root, group or rank_part(client.initial, 1), leaf]), **other, **own}
-
-
-def _means(replies: Sequence[Reply], groups: Mapping[int, int]) -> dict[str, Tensors]:
-    """Return the parts of the state that a round renews: each group's, or the root without groups."""
-    found: dict[str, Tensors] = {}
-    for group in sorted({groups.get(reply.client, -1) for reply in replies}):
-        own = [reply.payload for reply in replies if groups.get(reply.client, -1) == group]
-        rows = [payload.numbers["examples"] for payload in own]
-        factors = [only_factors(payload.tensors) for payload in own]
-        whole = stacked(factors, [count / sum(rows) for count in rows])
-        found[f"{GROUP}/{group:03d}" if groups else ROOT] = orthonormal_b(
-            whole, rank_of(factors[0])
-        )
-    others = [without_factors(reply.payload.tensors) for reply in replies]
-    found[OTHER] = weighted_mean(others, [reply.payload.numbers["examples"] for reply in replies])
-    return found

@@ -5,13 +5,13 @@ The state has, for each layer and client, a running mean of the movement, each s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from fedloom.aggregation.clusters import spectral_groups, subspace_distances
-from fedloom.aggregation.lora import B
+from fedloom.aggregation.lora import B, only_factors, stacked
 from fedloom.tensors import State, Tensors, by_client, of_clients
 from fedloom.wire.messages import Reply
 
@@ -76,6 +76,20 @@ def nearest_groups(
             for group in sorted(set(groups.values()))
         }
         found[client] = min(means, key=lambda group: (means[group], group))
+    return found
+
+
+def group_means(replies: Sequence[Reply], groups: Mapping[int, int]) -> dict[int, Tensors]:
+    """Return for each group the stacked factors of the mean of its members' products, by rows.
+
+    Clients without a group are one, -1.
+    """
+    found = {}
+    for group in sorted({groups.get(reply.client, -1) for reply in replies}):
+        own = [reply.payload for reply in replies if groups.get(reply.client, -1) == group]
+        rows = [payload.numbers["examples"] for payload in own]
+        factors = [only_factors(payload.tensors) for payload in own]
+        found[group] = stacked(factors, [count / sum(rows) for count in rows])
     return found
 
 

@@ -10,12 +10,38 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fedloom.aggregation.lora import factor_pairs, part_of_ranks, rank_of, stacked
+from fedloom.aggregation.lora import (
+    B,
+    factor_pairs,
+    only_factors,
+    part_of_ranks,
+    rank_of,
+    stacked,
+    without_factors,
+)
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.masked_ranks import MaskedRanks
-from fedloom.tensors import Tensors
+from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.client import Client
+from fedloom.tensors import Tensors, join_parts, part_of
 from fedloom.training.results import StepHook
+from fedloom.wire.messages import Exchange, Payload, encode
+from fedloom.wire.schema import NumberSpec, Schema
 
 COUNT = 3
+
+LEAF, INDEX = "leaf", "group"
+"""Slot of the client store with its last part, and there the index of its group, -1 for none."""
+
+
+ROOT, GROUP, OTHER = "root", "group", "other"
+"""Parts of the state and of requests: those of the adapter, and what is no factor."""
+
+PART = NumberSpec("part", 0.0, 2.0)
+"""Number of a request: which part is trained."""
+
+INDEX_NUMBER = NumberSpec("group", -1.0, 1e6)
+"""Number of a request: the client's group, -1 for none."""
 
 
 def rank_part(adapter: Tensors, place: int) -> Tensors:
@@ -28,6 +54,50 @@ def rank_part(adapter: Tensors, place: int) -> Tensors:
 def whole_of(parts: Sequence[Tensors]) -> Tensors:
     """Return the adapter whose parts these are."""
     return stacked(parts, [1.0] * len(parts))
+
+
+def adapter_of(client: Client, root: Tensors, group: Tensors, other: Tensors) -> Tensors:
+    """Return a client's adapter of what it was sent and its own part, with its own head if it has one.
+
+    Args:
+        client: With that part in its store; as it is initialised where there is none.
+        root: The first part.
+        group: The second; empty where the client has none yet.
+        other: What is no factor, such as a classification head.
+    """
+    kept = client.store.get(LEAF, {})
+    leaf = only_factors(kept) or rank_part(client.initial, 2)
+    own = {name: tensor for name, tensor in without_factors(kept).items() if name != INDEX}
+    return {**whole_of([root, group or rank_part(client.initial, 1), leaf]), **other, **own}
+
+
+def part_exchange(
+    cohort: Cohort,
+    tensors: Tensors,
+    groups: Mapping[int, int],
+    action: str,
+    part: int,
+    clients: tuple[int, ...],
+) -> Exchange:
+    """Return the exchange in which clients train a part; those of one group are sent the same."""
+    common = {n: t for n, t in tensors.items() if n.startswith((f"{ROOT}/", f"{OTHER}/"))}
+    root, other = part_of(tensors, ROOT), part_of(tensors, OTHER)
+    below = {} if part == 0 else join_parts(group=root)
+    request = Schema.of({**common, **below}, (LEARNING_RATE, PART, INDEX_NUMBER))
+    sent = {} if part == 2 else {**root, **other}
+    if action == "probe":
+        sent = {name: tensor for name, tensor in root.items() if B in name}
+    parts = {}
+    for group in sorted({groups.get(client, -1) for client in clients}):
+        own = part_of(tensors, f"{GROUP}/{group:03d}")
+        numbers = {LEARNING_RATE.name: cohort.learning_rate, PART.name: float(part)}
+        payload = Payload(
+            {**common, **join_parts(group=own)}, {**numbers, INDEX_NUMBER.name: float(group)}
+        )
+        parts[group] = encode(payload, request)
+    requests = {client: parts[groups.get(client, -1)] for client in clients}
+    reply = Schema.of(sent, TRAIN_REPLY_NUMBERS, cohort.reported)
+    return Exchange(action, cohort.round, request, reply, requests)
 
 
 class PartHooks:
