@@ -116,6 +116,9 @@ QUICK = {
     "methods/test_fedpdpo.py::test_nothing_personal_is_in_any_payload": 0,
     "methods/test_fedpdpo.py::test_other_objectives_may_be_personal_too": 1,
     "methods/test_fedpdpo.py::test_with_all_parts_frozen_and_gamma_0_it_is_fedavg_of_dpo_bit_for_bit": 0,
+    "methods/test_lora_family.py::test_alpha_twice_as_large_is_b_twice_as_large": 4,
+    "methods/test_lora_family.py::test_only_what_goes_to_the_backbone_is_below_the_floor_of_a_rank": 3,  # 8 s
+    "methods/test_lora_family.py::test_rounds_without_training_leave_the_model_as_it_is": 5,
     "methods/test_personalised.py::test_clients_are_judged_by_what_they_would_use": 1,  # 9 s
     "methods/test_personalised.py::test_ffa_lora_never_trains_a_and_halves_the_bytes": 0,
     "methods/test_personalised.py::test_what_travels_and_what_stays": 1,

@@ -225,6 +225,7 @@ def test_a_rank_that_no_pruning_gives_is_refused_and_settings_without_pruning_ar
         )
 
 
+@pytest.mark.slow
 def test_pruned_ranks_are_resumed_and_clients_are_judged_by_them(experiment, tmp_path):
     settings = experiment(
         method={"name": "hetlora", "pruning": 0.5, "penalty": 1.0},

@@ -112,6 +112,7 @@ def test_what_it_does_not_go_with(experiment, sections, words):
         experiment(**{**sections, "method": {"name": "hilora", **sections.get("method", {})}})
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_with_a_head(experiment, federate):
     found = federate(
         experiment(

@@ -131,7 +131,7 @@ def test_rolora_reaches_what_ffa_cannot():
     """The bench of the specification: a target of rank 2, of which each client sees two directions."""
     target = target_of(2)
     errors = {
-        name: error(play(name, rounds=8, rate=0.4), target)
+        name: error(play(name, rounds=8, steps=10, rate=0.8), target)
         for name in ("rolora", "fedrot_lora", "fedmomentum", "ffa_lora", "fedavg")
     }
     assert errors["ffa_lora"] > 0.3
