@@ -65,7 +65,8 @@ class FedRotLoRA(Method):
         """Yield also that no optimizer can go on in other coordinates, and a share that is not read."""
         yield from super().check(view)
         yield from optimizer_anew(view, "changes the coordinates of both factors between rounds")
-        if view.method.rotation == "whole" and "share" in view.method.model_fields_set:
+        default = type(view.method).model_fields["share"].default
+        if view.method.rotation == "whole" and view.method.share != default:
             yield (
                 f'method.share = {view.method.share:g} is of method.rotation = "part": set that, or '
                 "leave the share out"

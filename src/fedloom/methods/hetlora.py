@@ -94,7 +94,7 @@ class HetLoRA(SharesRanks):
             yield from optimizer_anew(view, "prunes ranks between rounds")
             return
         for name in ("penalty", "least_rank"):
-            if name in view.method.model_fields_set:
+            if getattr(view.method, name) != type(view.method).model_fields[name].default:
                 yield (
                     f"method.{name} is of pruning: set method.pruning below 1, such as 0.99, or leave "
                     "it out"
