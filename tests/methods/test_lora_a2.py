@@ -47,13 +47,14 @@ def test_with_all_ranks_it_is_rolora(choice):
         assert torch.allclose(whole.state.tensors[name], plain.state.tensors[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_rank_of_four_is_more_than_an_adapter_of_rank_one():
     """Inputs of the clients are disjoint; both send 8 numbers a round."""
     target = target_of(4, seed=2)
     found = {
-        "score": play("lora_a2", rounds=12, rank=4, settings=SETTINGS, target=target),
-        "random": play("lora_a2", rounds=12, rank=4, settings={**SETTINGS, "choice": "random"}, target=target),
-        "rolora": play("rolora", rounds=12, rank=1, target=target),
+        "score": play("lora_a2", rounds=24, rank=4, settings=SETTINGS, target=target),
+        "random": play("lora_a2", rounds=24, rank=4, settings={**SETTINGS, "choice": "random"}, target=target),
+        "rolora": play("rolora", rounds=24, rank=1, target=target),
     }  # fmt: skip
     errors = {name: error(own, target) for name, own in found.items()}
     assert max(errors["score"], errors["random"]) < errors["rolora"]

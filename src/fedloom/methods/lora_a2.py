@@ -7,8 +7,9 @@ the Frobenius norm, chooses the best over the whole model, goes back to what it 
 these alone. It sends their changes, and which they are; the server adds the mean of the changes, in
 which those who did not choose a rank count as no change.
 
-On a linear stand-in ranks chosen at random do as well (``choice = "random"``, which needs no trial):
-what helps is that the server's adapter is larger than what a client sends.
+On a linear stand-in ranks chosen at random are worse for the first rounds and better in the end
+(``choice = "random"``, which needs no trial): what helps is that the server's adapter is larger than
+what a client sends.
 """
 
 from __future__ import annotations
