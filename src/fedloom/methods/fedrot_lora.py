@@ -49,6 +49,7 @@ class FedRotLoRA(Method):
         "exact",
         "",
         asynchronous=no("factors are turned towards those of their own round"),
+        problem="the mean of factors is not that of products",
     )
     reveals = ADAPTERS_ALONE
     taken = ("rotation", "share")

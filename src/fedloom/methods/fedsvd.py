@@ -52,6 +52,7 @@ class FedSVD(Method):
         travels="the adapter down, LoRA's B up",
         asynchronous=no("a later B is of another A"),
         compression=no("what clients send counts with the A that all must have to the bit"),
+        problem="the mean of factors is not that of products",
     )
     reveals = ADAPTERS_ALONE
     taken = ("period",)

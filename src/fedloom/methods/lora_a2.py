@@ -75,6 +75,7 @@ class LoRAA2(Method):
         asynchronous=no("a round's answers have one factor, and the next round's the other"),
         compression=no("a client sends few numbers already, each client those of other ranks"),
         absence=AVERAGED,
+        problem="slow links",
     )
     reveals = ADAPTERS_ALONE
     taken = ("ranks", "choice", "b_rate")

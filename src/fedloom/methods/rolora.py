@@ -41,6 +41,7 @@ class RoLoRA(Method):
         "",
         travels="the adapter down; up LoRA's B in odd rounds, its A in even ones",
         asynchronous=no("a round's answers have one factor, and the next round's the other"),
+        problem="slow links; the mean of factors is not that of products",
     )
     reveals = ADAPTERS_ALONE
 
