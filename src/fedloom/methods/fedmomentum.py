@@ -68,7 +68,6 @@ class FedMomentum(BackboneAdditions):
         compression=CODED_PRODUCTS,
         compression_bits=PRODUCT_BITS,
         absence=ADDS_TO_BACKBONE,
-        problem="the mean of factors is not that of products",
     )
     reveals = ADAPTERS_ALONE
     taken = ("kept",)

@@ -96,7 +96,6 @@ class HiLoRA(Method):
             "first there when groups exist, it trains the root on trial and joins the nearest group",
             "is in no mean; the movement that groups were formed of stays",
         ),
-        problem="clients disagree",
     )
     reveals = ADAPTERS_ALONE
     taken = ("root_share", "group_share", "most_groups", "penalty")

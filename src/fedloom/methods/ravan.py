@@ -55,7 +55,6 @@ class Ravan(FixedFactors):
         "reconstructed",
         "orthonormal bases from the seed; all clients train all heads",
         travels="h matrices of (r / h) x (r / h) numbers a layer, down and up",
-        problem="slow links",
     )
     reveals = ADAPTERS_ALONE
     taken = ("heads", "scales")
