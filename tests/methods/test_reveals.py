@@ -111,7 +111,7 @@ MOST = {
     "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
     "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
     "apfl": ({}, 2), "fedala": ({"first_passes": 2}, 3),
-    "lora_a2": ({}, 2), "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
+    "lora_a2": ({}, 2),
 }  # fmt: skip
 """Methods whose requests go over the work more than once: settings, and how often."""
 

@@ -28,8 +28,8 @@ from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
 from fedloom.methods.fedmap import FedMAP, FedMAPSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
-from fedloom.methods.fednova import FedNova, FedNovaSettings
 from fedloom.methods.fedmomentum import FedMomentum, FedMomentumSettings
+from fedloom.methods.fednova import FedNova, FedNovaSettings
 from fedloom.methods.fedopt import (
     FedAdagrad,
     FedAdagradSettings,
@@ -50,15 +50,13 @@ from fedloom.methods.flora import FLoRA, FLoRASettings
 from fedloom.methods.hetlora import HetLoRA, HetLoRASettings
 from fedloom.methods.hilora import HiLoRA, HiLoRASettings
 from fedloom.methods.local_only import LocalOnly, LocalOnlySettings
-from fedloom.methods.moon import MOON, MOONSettings
-from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
-from fedloom.methods.pfedme import PFedMe, PFedMeSettings
-from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
-from fedloom.methods.regmean import RegMean, RegMeanSettings
 from fedloom.methods.lora_a2 import LoRAA2, LoRAA2Settings
+from fedloom.methods.lora_fair import LoRAFAIR, LoRAFAIRSettings
+from fedloom.methods.moon import MOON, MOONSettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings
 from fedloom.methods.random_projection import RandomProjection, RandomProjectionSettings
 from fedloom.methods.ravan import Ravan, RavanSettings
+from fedloom.methods.regmean import RegMean, RegMeanSettings
 from fedloom.methods.rolora import RoLoRA, RoLoRASettings
 from fedloom.methods.scaffold import Scaffold, ScaffoldSettings
 from fedloom.methods.split import Split, SplitSettings

@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Literal
 
 from fedloom.accounting.costs import SERVER
-from fedloom.aggregation.lora import A, B, factor_pairs, without_factors
 from fedloom.aggregation.lora import A, B
 from fedloom.errors import TrainingError
 from fedloom.federation.protocol import Cohort, Round
@@ -34,7 +33,6 @@ from fedloom.methods.bases.fixed_factors import (
 from fedloom.methods.bases.parameter_averaging import TRAIN_REPLY_NUMBERS, training_exchange
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
-from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide, require_linear_layers
 from fedloom.methods.contract.method import ADAPTERS_ALONE
 from fedloom.methods.declaration import Absence, averaging
 from fedloom.settings.schema import NamedSettings
@@ -100,41 +98,6 @@ class FedSB(FixedFactors):
             yield f'{opening} needs the weights, which are quantised: use "random"'
         if kind == "gradient" and view.public is not None and not view.public.labelled:
             yield f"{opening} needs public.labelled = true: its loss is of the rows' answers or labels"
-
-    def setup(self, server: ServerSide) -> None:
-        """Check that the factors are of linear layers.
-
-        Raises:
-            ModelError: Some are of a stack of experts, whose change is not their product.
-        """
-        super().setup(server)
-        require_linear_layers(server.model, 'method.name = "fed_sb"')
-
-    def first(self, adapter: Tensors) -> Tensors:
-        """Return R = 0, and what is no factor as it is, such as a classification head."""
-        ranks = {matrix_name(a): len(adapter[a]) for a in factor_pairs(adapter)}
-        zeros = {name: torch.zeros(rank, rank) for name, rank in ranks.items()}
-        return zeros | without_factors(adapter)
-
-    def function(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> TensorFunction:
-        """Return R A in place of A; B is no function of R."""
-        fixed = self._factors(start, seed, kept)
-        device = next(iter(start.values())).device
-        down = {name: tensor.to(device) for name, tensor in fixed.items() if A in name}
-
-        def moved(coordinates: Mapping[str, Tensor]) -> Tensors:
-            others = {n: t for n, t in coordinates.items() if R not in n}
-            return {a: between(coordinates[matrix_name(a)], t) for a, t in down.items()} | others
-
-        return moved
-
-    def frozen(self, names: Collection[str]) -> list[str]:
-        """Freeze B."""
-        return [name for name in names if B in name]
-
-    def fixed(self, start: Tensors, seed: int, kept: Mapping[str, Tensors]) -> Tensors:
-        """Return B."""
-        return {n: t for n, t in self._factors(start, seed, kept).items() if B in n}
 
     def kept(self, state: State) -> Mapping[str, Tensors]:
         """Return the factors in the state."""
