@@ -88,3 +88,68 @@ def federate():
         return Federation(parts, state, records, compression)
 
     return play
+
+
+@pytest.fixture
+def compressed(experiment):
+    """Make an experiment with three clients and ``[wire]``."""
+
+    def make(wire, **sections):
+        own = {"keep_plain_below": 0, **wire}
+        federation = {"rounds": 3, **sections.pop("federation", {})}
+        training = {"local_steps": 1, **sections.pop("training", {})}
+        judged = {"per_client": False}
+        return experiment(
+            wire=own, federation=federation, training=training, evaluation=judged, **sections
+        )
+
+    return make
+
+
+class Sent:
+    """What clients changed, what the server read of it, and the requests, by round and client.
+
+    Attributes:
+        absent: Clients that give no answer, by round.
+    """
+
+    def __init__(self, absent=None):
+        self.absent = absent or {}
+        self.changed, self.read, self.exchanges = {}, {}, {}
+
+    def watch_requests(self, parts):
+        """Have an engine's exchanges be noted by round."""
+        carried = parts.engine.exchange
+
+        def exchange(asked):
+            self.exchanges[asked.round] = asked
+            yield from carried(asked)
+
+        parts.engine.exchange = exchange
+
+    def watch(self, parts):
+        """Have an engine's exchanges and its handler of training be looked at."""
+        handler = parts.local.handlers["train"]
+
+        def train(client, payload):
+            reply = yield from handler(client, payload)
+            change = {n: t - payload.tensors[n] for n, t in reply.tensors.items()}
+            self.changed[client.round, client.id] = change
+            return reply
+
+        self.watch_requests(parts)
+        noted = parts.engine.exchange
+
+        def exchange(asked):
+            for answer in noted(asked):
+                if answer.client in self.absent.get(asked.round, ()):
+                    yield Answer(answer.client, error="its line broke")
+                    continue
+                sent = asked.sent_to(answer.client)
+                found = asked.read_reply(answer.client, answer.data)
+                change = {n: t - sent[n] for n, t in found.tensors.items()}
+                self.read[asked.round, answer.client] = change
+                yield answer
+
+        parts.local.handlers = {**parts.local.handlers, "train": train}
+        parts.engine.exchange = exchange

@@ -62,10 +62,18 @@ CASES = {
     ),
     "wire.keep_plain_below": (
         {"wire": {"keep_plain_below": 5}},
-        "wire.keep_plain_below = 5 does nothing: [wire] gives neither up nor down, so that tensors are "
-        "sent as they are",
+        "wire.keep_plain_below = 5 does nothing: [wire] gives neither up, down, budget nor parts, so that "
+        "tensors are sent as they are",
         {"wire": {"keep_plain_below": 5, "up": "int8"}},
     ),
+    **{
+        f"wire.{name}": (
+            {"wire": {name: value, "up": "int8"}},
+            f'wire.{name} = {value} does nothing: neither wire.up nor wire.down is "auto"',
+            {"wire": {name: value, "down": "auto"}},
+        )
+        for name, value in (("auto_rounds", 5), ("auto_error", 0.5))
+    },
     **{
         f"wire.{name}": (
             {"wire": {name: value, "up": "int8"}},

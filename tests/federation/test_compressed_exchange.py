@@ -7,6 +7,7 @@ import torch
 
 import fedloom
 from engines.test_workers import played
+from federation import Sent
 from fedloom.errors import Interrupted, OutOfStepError, SettingsError
 from fedloom.federation import rounds as loop
 from fedloom.federation.compressed_exchange import Compression
@@ -17,65 +18,12 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
 from fedloom.tensors import part_of, tensor_bytes
-from fedloom.wire.messages import Answer, decode, encode
+from fedloom.wire.messages import decode, encode
 from fedloom.wire.schema import Schema
 from pools import with_pool
 from runs.test_run import Stop
 
 BIASED = ["ternary:nearest", "zstd"]
-
-
-@pytest.fixture
-def compressed(experiment):
-    """Make an experiment with three clients and ``[wire]``."""
-
-    def make(wire, **sections):
-        own = {"keep_plain_below": 0, **wire}
-        federation = {"rounds": 3, **sections.pop("federation", {})}
-        training = {"local_steps": 1, **sections.pop("training", {})}
-        judged = {"per_client": False}
-        return experiment(
-            wire=own, federation=federation, training=training, evaluation=judged, **sections
-        )
-
-    return make
-
-
-class Sent:
-    """What clients changed, what the server read of it, and the requests, by round and client.
-
-    Attributes:
-        absent: Clients that give no answer, by round.
-    """
-
-    def __init__(self, absent=None):
-        self.absent = absent or {}
-        self.changed, self.read, self.exchanges = {}, {}, {}
-
-    def watch(self, parts):
-        """Have an engine's exchanges and its handler of training be looked at."""
-        handler, carried = parts.local.handlers["train"], parts.engine.exchange
-
-        def train(client, payload):
-            reply = yield from handler(client, payload)
-            change = {n: t - payload.tensors[n] for n, t in reply.tensors.items()}
-            self.changed[client.round, client.id] = change
-            return reply
-
-        def exchange(asked):
-            self.exchanges[asked.round] = asked
-            for answer in carried(asked):
-                if answer.client in self.absent.get(asked.round, ()):
-                    yield Answer(answer.client, error="its line broke")
-                    continue
-                sent = asked.sent_to(answer.client)
-                found = asked.read_reply(answer.client, answer.data)
-                change = {n: t - sent[n] for n, t in found.tensors.items()}
-                self.read[asked.round, answer.client] = change
-                yield answer
-
-        parts.local.handlers = {**parts.local.handlers, "train": train}
-        parts.engine.exchange = exchange
 
 
 def total(changes, client, name):

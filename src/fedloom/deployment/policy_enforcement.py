@@ -84,7 +84,8 @@ TAKEN = _names(
         "keep_optimizer_state precision gradient_checkpointing",
         "evaluation": "every max_examples per_client client_max_examples judged_by",
         "output": "verify",
-        "wire": "up down error_feedback absence_decay absence_limit keep_plain_below",
+        "wire": "up down budget parts auto_rounds auto_error error_feedback absence_decay absence_limit "
+        "keep_plain_below",
     }
 )
 """Settings that are taken as they are, beside the names of objective and method. How much is trained is

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedloom.methods import METHODS
 from fedloom.wire.codecs.sparse import TopK
-from fedloom.wire.settings import WireSettings, bits_of
+from fedloom.wire.settings import AUTO, WireSettings, bits_of
 
 
 def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
@@ -18,6 +18,13 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
     if "method" in parts:
         yield from _method(parts["method"].name, wire)
     if "privacy" not in parts:
+        return
+    if parts["privacy"].unit is not None and (wire.budget is not None or wire.chooses):
+        yield (
+            f"{_varying(wire)}: with privacy.unit = {parts['privacy'].unit!r} codecs would be chosen by "
+            "what clients changed, which is no part of the privacy account: name a codec, such as "
+            'up = ["int4"]'
+        )
         return
     if parts["privacy"].secure_aggregation:
         yield (
@@ -41,15 +48,42 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _varying(wire: WireSettings) -> str:
+    """Return the setting that has codecs change in a run, as it is written."""
+    if wire.budget is not None:
+        return f"wire.budget = {wire.budget!r}"
+    return f'wire.{"up" if wire.up == AUTO else "down"} = "auto"'
+
+
 def _method(name: str, wire: WireSettings) -> Iterator[str]:
     """Yield why a method does not go with these codecs."""
-    own = METHODS[name][1].declares
+    kind = METHODS[name][1]
+    own = kind.declares
     if not own.compression.holds:
         yield (
             f"[wire]: method.name = {name!r} does not go with it: {own.compression.why}; docs/methods.md "
             "says which methods do"
         )
         return
+    if unknown := sorted(wire.parts.keys() - set(own.message_parts)):
+        has = (
+            f"has the parts {', '.join(own.message_parts)}" if own.message_parts else "has no parts"
+        )
+        yield (
+            f"wire.parts.{unknown[0]}: an answer of method.name = {name!r} {has}: "
+            + ("name one of them" if own.message_parts else "leave wire.parts out")
+        )
+    if wire.budget is not None or wire.chooses:
+        if kind.asynchronous:
+            yield (
+                f"{_varying(wire)}: method.name = {name!r} takes answers to requests of earlier rounds, "
+                "which have the codecs of then: name a codec"
+            )
+        elif own.compression_bits:
+            yield (
+                f"{_varying(wire)}: method.name = {name!r} needs {own.compression_bits} bits of each "
+                'number at least, as products of factors make errors larger: use "int8"'
+            )
     for key, codec in (("up", wire.up_codec), ("down", wire.down_codec)):
         if codec is None or not own.compression_bits:
             continue

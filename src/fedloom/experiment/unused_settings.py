@@ -84,6 +84,7 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "trains again": trainings > 1 or method.repeats > 1,
         "public rows": method.public_rows_needed(experiment.method),
         "compresses": experiment.wire.compresses,
+        "chooses a codec": experiment.wire.chooses,
         "joins": bool(experiment.clients.newcomers),
         "draws clients": experiment.federation.cohort_size < experiment.federation.clients,
         "judges clients": experiment.judges_clients,

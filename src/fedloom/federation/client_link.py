@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from fedloom.errors import MessageError
 from fedloom.federation.compression_messages import (
-    CODED,
     CODING_ERROR,
     CONTROL,
     COUNT,
     ESTIMATE,
     HELD,
+    LARGEST_SQUARE,
     MISSED,
     RESIDUAL,
     SINCE,
+    SQUARES,
     UPDATES,
     Control,
+    as_blob,
+    codecs_in,
     coded,
+    coded_names,
+    dealt_names,
     digest,
     is_change,
     is_difference,
@@ -33,7 +39,7 @@ from fedloom.federation.compression_messages import (
 )
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
-from fedloom.wire.codecs import Generators
+from fedloom.wire.codecs import Generators, pipeline
 from fedloom.wire.messages import Exchange, Payload, decode, encode, with_metrics
 from fedloom.wire.schema import Schema, TensorSpec
 from fedloom.wire.settings import WireSettings
@@ -99,13 +105,7 @@ class ClientLink:
         """Take what a compressed request says of itself, and the model that it moves to."""
         tensors = dict(self.payload.tensors)
         self._control = control = Control.read(tensors.pop(CONTROL).numpy().tobytes())
-        codec = self._settings.up_codec
-        allowed = {"", str(codec)} if codec is not None else {""}
-        if others := {spec.codec for spec in self.exchange.reply_schema.tensors} - allowed:
-            raise MessageError(
-                f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says "
-                f"wire.up = {self._settings.up!r}"
-            )
+        self._require_allowed(control)
         blobs = {name for name in tensors if name.startswith(MISSED)}
         if len(blobs) != control.missed or blobs != {f"{MISSED}{i}" for i in range(len(blobs))}:
             raise MessageError("a request lacks changes that it says it holds")
@@ -133,6 +133,29 @@ class ClientLink:
             tensors |= held
         self.payload = replace(self.payload, tensors=tensors)
 
+    def _require_allowed(self, control: Control) -> None:
+        """Check the codecs of a request and of its reply.
+
+        Raises:
+            MessageError: The experiment does not say them.
+        """
+        own = self._settings
+        if others := codecs_in(self.exchange.reply_schema) - own.allowed_up:
+            says = (
+                f"wire.up = {own.up!r}" if own.budget is None else f"wire.budget = {own.budget!r}"
+            )
+            raise MessageError(
+                f"the server asks for a reply in {sorted(others)[0]!r}, and the experiment says {says}"
+            )
+        if control.held and self._codec_down(control) not in own.allowed_down:
+            raise MessageError(
+                f"the server sends changes in {control.down[:80]!r}, and the experiment says "
+                f"wire.down = {own.down!r}"
+            )
+
+    def _codec_down(self, control: Control) -> str:
+        return control.down or str(self._settings.down_codec or "")
+
     def _schema_down(self, control: Control) -> Schema:
         """Return the schema of the changes of a request, as the experiment says it."""
         specs = self.exchange.schema_of(self.client).tensors
@@ -142,7 +165,7 @@ class ClientLink:
                 for spec in specs
                 if spec.shape[:1] == (0,) and not spec.ragged
             )
-        schema = coded(Schema(specs), self._settings.down_codec, self._settings)
+        schema = coded(Schema(specs), pipeline(self._codec_down(control)), self._settings)
         return Schema(tuple(spec for spec in schema.tensors if spec.codec))
 
     def encoded(self, reply: Payload) -> bytes:
@@ -188,6 +211,9 @@ class ClientLink:
         tensors = {n: t.to(reply.tensors[n].dtype) for n, t in (tensors | wanted).items()}
         if UPDATES in self._names:
             tensors[UPDATES] = self._updates_before(action, control) + 1
+        if SQUARES in self._names:
+            names = dealt_names(self.exchange.reply_schema, self._settings)
+            tensors[SQUARES] = _mean_squares([wanted[name] for name in names])
         data, decoded = self._encoded(replace(reply, tensors=tensors), wanted)
         estimate = self._remember(action, wanted, before, decoded)
         read = {}
@@ -201,30 +227,26 @@ class ClientLink:
     def _wanted(self, tensors: Tensors, before: Tensors) -> Tensors:
         """Return the tensors that are coded, with what error feedback adds or takes off."""
         sign, found = -1 if self._settings.error_feedback == "ef21" else 1, {}
-        for spec in self.exchange.reply_schema.tensors:
-            if spec.codec or spec.name.startswith(CODED):
-                name = spec.name.removeprefix(CODED)
-                own = tensors[name].float()
-                if name in before and before[name].shape == own.shape:
-                    own = own + sign * before[name]
-                found[name] = own
+        for name in coded_names(self.exchange.reply_schema):
+            own = tensors[name].float()
+            if name in before and before[name].shape == own.shape:
+                own = own + sign * before[name]
+            found[name] = own
         return found
 
     def _encoded(self, sent: Payload, wanted: Tensors) -> tuple[bytes, Tensors]:
         """Return the bytes of what is sent, with the error of its codec, and what is read in them."""
-        schema, codec = self.exchange.reply_schema, self._settings.up_codec
-        rounding, tensors = self._rounding(self.exchange.action), dict(sent.tensors)
-        ragged = [n for n in wanted if codec is not None and f"{CODED}{n}" in self._names]
-        if codec is not None:
-            blobs = {n: packed_rows(n, tensors.pop(n), codec, rounding) for n in ragged}
-            tensors |= {f"{CODED}{name}": own for name, own in blobs.items()}
+        schema, rounding = self.exchange.reply_schema, self._rounding(self.exchange.action)
+        tensors = dict(sent.tensors)
+        blobs = {spec.name: own for spec in schema.tensors if (own := as_blob(spec.name))}
+        for key, (codec, name) in blobs.items():
+            tensors[key] = packed_rows(name, tensors.pop(name), pipeline(codec), rounding)
         data = encode(replace(sent, tensors=tensors), schema, rounding)
         decoded = decode(data, schema).tensors
-        for name in ragged:
-            own = sent.tensors[name]
-            spec = TensorSpec(name, tuple(own.shape), own.dtype)
-            assert codec is not None, "something is coded"
-            decoded[name] = unpacked_rows(decoded.pop(f"{CODED}{name}"), spec, codec)
+        for key, (codec, name) in blobs.items():
+            before = sent.tensors[name]
+            spec = TensorSpec(name, tuple(before.shape), before.dtype)
+            decoded[name] = unpacked_rows(decoded.pop(key), spec, pipeline(codec))
         if wanted and CODING_ERROR in schema.metrics:
             error = {CODING_ERROR.name: _relative_error(wanted, decoded)}
             data = with_metrics(data, schema, {**sent.metrics, **error})
@@ -242,12 +264,12 @@ class ClientLink:
     def _before(self, action: str, control: Control) -> Tensors:
         """Return e, or h of ``ef21``, as this client has it in this round."""
         own = self._settings
+        if own.error_feedback == "none" or control.afresh:
+            return {}
         if own.error_feedback == "ef21":
-            found = {} if control.afresh else dict(self._kept.get(f"{ESTIMATE}{action}", {}))
+            found = dict(self._kept.get(f"{ESTIMATE}{action}", {}))
             found.pop(COUNT, None)
             return found
-        if own.error_feedback == "none":
-            return {}
         found = dict(self._kept.get(f"{RESIDUAL}{action}", {}))
         since = int(found.pop(SINCE, torch.tensor(self.exchange.round)))
         absent = max(0, self.exchange.round - since - 1)
@@ -291,6 +313,15 @@ def _require_possible(schema: Schema, initial: Tensors) -> None:
 
 def _elements(tensors: Tensors) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _mean_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean square of each tensor, (tensors,), float32."""
+    squares = [
+        float(np.square(own.numpy(), dtype=np.float64).mean()) if own.numel() else 0.0
+        for own in tensors
+    ]
+    return torch.tensor(squares, dtype=torch.float64).clamp(0, LARGEST_SQUARE).float()
 
 
 def _relative_error(wanted: Tensors, decoded: Tensors) -> float:

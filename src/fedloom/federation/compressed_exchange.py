@@ -36,16 +36,20 @@ from typing import Any
 import torch
 
 from fedloom.errors import OutOfStepError, PluginError
+from fedloom.federation.codec_choice import DOWN, UP, BitBudget, PresetChoice, as_sent
 from fedloom.federation.compression_messages import (
     CODED,
-    CODING_ERROR,
     CONTROL,
     MISSED,
+    SQUARES,
     UPDATES,
     Control,
+    as_blob,
     blob,
     blob_spec,
+    codecs_up,
     coded,
+    coded_names,
     coded_replies,
     digest,
     is_change,
@@ -58,13 +62,17 @@ from fedloom.federation.compression_messages import (
 from fedloom.randomness import generator
 from fedloom.storage.checkpoint import CLIENT
 from fedloom.tensors import Tensors, part_of, tensor_bytes
-from fedloom.wire.codecs import Generators
-from fedloom.wire.messages import Exchange, Payload, decode, encode
+from fedloom.wire.codecs import Generators, Pipeline, pipeline
+from fedloom.wire.messages import Exchange, Payload, Reply, decode, encode
 from fedloom.wire.schema import Schema, TensorSpec
-from fedloom.wire.settings import WireSettings
+from fedloom.wire.settings import AUTO, WireSettings
 
 UNKNOWN = -1
 """Version of a client of which it is not known what it holds."""
+
+MOST_ROUNDS = 1000
+"""Rounds of which it is known which version was sent; the client of an asynchronous answer that is older
+is sent the whole."""
 
 
 def is_compressed(reply: Schema) -> bool:
@@ -117,7 +125,13 @@ class Compression:
     _updates: dict[str, dict[int, int]] = field(default_factory=dict)
     _afresh: dict[str, set[int]] = field(default_factory=dict)
     _pending: dict[int, tuple[Tensors, int]] = field(default_factory=dict)
+    _sent: dict[str, dict[int, int]] = field(default_factory=dict)
     _moves: bool = False
+
+    def __post_init__(self) -> None:
+        """Have codecs chosen where the settings name none."""
+        self.choice = PresetChoice(self.settings, self.seed) if self.settings.chooses else None
+        self.budget = BitBudget(self.settings) if self.settings.budget is not None else None
 
     @classmethod
     def of(
@@ -130,21 +144,18 @@ class Compression:
         """Return an exchange as it is carried; itself where nothing of it is coded.
 
         Raises:
-            PluginError: It is asynchronous, or masked.
+            PluginError: It is masked.
+            SettingsError: The budget does not suffice, or a codec cannot be chosen for it.
         """
-        reply = coded_replies(exchange.reply_schema, self.settings.up_codec, self.settings)
+        reply = self._coded_up(exchange)
         down = self._coded_down(exchange)
         if not down and reply == exchange.reply_schema:
             return exchange
-        if exchange.buffered is not None or exchange.masking is not None:
+        if exchange.masking is not None:
             raise PluginError(
                 f"{exchange.action!r} does not go with [wire], which the method's declaration says it "
-                "does: its answers come one by one, or masked"
+                "does: its answers are masked"
             )
-        if self._has_estimates(reply):
-            reply = replace(reply, tensors=(*reply.tensors, TensorSpec(UPDATES, (1,), torch.int64)))
-        if is_compressed(reply):
-            reply = replace(reply, metrics=(*reply.metrics, CODING_ERROR))
         self._pending, self._moves = {}, bool(down)
         requests, schemas = self._requests(exchange, down)
         first = next(iter(schemas.values()), exchange.request_schema)
@@ -158,20 +169,35 @@ class Compression:
             read=_Reader(self, exchange, reply).read,
         )
 
-    def settle(self, exchange: Exchange, accepted: Collection[int]) -> None:
+    def settle(self, exchange: Exchange, replies: Collection[Reply]) -> None:
         """Let what those hold and sent whose answers count be known; of the others it is not known."""
-        action = exchange.action
+        action, accepted = exchange.action, {reply.client for reply in replies}
+        if self.choice is not None:
+            self.choice.measure(exchange, replies)
         if exchange.plain is None:
             return
         if self._moves and action in self._held:
-            version, known = self._held[action].version, self._versions.setdefault(action, {})
-            known |= {c: version if c in accepted else UNKNOWN for c in exchange.requests}
-        for client in self._pending.keys() & set(accepted):
+            sent, known = self._sent[action], self._versions.setdefault(action, {})
+            known |= dict.fromkeys(exchange.requests, UNKNOWN)
+            known |= {r.client: sent.get(exchange.round - r.staleness, UNKNOWN) for r in replies}
+        if self.budget is not None:
+            self.budget.settle(action, accepted)
+        for client in self._pending.keys() & accepted:
             estimate, updates = self._pending[client]
             self._estimates.setdefault(action, {})[client] = estimate
             self._updates.setdefault(action, {})[client] = updates
-            self._afresh.get(action, set()).discard(client)
         self._pending = {}
+        if self.settings.error_feedback != "none":
+            # a client's store is put aside before an answer of an asynchronous round is refused
+            lost = exchange.requests.keys() - accepted if exchange.plain.buffered else set()
+            afresh = (self._afresh.get(action, set()) - accepted) | lost
+            if afresh or action in self._afresh:
+                self._afresh[action] = afresh
+
+    def record(self) -> dict[str, Any]:
+        """Return what the record of a round says of codecs that are not named in the experiment."""
+        found = self.choice.record() if self.choice is not None else {}
+        return found | (self.budget.record() if self.budget is not None else {})
 
     def saved(self) -> tuple[dict[str, Any], Tensors]:
         """Return what a checkpoint keeps: facts as plain JSON, and tensors."""
@@ -183,6 +209,7 @@ class Compression:
                 "version": own.version,
                 "source": own.source,
                 "default": own.default,
+                "sent": {str(round): v for round, v in self._sent.get(action, {}).items()},
                 "missed": len(own.missed),
                 "clients": known,
                 "names": list(own.tensors),
@@ -195,10 +222,18 @@ class Compression:
             facts.setdefault("estimates", {})[action] = {"updates": counts, "afresh": afresh}
             for client, estimate in self._estimates.get(action, {}).items():
                 tensors |= {f"{CLIENT}{client:04d}/{action}/{n}": t for n, t in estimate.items()}
+        if self.choice is not None:
+            facts["choice"] = self.choice.saved()
+        if self.budget is not None:
+            facts["budget"] = self.budget.saved()
         return facts, tensors
 
     def restore(self, facts: Mapping[str, Any], tensors: Tensors) -> None:
         """Go on from what :meth:`saved` returned."""
+        if self.choice is not None:
+            self.choice.restore(facts["choice"])
+        if self.budget is not None:
+            self.budget.restore(facts["budget"])
         for action, own in facts.get("held", {}).items():
             missed = (tensors[f"missed/{action}/{i}"] for i in range(own["missed"]))
             self._held[action] = _Held(
@@ -209,6 +244,9 @@ class Compression:
                 own["default"],
             )
             self._versions[action] = {int(c): version for c, version in own["clients"].items()}
+            self._sent[action] = {
+                int(round): version for round, version in own.get("sent", {}).items()
+            }
         of_clients: dict[int, Tensors] = {}
         for name, tensor in tensors.items():
             if name.startswith(CLIENT):
@@ -226,15 +264,31 @@ class Compression:
                     del self._updates[action][client]
                     self._afresh[action].add(client)
 
-    def _has_estimates(self, reply: Schema) -> bool:
-        return self.settings.error_feedback == "ef21" and is_compressed(reply)
+    def _coded_up(self, exchange: Exchange) -> Schema:
+        """Return the schema of replies as they are sent."""
+        plain, own = exchange.reply_schema, self.settings
+        if self.budget is not None:
+            return self.budget.coded(exchange.action, plain)
+        if self.choice is not None:
+            self.choice.require_possible(exchange)
+        chosen = self.choice.codec(UP) if self.choice is not None and own.up == AUTO else ""
+        coded = coded_replies(plain, codecs_up(own, chosen or str(own.up_codec or "")))
+        return as_sent(coded, own) if is_compressed(coded) else coded
+
+    @property
+    def _down(self) -> Pipeline | None:
+        """The codec of what clients are sent, where it is known by now."""
+        if self.choice is None or self.settings.down != AUTO:
+            return self.settings.down_codec
+        chosen = self.choice.codec(DOWN)
+        return pipeline(chosen) if chosen else None
 
     def _coded_down(self, exchange: Exchange) -> tuple[TensorSpec, ...]:
         """Return the tensors of a request that are sent as changes.
 
         These are none where clients are sent different ones, or where nothing of them comes back.
         """
-        codec, requests = self.settings.down_codec, exchange.requests.values()
+        codec, requests = self._down, exchange.requests.values()
         if codec is None or not requests or len({id(data) for data in requests}) > 1:
             return ()
         returned = {spec.name for spec in exchange.reply_schema.tensors}
@@ -255,7 +309,8 @@ class Compression:
             afresh = client in self._afresh.get(exchange.action, ())
             key = (missing, afresh, id(data))
             if key not in made:
-                made[key] = self._request(exchange, data, held, missing, down, afresh=afresh)
+                plain = exchange.request_to(client)
+                made[key] = self._request(exchange, plain, held, missing, down, afresh=afresh)
             requests[client], schemas[client] = made[key]
         return requests, schemas
 
@@ -275,7 +330,9 @@ class Compression:
         sent = exchange.sent_to(next(iter(exchange.requests)))
         wanted = {spec.name: sent[spec.name] for spec in down}
         source, held = digest(wanted), self._held.get(action)
-        if held is None:
+        if held is None and self.settings.down == AUTO:  # clients were sent the whole until now
+            held = _Held(wanted, 0, source, default=UNKNOWN)
+        elif held is None:
             default = UNKNOWN if self.started else 0
             held = _Held(start_of(down, self.initial), 0, default=default)
         elif {n: t.shape for n, t in held.tensors.items()} != {
@@ -297,6 +354,9 @@ class Compression:
                 held, tensors=after, version=held.version + 1, source=source, missed=tuple(missed)
             )
         self._held[action] = held
+        sent_before = {**self._sent.get(action, {}), exchange.round: held.version}
+        latest = sorted(sent_before)[-(MOST_ROUNDS if exchange.buffered else 1) :]
+        self._sent[action] = {round: sent_before[round] for round in latest}
         return held
 
     def _rounding(self, action: str, version: int) -> Generators:
@@ -305,7 +365,7 @@ class Compression:
     def _request(
         self,
         exchange: Exchange,
-        data: bytes,
+        plain: Payload,
         held: _Held | None,
         missing: int | None,
         down: tuple[TensorSpec, ...],
@@ -316,7 +376,7 @@ class Compression:
 
         In place of a tensor that is sent as changes is one without elements, which says its shape.
         """
-        plain, names = decode(data, exchange.request_schema), {spec.name for spec in down}
+        names = {spec.name for spec in down}
         tensors, specs = dict(plain.tensors), list(exchange.request_schema.tensors)
         blobs = {}
         if held is not None and missing is None:
@@ -334,6 +394,7 @@ class Compression:
             missing or 0,
             None if exchange.replies_are_changes else exchange.changes,
             afresh,
+            str(self._down or "") if self.settings.down == AUTO else "",
         )
         blobs[CONTROL] = control.packed()
         specs += [blob_spec(name, own) for name, own in blobs.items()]
@@ -381,19 +442,21 @@ class _Reader:
     compression: Compression
     exchange: Exchange
     schema: Schema
-    _sent: dict[int, Tensors] = field(default_factory=dict)
 
     def read(self, client: int, data: bytes) -> Payload:
         """Return a reply with the tensors that its schema had before it was coded."""
         payload = decode(data, self.schema)
         change = self._uncoded(payload.tensors)
-        updates = change.pop(UPDATES, None)
+        updates, squares = change.pop(UPDATES, None), change.pop(SQUARES, None)
+        if squares is not None and self.compression.budget is not None:
+            self.compression.budget.read(client, self.schema, squares)
         if updates is not None:
             change = self.compression.estimated(
                 self.exchange.action, client, change, self._lossy, int(updates)
             )
-        sent, found = self._sent_to(client), {}
         changes = None if self.exchange.replies_are_changes else self.exchange.changes
+        sent: Tensors = {} if changes is None else self.exchange.sent_to(client)
+        found = {}
         for spec in self.exchange.reply_schema.tensors:
             own = change[spec.name]
             if is_difference(spec.name, own, sent, changes):
@@ -404,21 +467,17 @@ class _Reader:
     @property
     def _lossy(self) -> list[str]:
         """The names of the tensors that are coded and have an estimate."""
-        names = [s.name for s in self.schema.tensors if s.codec or s.name.startswith(CODED)]
-        plain = [name.removeprefix(CODED) for name in names]
-        return [name for name in plain if not is_change(name, self.exchange.changes)]
+        names = coded_names(self.schema)
+        return [name for name in names if not is_change(name, self.exchange.changes)]
 
     def _uncoded(self, tensors: Tensors) -> Tensors:
         """Return the tensors of a reply with those that came as bytes of their own."""
-        found, codec = dict(tensors), self.compression.settings.up_codec
-        for spec in self.exchange.reply_schema.tensors:
-            if codec is not None and f"{CODED}{spec.name}" in found:
-                found[spec.name] = unpacked_rows(found.pop(f"{CODED}{spec.name}"), spec, codec)
+        found, specs = {}, {spec.name: spec for spec in self.exchange.reply_schema.tensors}
+        for key, tensor in tensors.items():
+            own = as_blob(key)
+            if own is None:
+                found[key] = tensor
+            else:
+                codec, name = own
+                found[name] = unpacked_rows(tensor, specs[name], pipeline(codec))
         return found
-
-    def _sent_to(self, client: int) -> Tensors:
-        """Return what the method sent a client; decoded once where several were sent the same."""
-        key = id(self.exchange.requests[client])
-        if key not in self._sent:
-            self._sent[key] = self.exchange.sent_to(client)
-        return self._sent[key]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.federation.compression_messages import coded
+from fedloom.federation.codec_choice import BitBudget
+from fedloom.federation.compression_messages import codecs_up, coded, coded_replies
 from fedloom.tensors import Tensors, tensor_bytes
-from fedloom.wire.codecs import Pipeline
 from fedloom.wire.schema import CodecGroup, Schema
 from fedloom.wire.settings import WireSettings
 
@@ -18,11 +18,15 @@ CHANGE = 210
 """About how many bytes the header of an encoded change has, within a request."""
 
 
-def coded_bytes(tensors: Tensors, codec: Pipeline | None, settings: WireSettings) -> int:
-    """Return the bytes of tensors in a codec, before its entropy stage; of the others, as they are."""
-    if codec is None:
-        return tensor_bytes(tensors)
-    schema = coded(Schema.of(tensors), codec, settings)
+def named_parts(tensors: Tensors, parts: tuple[str, ...]) -> Tensors:
+    """Return what a client sends: the tensors, or those of each part, which are as large."""
+    if not parts:
+        return tensors
+    return {f"{part}/{name}": own for part in parts for name, own in tensors.items()}
+
+
+def coded_bytes(schema: Schema) -> int:
+    """Return the bytes of tensors before their codecs' entropy stage; of those without, as they are."""
     plain = sum(spec.elements * spec.dtype.itemsize for spec in schema.tensors if not spec.codec)
     return plain + sum(_before_entropy(own) for own in schema.codec_groups.values())
 
@@ -33,24 +37,35 @@ def _before_entropy(group: CodecGroup) -> int:
     return head + codec.raw_bytes(group.shapes, group.dtype)
 
 
-def compressed(traffic: Traffic, adapter: Tensors, settings: WireSettings) -> Traffic:
+def _coded_up(tensors: Tensors, settings: WireSettings) -> Schema:
+    """Return the schema of what a client sends; where codecs are chosen, of what it sends until then."""
+    schema = Schema.of(tensors)
+    if settings.budget is not None:
+        return BitBudget(settings).coded("train", schema)
+    return coded_replies(schema, codecs_up(settings, str(settings.up_codec or "")))
+
+
+def compressed(
+    traffic: Traffic, adapter: Tensors, settings: WireSettings, parts: tuple[str, ...] = ()
+) -> Traffic:
     """Return the closed form of a round in which tensors are sent as ``[wire]`` says.
 
     It is that of a client that took part in the round before: another is sent several changes, or the
-    whole. What the entropy stage saves depends on the numbers, and is not in it.
+    whole. What the entropy stage saves depends on the numbers, and is not in it. Of a budget it is what
+    is dealt out where all tensors change alike; with "auto", of the rounds before the choice.
 
     Args:
         traffic: Without compression.
         adapter: Tensors of the shapes that travel.
         settings: ``[wire]``.
+        parts: Of what a client sends, as the method declares them.
     """
     whole = tensor_bytes(adapter)
     if not settings.compresses or not isinstance(traffic, ParameterTraffic) or not whole:
         return traffic
-    up, down = (
-        coded_bytes(adapter, codec, settings) / whole
-        for codec in (settings.up_codec, settings.down_codec)
-    )
+    sent = named_parts(adapter, parts)
+    up = coded_bytes(_coded_up(sent, settings)) / tensor_bytes(sent)
+    down = coded_bytes(coded(Schema.of(adapter), settings.down_codec, settings)) / whole
     beside = CONTROL + (CHANGE if settings.down else 0)
     return replace(
         traffic,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.errors import MessageError
 from fedloom.tensors import State, Tensors
-from fedloom.wire.codecs import Generators, Pipeline
+from fedloom.wire.codecs import Generators, Pipeline, pipeline
 from fedloom.wire.messages import Payload, decode, encode
 from fedloom.wire.schema import Schema, TensorSpec, amount
 from fedloom.wire.settings import WireSettings
@@ -23,6 +23,15 @@ PREFIX = "[wire] "
 CONTROL, MISSED, UPDATES = f"{PREFIX}control", f"{PREFIX}missed ", f"{PREFIX}updates"
 """Tensors of messages: what a request says of itself, as JSON; changes that a client has missed, each an
 encoded message; and how often a client has moved its h of ``ef21``."""
+
+SQUARES = f"{PREFIX}squares"
+"""Tensor of answers under a budget: the mean square of each tensor as it is coded."""
+
+LARGEST_SQUARE = 1e30
+"""Largest mean square that is said."""
+
+CodecOf = Callable[[TensorSpec], str]
+"""Gives the text of the codec of a tensor, or nothing where it travels as it is."""
 
 HELD, RESIDUAL, ESTIMATE = f"{PREFIX}held ", f"{PREFIX}residual ", f"{PREFIX}estimate "
 """Slots of a client's store, each before an action: the model that it holds; e; h of ``ef21``."""
@@ -37,7 +46,8 @@ CODING_ERROR = amount("coding_error")
 """What a client reports of its codec: squared error of what is read over the square of what it coded."""
 
 CODED = f"{PREFIX}coded "
-"""Before the name of a tensor of no fixed shape: its number of rows, and an encoded message of it."""
+"""Before the codec and the name of a tensor of no fixed shape: its number of rows, and an encoded message
+of it."""
 
 ROWS = 4
 """Bytes of the number of rows."""
@@ -70,21 +80,71 @@ def coded(schema: Schema, codec: Pipeline | None, settings: WireSettings) -> Sch
     return schema.coded(lambda spec: str(codec) if is_coded(spec, settings) else "")
 
 
-def coded_replies(schema: Schema, codec: Pipeline | None, settings: WireSettings) -> Schema:
-    """Return :func:`coded` with tensors of no fixed shape as bytes of their own."""
-    found = coded(schema, codec, settings)
-    if codec is None:
-        return found
-    specs = tuple(
-        _blob_of(spec, codec) if spec.ragged and is_coded(spec, settings) else spec
-        for spec in found.tensors
-    )
-    return replace(found, tensors=specs)
+def codecs_up(
+    settings: WireSettings, codec: str = "", dealt: Mapping[str, str] | None = None
+) -> CodecOf:
+    """Return the codec of each tensor of an answer.
+
+    Args:
+        settings: ``[wire]``, of which parts have codecs of their own.
+        codec: Of all others.
+        dealt: Of those that have a budget, by name.
+    """
+
+    def codec_of(spec: TensorSpec) -> str:
+        if not is_coded(spec, settings):
+            return ""
+        part = settings.part_of(spec.name)
+        if part is not None:
+            own = settings.parts[part]
+            return str(pipeline(own)) if own else ""
+        return codec if dealt is None else dealt.get(spec.name, "")
+
+    return codec_of
+
+
+def coded_replies(schema: Schema, codec_of: CodecOf) -> Schema:
+    """Return a schema whose tensors are coded, those of no fixed shape as bytes of their own."""
+    specs = []
+    for spec in schema.coded(codec_of).tensors:
+        codec = codec_of(spec) if spec.ragged else ""
+        specs.append(_blob_of(spec, pipeline(codec)) if codec else spec)
+    return replace(schema, tensors=tuple(specs))
+
+
+def as_blob(name: str) -> tuple[str, str] | None:
+    """Return codec and name of a tensor of no fixed shape that is bytes of its own, else ``None``."""
+    if not name.startswith(CODED):
+        return None
+    codec, _, plain = name.removeprefix(CODED).partition(" ")
+    return codec, plain
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor has before it is coded."""
+    own = as_blob(name)
+    return own[1] if own is not None else name
+
+
+def codecs_in(schema: Schema) -> set[str]:
+    """Return the texts of all codecs of an answer; "" where a tensor is as it is."""
+    blobs = (as_blob(spec.name) for spec in schema.tensors)
+    return {spec.codec for spec in schema.tensors} | {own[0] for own in blobs if own is not None}
+
+
+def coded_names(schema: Schema) -> list[str]:
+    """Return the names of the tensors of an answer that are coded, as they are before."""
+    return [plain_name(s.name) for s in schema.tensors if s.codec or s.name.startswith(CODED)]
+
+
+def dealt_names(schema: Schema, settings: WireSettings) -> list[str]:
+    """Return the names of the tensors of an answer whose codecs a budget deals out."""
+    return [name for name in coded_names(schema) if settings.part_of(name) is None]
 
 
 def _blob_of(spec: TensorSpec, codec: Pipeline) -> TensorSpec:
     most = _alone(spec, spec.shape, codec).max_bytes
-    return TensorSpec(f"{CODED}{spec.name}", (ROWS + most,), torch.uint8, ragged=True)
+    return TensorSpec(f"{CODED}{codec} {spec.name}", (ROWS + most,), torch.uint8, ragged=True)
 
 
 def _alone(spec: TensorSpec, shape: tuple[int, ...], codec: Pipeline) -> Schema:
@@ -198,7 +258,8 @@ class Control:
         whole: Whether it is sent whole, and not as changes.
         missed: How many earlier changes come with it.
         changes: As of :class:`fedloom.wire.messages.Exchange`; ``None`` where all of a reply are changes.
-        afresh: Whether the client begins ``ef21`` anew.
+        afresh: Whether the client begins its error feedback anew.
+        down: Codec of the changes, where the experiment has it chosen.
     """
 
     held: str = ""
@@ -206,10 +267,12 @@ class Control:
     missed: int = 0
     changes: tuple[str, ...] | None = ()
     afresh: bool = False
+    down: str = ""
 
     def packed(self) -> bytes:
         """Return it as bytes."""
-        return json.dumps(self.__dict__, sort_keys=True).encode()
+        own = {key: value for key, value in self.__dict__.items() if key != "down" or value}
+        return json.dumps(own, sort_keys=True).encode()
 
     @classmethod
     def read(cls, data: bytes) -> Control:
@@ -225,6 +288,7 @@ class Control:
             own = cls(**found)
             changes = own.changes if own.changes is None else tuple(own.changes)
             sound = isinstance(own.held, str) and type(own.missed) is int and own.missed >= 0
+            sound = sound and isinstance(own.down, str)
             sound = sound and isinstance(own.whole, bool) and isinstance(own.afresh, bool)
             if not sound or not all(isinstance(one, str) for one in changes or ()):
                 raise ValueError("a value is of another type")

@@ -112,6 +112,7 @@ class RoundRecord:
         details: Further facts from the method, as plain JSON.
         presence: Presence, for the following rounds.
         simulated: Its simulated time, where clients have simulated devices.
+        wire: Codecs that the experiment does not name, as plain JSON: what was measured and chosen.
     """
 
     round: int
@@ -131,6 +132,7 @@ class RoundRecord:
     details: Mapping[str, Any] = field(default_factory=dict)
     presence: Presence = NOBODY_YET
     simulated: SimulatedTime | None = None
+    wire: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Observer(Protocol):

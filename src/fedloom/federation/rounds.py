@@ -145,6 +145,7 @@ class Server:
                 evaluation,
                 details={**cohort.details, **drawn} if shown else {},
                 presence=presence,
+                wire=self.compression.record() if self.compression is not None else {},
             )
             self._finish(record, state, start)
         return state
@@ -359,7 +360,7 @@ class _RoundExchanges:
         self.answered.update(reply.client for reply in replies)
         self.server.engine.discard(rejected.keys())
         if compression is not None:
-            compression.settle(exchange, [reply.client for reply in replies])
+            compression.settle(exchange, replies)
         self._report_progress()
         if last:
             self._require_quorum()
@@ -413,7 +414,13 @@ class _RoundExchanges:
         requests = {own.client: own.request for own in arrived}
         self.cohort = replace(self.cohort, clients=tuple(sorted(requests)))
         staleness = {own.client: exchange.round - own.round for own in arrived}
-        exchange = replace(exchange, requests=requests, buffered=None)
+        plain = exchange.plain
+        if (
+            plain is not None and plain.requests
+        ):  # all are sent alike; who arrives may be away by now
+            alike = next(iter(plain.requests.values()))
+            plain = replace(plain, requests=dict.fromkeys(requests, alike))
+        exchange = replace(exchange, requests=requests, buffered=None, plain=plain)
         return exchange, [own.answer for own in arrived], staleness
 
     def _arriving(self, exchange: Exchange) -> Iterator[Answer]:

@@ -69,6 +69,8 @@ class Declaration:
         absence: What becomes of a client that is not there.
         compression: Whether what travels may be coded with a loss, as ``[wire]`` asks.
         compression_bits: Bits that a coded number has at least, before the entropy stage.
+        message_parts: The parts of a client's answer, where it has several: names of their tensors begin
+            with "PART/". Each can have a codec of its own.
         role: baseline: what other methods are weighed against; it is no way to train a federation.
         reference: Whether methods with personal models are weighed against it.
         problem: The problem that it is for, beside those that the traits of its class show
@@ -92,6 +94,7 @@ class Declaration:
     compression: Claim = UNDECLARED
     compression_bits: int = 0
     problem: str = ""
+    message_parts: tuple[str, ...] = ()
 
 
 def yes(why: str) -> Claim:

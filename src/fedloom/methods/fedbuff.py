@@ -24,7 +24,7 @@ from fedloom.methods.bases.parameter_averaging import train_and_upload, training
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import OWN_STEPS, Absence, Declaration, no, yes
+from fedloom.methods.declaration import CODED_CHANGES, OWN_STEPS, Absence, Declaration, no, yes
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State
 from fedloom.wire.messages import Buffered, Payload
@@ -62,7 +62,7 @@ class FedBuff(Method):
         asynchronous=yes(
             "changes are added to an adapter that has moved on, weighted by staleness"
         ),
-        compression=no("an answer is to an adapter of an earlier round, by whose age it counts"),
+        compression=CODED_CHANGES,
         absence=Absence(
             "its change is not in the buffer, which waits for another one",
             "gets the present adapter",

@@ -69,6 +69,7 @@ class Scaffold(Method):
         row_privacy=OWN_STEPS,
         asynchronous=no("c_k is renewed against the c that the client began with"),
         compression=yes("both parts are changes, and c_k moves by what the server reads"),
+        message_parts=(ADAPTER, CONTROL),
         absence=Absence(
             "c moves by the changes of those that answered, over N, the number of all "
             "clients (as in the paper, not of those there): N c stays the sum of all c_k",

@@ -442,7 +442,7 @@ def _resources(run: Run) -> list[tuple[str, str, str]]:
         ("Tokens trained on", human_count(sum(t.tokens for t in found)), "measured"),
     ]
     if run.run.get("wire"):
-        rows += compression.rows(compression.compression_record(run.run, run.costs))
+        rows += compression.rows(compression.compression_record(run.run, run.costs, run.rounds))
     simulated = [r["simulated"] for r in run.rounds if r.get("simulated")]
     if simulated:
         whole = human_seconds(simulated[-1]["end"])

@@ -164,7 +164,12 @@ def _option(
     memory: float,
 ) -> Estimate:
     plain = parts.method.traffic(parts.initial)
-    traffic = compressed(plain, parts.method.sent_shapes(parts.initial), experiment.wire)
+    traffic = compressed(
+        plain,
+        parts.method.sent_shapes(parts.initial),
+        experiment.wire,
+        parts.method.declares.message_parts,
+    )
     worst: Estimate | None = None
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model

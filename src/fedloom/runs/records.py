@@ -62,6 +62,8 @@ from fedloom.storage import run_folder as names
 from fedloom.training.layout import tokens_per_pass
 from fedloom.training.memory import most_memory
 from fedloom.training.steps import row_tokens
+from fedloom.wire.codecs import pipeline
+from fedloom.wire.settings import AUTO
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "pydantic")
 
@@ -125,6 +127,7 @@ def run_record(
                 parts.method.traffic(parts.initial),
                 parts.method.sent_shapes(parts.initial),
                 experiment.wire,
+                parts.method.declares.message_parts,
             )
         ),
         "wire": _wire_record(experiment, parts),
@@ -140,8 +143,10 @@ def _wire_record(experiment: Experiment, parts: RunComponents) -> dict[str, Any]
     if not wire.compresses:
         return None
     return {
-        "up": str(wire.up_codec or ""),
-        "down": str(wire.down_codec or ""),
+        "up": str(wire.up_codec or (AUTO if wire.up == AUTO else "")),
+        "down": str(wire.down_codec or (AUTO if wire.down == AUTO else "")),
+        "budget": wire.budget,
+        "parts": {part: str(pipeline(own)) if own else "" for part, own in wire.parts.items()},
         "error_feedback": wire.error_feedback,
         "numbers": sum(tensor.numel() for tensor in parts.initial.values()),
         "plain_traffic": to_record(parts.method.traffic(parts.initial)),
@@ -403,6 +408,7 @@ def round_record(
         "seconds": record.seconds,
         "simulated": record.simulated.to_record() if record.simulated is not None else None,
         "details": dict(record.details),
+        **({"wire": dict(record.wire)} if record.wire else {}),
     }
 
 

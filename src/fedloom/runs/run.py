@@ -31,7 +31,9 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
+from fedloom.federation.codec_choice import require_budget
 from fedloom.federation.compressed_exchange import Compression
+from fedloom.federation.compressed_traffic import named_parts
 from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
@@ -242,6 +244,13 @@ def run_experiment(
             noise = new_noise(experiment, folder, elsewhere=remote is not None)
             parts = given.components(experiment, division, start, noise)
             keep_ledgers(parts.row_privacies, experiment, folder)
+            require_budget(
+                experiment.wire,
+                named_parts(
+                    parts.method.sent_shapes(parts.initial), parts.method.declares.message_parts
+                ),
+                reported(parts.objective),
+            )
             state = first_state(parts.method, parts.initial)
             unread = unread_settings(experiment).values()
             for text in (*experiment.notes, *unread, *experiment.wire.warnings()):
@@ -804,7 +813,9 @@ class _Run:
             self.remote.end(self._own_models(state))
         if self.experiment.wire.compresses:
             summary["wire"] = compression_record(
-                self.folder.read_json(names.RUN) or {}, self.folder.read_lines(names.COSTS)
+                self.folder.read_json(names.RUN) or {},
+                self.folder.read_lines(names.COSTS),
+                self.folder.read_lines(names.ROUNDS),
             )
         if self.privacy is not None:
             summary["privacy"] = self.privacy.promise(self.private, self._sent_numbers)

@@ -154,9 +154,21 @@ class Exchange:
         return self.schemas.get(client, self.request_schema)
 
     def sent_to(self, client: int) -> Tensors:
-        """Return the tensors that a client was sent, as the method sees them."""
-        whole = self.plain or self
-        return decode(whole.requests[client], whole.request_schema).tensors
+        """Return the tensors that a client was sent, as the method sees them; not to be changed."""
+        return (self.plain or self).request_to(client).tensors
+
+    def request_to(self, client: int) -> Payload:
+        """Return a client's request; the same bytes that several are sent are decoded once."""
+        data = self.requests[client]
+        if id(data) not in self._decoded:
+            self._decoded.clear()
+            self._decoded[id(data)] = decode(data, self.schema_of(client))
+        return self._decoded[id(data)]
+
+    @cached_property
+    def _decoded(self) -> dict[int, Payload]:
+        """The request that was decoded last, by its identity."""
+        return {}
 
     def read_reply(self, client: int, data: bytes) -> Payload:
         """Return what a client replied, as the method expects it.

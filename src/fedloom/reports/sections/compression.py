@@ -13,14 +13,11 @@ from typing import Any
 
 from fedloom.accounting.quantities import human_bytes
 from fedloom.reports.comparison_data import GridRun, arms_of, distinct
-from fedloom.reports.compression import compression_record, times_fewer
+from fedloom.reports.compression import codec_text, compression_record, times_fewer
 from fedloom.reports.judged import over_rows, over_seeds, span
 from fedloom.reports.sections.section import Section, Summary, mean_cell
 from fedloom.statistics.intervals import Interval
 from fedloom.storage.run_folder import Record
-
-NOTHING = "as it is"
-"""Codec of configurations that send tensors as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +99,10 @@ def _knows_bytes(cell: GridRun) -> bool:
 
 def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> CodecArm:
     first = cells[0].run.run
-    own = [compression_record(_with_codecs(cell.run.run), cell.run.costs) for cell in cells]
+    own = [
+        compression_record(_with_codecs(cell.run.run), cell.run.costs, cell.run.rounds)
+        for cell in cells
+    ]
     turns = sum(one["client_rounds"] for one in own)
     up, down = (sum(one[f"bytes_{way}"] for one in own) / turns for way in ("up", "down"))
     errors = [
@@ -117,8 +117,8 @@ def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> CodecArm:
     return CodecArm(
         scenario=scenario,
         name=name,
-        up=own[0]["codec_up"] or NOTHING,
-        down=own[0]["codec_down"] or NOTHING,
+        up=_text(own, "up"),
+        down=_text(own, "down"),
         feedback=own[0]["error_feedback"],
         bytes_up=up,
         bytes_down=down,
@@ -131,6 +131,11 @@ def _arm(scenario: str, name: str, cells: Sequence[GridRun]) -> CodecArm:
         over_rows=over_rows([cell.run for cell in cells], values),
         over_seeds=over_seeds(values, cells[0].run),
     )
+
+
+def _text(records: Sequence[Record], way: str) -> str:
+    """Return the codec of a way; seeds may have chosen several."""
+    return "; ".join(distinct(codec_text(own, way) for own in records))
 
 
 def _with_codecs(run: Record) -> Record:

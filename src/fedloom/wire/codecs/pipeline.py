@@ -24,6 +24,7 @@ from fedloom.wire.codecs.cast import BFloat16, Float16
 from fedloom.wire.codecs.integers import Int3, Int4, Int8, Ternary
 from fedloom.wire.codecs.low_rank import LowRank
 from fedloom.wire.codecs.nf4 import NF4
+from fedloom.wire.codecs.nothing import Nothing
 from fedloom.wire.codecs.sign import Sign
 from fedloom.wire.codecs.sparse import RandomK, TopK
 from fedloom.wire.codecs.stage import (
@@ -59,6 +60,7 @@ STAGES: tuple[type[Stage], ...] = (
     Ternary,
     NF4,
     Sign,
+    Nothing,
     Zstd,
 )
 
