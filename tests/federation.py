@@ -14,6 +14,7 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
+from fedloom.wire.messages import Answer
 
 
 @dataclass

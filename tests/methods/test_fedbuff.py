@@ -12,6 +12,7 @@ from fedloom.errors import Interrupted, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run
+from fedloom.wire.messages import Answer
 
 
 @pytest.fixture
@@ -198,3 +199,120 @@ def test_between_machines_it_is_refused_before_anything_is_read(settings, loopba
         SettingsError, match=r"\[simulation.devices\] is about clients in this process"
     ):
         fedloom.runs.run.run_experiment(plain, observer=Silent(), remote=federation.engine(plain))
+
+
+WIRE = {"up": ["ternary:nearest", "zstd"], "down": "int4", "keep_plain_below": 0}
+
+
+@pytest.mark.parametrize("feedback", ["classic", "ef21"])
+def test_with_codecs_a_run_that_is_killed_with_work_in_flight_ends_with_the_same_bits(
+    settings, tmp_path, feedback
+):
+    table = settings((2, 3, 7, 11), {"concurrency": 3}, clients_per_round=1, rounds=5)
+    table["objective"] = {"name": "sft"}
+    table["data"] = {"source": "builtin:instructions", "builtin_rows": 40}
+    table["evaluation"] = {**table["evaluation"], "per_client": False, "every": 5}
+    table["wire"] = {**WIRE, "error_feedback": feedback}
+
+    def made(name):
+        return Experiment.from_table(
+            {**table, "output": {"folder": str(tmp_path / name), "verify": False}}
+        )
+
+    whole = fedloom.run(made("whole"))
+    with pytest.raises(Interrupted):
+        fedloom.run(made("broken"), observer=Stop(2, midst=False))
+    again = resume_run(tmp_path / "broken")
+    assert lines(again.folder) == lines(whole.folder)
+    assert any(max(r["simulated"]["staleness"].values(), default=0) for r in lines(again.folder))
+
+
+@pytest.mark.parametrize("feedback", ["none", "classic", "ef21"])
+def test_a_change_is_of_what_its_client_was_sent_and_what_it_lost_is_its_own(
+    settings, federate, feedback
+):
+    """What is read and what is left add up to all changes of a client, however old its answers are."""
+    table = settings((2, 3, 7), {"concurrency": 3}, clients_per_round=2, rounds=5)
+    table["wire"] = {**WIRE, "error_feedback": feedback, "absence_decay": 1.0}
+    changed, read, versions = {}, {}, {}
+
+    def watch(parts):
+        handler = parts.local.handlers["train"]
+
+        def train(client, payload):
+            reply = yield from handler(client, payload)
+            changed.setdefault(client.id, []).append(reply.tensors)
+            versions.setdefault(client.round, {})[client.id] = payload.tensors
+            return reply
+
+        parts.local.handlers = {**parts.local.handlers, "train": train}
+        play = parts.method.round
+
+        def round(state, cohort):
+            steps = play(state, cohort)
+            replies = yield next(steps)
+            for reply in replies:
+                own = {name: tensor.clone() for name, tensor in reply.payload.tensors.items()}
+                read.setdefault(reply.client, []).append(own)
+            with pytest.raises(StopIteration) as stop:
+                steps.send(replies)
+            return stop.value.value
+
+        parts.method.round = round
+
+    found = federate(Experiment.from_table(table), watch)
+    assert any(max(own.simulated.staleness.values()) for own in found.records)
+    assert not any(own.rejected for own in found.records)
+    for sent in versions.values():  # all of a round hold the same model, whichever they held before
+        first, *others = sent.values()
+        for other in others:
+            assert all(torch.equal(first[name], other[name]) for name in first)
+    slots = {c: found.parts.local.store.slots(c) for c in range(3)}
+    for client, own in read.items():
+        arrived = changed[client][: len(own)]
+        in_flight = changed[client][len(own) :]
+        for name in found.adapter:
+            if feedback == "classic" and not in_flight:
+                left = slots[client]["[wire] residual train"][name].double()
+                total = sum(one[name].double() for one in own) + left
+                whole = sum(one[name].double() for one in arrived)
+                assert torch.allclose(total, whole, atol=1e-6)
+            if feedback == "ef21" and not in_flight:
+                assert torch.allclose(own[-1][name], slots[client]["[wire] estimate train"][name])
+    facts, _ = found.compression.saved()
+    held = facts["held"]["train"]
+    for client, age in found.records[-1].simulated.staleness.items():
+        assert held["clients"][str(client)] == held["version"] - age
+
+
+def test_what_a_client_lost_before_an_answer_that_did_not_count_is_dropped(settings, federate):
+    """Its store was put aside when it worked; it begins anew, and no residual is applied twice."""
+    table = settings((2, 3, 7), {"concurrency": 3}, clients_per_round=2, rounds=4, quorum=0.1)
+    table["wire"] = {**WIRE, "error_feedback": "classic"}
+    fresh = {}
+
+    def watch(parts):
+        carried = parts.engine.exchange
+
+        def exchange(asked):
+            for answer in carried(asked):
+                refused = asked.round == 1 and answer.client == 2
+                yield Answer(answer.client, error="its disk is full") if refused else answer
+
+        parts.engine.exchange = exchange
+
+    def keep(record, parts):
+        fresh[record.round] = record
+
+    found = federate(Experiment.from_table(table), watch, after=keep)
+    refused = [r.round for r in found.records if 2 in r.rejected]
+    assert refused == [3]
+    assert found.compression.saved()[0]["estimates"]["train"]["afresh"] == [2]
+    assert found.compression.saved()[0]["held"]["train"]["clients"]["2"] == -1
+
+
+def test_codecs_that_change_by_round_are_refused(settings):
+    for wire in ({"budget": "1MB"}, {"up": "auto"}):
+        table = {**settings((2, 3), clients_per_round=1), "wire": wire}
+        with pytest.raises(SettingsError, match="answers to requests of earlier rounds"):
+            Experiment.from_table(table)

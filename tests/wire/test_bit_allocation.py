@@ -45,7 +45,7 @@ def test_no_message_is_longer_than_its_bound(numbers, kind):
         schema = schema.coded(lambda spec, name=name: f"{name}|zstd")
         data = encode(Payload(tensors, {"examples": 1e9}, {"loss": 1 / 3}), schema, rng)
         assert len(data) <= most_sent(schema) <= schema.max_bytes
-    assert len(data) > 0.9 * most_sent(schema) or numbers < 50_000
+    assert len(data) > 0.9 * most_sent(schema) or numbers < 50_000 or kind == "one in a hundred"
 
 
 def test_bits_of_codes_by_hand():
@@ -116,9 +116,9 @@ def test_tensors_below_the_water_level_get_nothing():
 
 
 def test_the_smallest_budget_is_the_strongest_codec_of_all_or_room_for_any_one():
-    plain, returned = of((400, 300)), of((400, 300), returned=True)
+    plain, returned = of((4000, 3000)), of((4000, 3000), returned=True)
     assert plain.least == most_sent(plain.make(dict.fromkeys(("t0", "t1"), plain.codecs[0][0])))
-    assert plain.least == pytest.approx(1.85 / 8 * 64 * 700, rel=0.05)
-    assert returned.least == pytest.approx(1.85 / 8 * 64 * 400, rel=0.08)
+    assert plain.least == pytest.approx(1.85 / 8 * 64 * 7000, rel=0.02)
+    assert returned.least == pytest.approx(1.85 / 8 * 64 * 4000, rel=0.02)
     assert set(plain.dealt(plain.least, {}).values()) == {plain.codecs[0][0]}
     assert set(plain.dealt(10**9, {}).values()) == {plain.codecs[-1][0]}

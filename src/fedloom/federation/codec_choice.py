@@ -129,11 +129,11 @@ class BitBudget:
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as plain JSON."""
-        return {"squares": self._squares}
+        return {"squares": dict(self._squares)}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`saved` returned."""
-        self._squares = {action: dict(own) for action, own in facts["squares"].items()}
+        self._squares = dict(facts["squares"])
 
     def _allocation(self, action: str, reply: Schema) -> Allocation:
         own = self.settings
@@ -244,19 +244,19 @@ class PresetChoice:
 
     def record(self) -> dict[str, Any]:
         """Return what was measured and chosen, as plain JSON."""
-        return {"auto": {"errors": self.errors, "chosen": self.chosen}}
+        return {"auto": self.saved()}
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as plain JSON."""
-        return {"errors": self.errors, "chosen": self.chosen}
+        """Return what a checkpoint keeps, as plain JSON; a copy, which stays as it is."""
+        errors = {
+            way: {preset: list(errors) for preset, errors in own.items()}
+            for way, own in self.errors.items()
+        }
+        return {"errors": errors, "chosen": dict(self.chosen)}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`saved` returned."""
-        self.errors = {
-            way: {preset: list(errors) for preset, errors in own.items()}
-            for way, own in facts["errors"].items()
-        }
-        self.chosen = dict(facts["chosen"])
+        self.errors, self.chosen = facts["errors"], facts["chosen"]
 
     @property
     def _measured(self) -> int:

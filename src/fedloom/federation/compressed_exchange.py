@@ -422,7 +422,7 @@ class Compression:
             )
         after = moved_estimate(before, change, names)
         self._pending[client] = after, updates
-        return {**change, **after}
+        return {**change, **{name: own.clone() for name, own in after.items()}}
 
 
 def _placeholder(spec: TensorSpec) -> TensorSpec:

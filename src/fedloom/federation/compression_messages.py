@@ -27,8 +27,8 @@ encoded message; and how often a client has moved its h of ``ef21``."""
 SQUARES = f"{PREFIX}squares"
 """Tensor of answers under a budget: the mean square of each tensor as it is coded."""
 
-LARGEST_SQUARE = 1e30
-"""Largest mean square that is said."""
+LARGEST_SQUARE = 2.0**100
+"""Largest mean square that is said, a float32."""
 
 CodecOf = Callable[[TensorSpec], str]
 """Gives the text of the codec of a tensor, or nothing where it travels as it is."""
