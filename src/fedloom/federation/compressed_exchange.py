@@ -260,9 +260,10 @@ class Compression:
                 found = part_of(of_clients.get(client, {}), action)
                 if found:
                     self._estimates[action][client] = found
-                else:  # it was forgotten
+                else:  # it was forgotten, and holds nothing
                     del self._updates[action][client]
                     self._afresh[action].add(client)
+                    self._versions.setdefault(action, {})[client] = UNKNOWN
 
     def _coded_up(self, exchange: Exchange) -> Schema:
         """Return the schema of replies as they are sent."""

@@ -183,9 +183,8 @@ class Uniforms:
                 assert generator is not None
                 raw = generator.bit_generator.random_raw(-(-length // 4))
                 self.part, self.words = piece.part, np.asarray(raw, "<u8").view("<u2")
-            flat[piece.chunk] = self.words[piece.own]
-        flat += np.float32(0.5)
-        flat *= np.float32(2.0**-16)
+            np.multiply(self.words[piece.own], np.float32(2.0**-16), out=flat[piece.chunk])
+        flat += np.float32(2.0**-17)
 
 
 @dataclass(frozen=True)
