@@ -7,9 +7,10 @@ answers with a change as AdamW makes it (kurtosis 1.7), and the server reads the
 trained. Of the second round, in which the change since the first is sent, bytes and seconds of CPU on one
 core are measured, the least of some turns, and with them
 
-    time = server's making + down + client's opening + client's answering + up + clients x server's reading
+    time = making + down + opening + answering + up + clients x reading
 
-where down and up are 8 bytes / link. Clients work and send at the same time, each on a link of its own,
+where the server makes a request and reads answers, a client opens and answers, and down and up are 8
+bytes / link. Clients work and send at the same time, each on a link of its own,
 the server reads one answer after the other; latency and training are left out, which no codec changes.
 Each tensor is 16 x 2048, 131 kB in float32; 412 of them are the LoRA of a model of 3 billion parameters.
 """
@@ -103,7 +104,7 @@ def turn(settings: WireSettings, initial: Tensors, move: Tensors, reply: Tensors
             own = Exchange.broadcast("train", round, (0,), Payload(state), schema, schema)
             return server.carried(own)
 
-        def opened(exchange: Exchange) -> ClientLink:
+        def opened(exchange: Exchange, slots: dict[str, Tensors] = slots) -> ClientLink:
             return ClientLink.opened(exchange, 0, settings, 0, slots, initial)
 
         exchange, making = timed(carried)
@@ -170,8 +171,8 @@ def main() -> None:
     lines = [
         "# Links",
         "",
-        f"Time that a round of {given.clients} clients spends on its messages, {size} of float32 each way; "
-        "seconds of CPU of one core, and simulated links. What is counted: the docstring of "
+        f"Time that a round of {given.clients} clients spends on its messages, {size} of float32 each "
+        "way; seconds of CPU of one core, and simulated links. What is counted: the docstring of "
         "`benchmarks/links.py`. The fastest on a link is bold.",
         "",
         *table(found, given.clients),

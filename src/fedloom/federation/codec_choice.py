@@ -47,6 +47,13 @@ from fedloom.wire.settings import AUTO, WireSettings
 UP, DOWN = "up", "down"
 """Ways of tensors, as in the settings."""
 
+CANDIDATES = {
+    UP: tuple(name for name in PRESETS if pipeline(name).unbiased),
+    DOWN: tuple(PRESETS),
+}
+"""Presets that are measured, from mild to strong. Up, what a biased one loses adds up over the rounds;
+down, the server's own error feedback returns it."""
+
 
 @dataclass
 class BitBudget:
@@ -264,9 +271,8 @@ class PresetChoice:
 
     def _best(self, errors: Mapping[str, list[float]]) -> str:
         """Return the preset of fewest bits whose error is small enough, or the mildest."""
-        names = list(PRESETS)
-        small = [name for name in names if fmean(errors[name]) <= self.settings.auto_error]
-        return small[-1] if small else names[0]
+        small = [name for name in errors if fmean(errors[name]) <= self.settings.auto_error]
+        return small[-1] if small else next(iter(errors))
 
     def _errors(
         self, exchange: Exchange, replies: Collection[Reply], specs: list[TensorSpec]
@@ -276,7 +282,10 @@ class PresetChoice:
         Nothing where nothing has changed.
         """
         schema = Schema(tuple(specs))
-        mean, coded = _zeros(specs), {name: _zeros(specs) for name in PRESETS if UP in self.ways}
+        mean, coded = (
+            _zeros(specs),
+            {name: _zeros(specs) for name in CANDIDATES[UP] if UP in self.ways},
+        )
         weights = {own.client: own.payload.numbers.get("examples", 1.0) for own in replies}
         for reply in sorted(replies, key=lambda own: own.client):
             change = _change(exchange, reply, specs)
@@ -291,7 +300,9 @@ class PresetChoice:
         if DOWN in self.ways:
             rng = self._down(exchange)
             whole = {s.name: mean[s.name].to(s.dtype) for s in specs}
-            found[DOWN] = {name: _lost(_read(whole, schema, name, rng), mean) for name in PRESETS}
+            found[DOWN] = {
+                name: _lost(_read(whole, schema, name, rng), mean) for name in CANDIDATES[DOWN]
+            }
         return found
 
     def _up(self, exchange: Exchange, client: int) -> Generators:

@@ -38,8 +38,8 @@ class WireSettings(Settings):
     up: Stages = []
     """Codec of what clients send: a preset ("int8", "int4", "small", "smallest"), or a list of stages
     such as ["top_k:0.1", "int4", "zstd"]. What travels is the change of each tensor that was received.
-    "auto": the strongest preset whose error stays below auto_error, measured in the first auto_rounds
-    rounds and kept from then on (default: tensors as they are)."""
+    "auto": the strongest unbiased preset whose error stays below auto_error, measured in the first
+    auto_rounds rounds and kept from then on (default: tensors as they are)."""
     down: Stages = []
     """Codec of what all clients are sent alike: the change since the model that they have; "auto" as of
     wire.up (default: tensors as they are)."""
