@@ -32,7 +32,9 @@ def answers(found):
     return [cost.bytes_up for cost in costs if cost.phase == "train"]
 
 
-@pytest.mark.parametrize("feedback", ["none", "classic", "ef21"])
+@pytest.mark.parametrize(
+    "feedback", ["none", "ef21", pytest.param("classic", marks=pytest.mark.slow)]
+)
 def test_no_answer_is_above_the_budget_and_bits_go_where_changes_are(
     compressed,
     federate,
@@ -115,7 +117,9 @@ def test_a_budget_that_cannot_be_met_is_one_error_with_the_smallest_that_can(exp
     "wire",
     [
         {"up": "auto", "down": "auto"},
-        {"budget": "2500B", "error_feedback": "ef21", "down": "auto"},
+        pytest.param(
+            {"budget": "2500B", "error_feedback": "ef21", "down": "auto"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["auto", "budget"],
 )

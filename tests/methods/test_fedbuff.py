@@ -204,7 +204,7 @@ def test_between_machines_it_is_refused_before_anything_is_read(settings, loopba
 WIRE = {"up": ["ternary:nearest", "zstd"], "down": "int4", "keep_plain_below": 0}
 
 
-@pytest.mark.parametrize("feedback", ["classic", "ef21"])
+@pytest.mark.parametrize("feedback", ["classic", pytest.param("ef21", marks=pytest.mark.slow)])
 def test_with_codecs_a_run_that_is_killed_with_work_in_flight_ends_with_the_same_bits(
     settings, tmp_path, feedback
 ):
@@ -227,7 +227,9 @@ def test_with_codecs_a_run_that_is_killed_with_work_in_flight_ends_with_the_same
     assert any(max(r["simulated"]["staleness"].values(), default=0) for r in lines(again.folder))
 
 
-@pytest.mark.parametrize("feedback", ["none", "classic", "ef21"])
+@pytest.mark.parametrize(
+    "feedback", ["classic", "ef21", pytest.param("none", marks=pytest.mark.slow)]
+)
 def test_a_change_is_of_what_its_client_was_sent_and_what_it_lost_is_its_own(
     settings, federate, feedback
 ):
