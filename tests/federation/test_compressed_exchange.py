@@ -1,5 +1,6 @@
 """Compressed rounds of real clients: what is sent, what each side remembers, the same bits in any order."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.compression_messages import CONTROL, HELD
 from fedloom.methods import METHODS
 from fedloom.runs.assembly import assemble
+from fedloom.runs.forget import forget_client
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
@@ -366,3 +368,19 @@ def test_what_cannot_be_is_one_error(experiment, sections, text):
 def test_every_method_says_whether_it_goes_with_it():
     for name, (_, kind) in METHODS.items():
         assert "declaration does not say" not in kind.declares.compression.why, name
+
+
+@pytest.mark.slow
+def test_a_client_that_is_forgotten_takes_part_in_the_next_round(compressed, tmp_path):
+    """It is sent the whole and begins its estimate anew, on both sides."""
+    wire = {"up": BIASED, "down": "int4", "error_feedback": "ef21"}
+    folder = tmp_path / "run"
+    own = compressed(wire, federation={"rounds": 4}, output={"folder": str(folder)})
+    with pytest.raises(Interrupted):
+        fedloom.run(own, observer=Stop(6))
+    assert forget_client(folder, 1) > 0
+    resume_run(folder)
+    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records] == [0, 1, 2, 3, 4]
+    assert all(record["clients"] == [0, 1, 2] or not record["round"] for record in records)
+    assert not any(record["rejected"] for record in records)
