@@ -318,7 +318,7 @@ def _elements(tensors: Tensors) -> int:
 def _mean_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the mean square of each tensor, (tensors,), float32."""
     squares = [
-        float(np.square(own.numpy(), dtype=np.float64).mean()) if own.numel() else 0.0
+        float(np.square(own.cpu().numpy(), dtype=np.float64).mean()) if own.numel() else 0.0
         for own in tensors
     ]
     return torch.tensor(squares, dtype=torch.float64).clamp(0, LARGEST_SQUARE).float()
