@@ -19,7 +19,7 @@ from fedloom.aggregation.lora import A, B
 from fedloom.aggregation.lora_coordinates import rotated, rotation_flops
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew, require_linear
+from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
@@ -76,7 +76,7 @@ class FedRotLoRA(Method):
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers."""
         super().setup(server)
-        require_linear("fedrot_lora", server.model.stacked)
+        require_linear_layers(server.model.stacked, 'method.name = "fedrot_lora"')
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back."""

@@ -22,7 +22,7 @@ from fedloom.aggregation.lora import A
 from fedloom.aggregation.lora_coordinates import orthonormal
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew, require_linear
+from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
@@ -74,7 +74,7 @@ class FedSVD(Method):
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers."""
         super().setup(server)
-        require_linear("fedsvd", server.model.stacked)
+        require_linear_layers(server.model.stacked, 'method.name = "fedsvd"')
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average B, decompose."""

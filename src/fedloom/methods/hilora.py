@@ -48,7 +48,7 @@ from fedloom.methods.bases.rank_parts import (
     rank_part,
     whole_of,
 )
-from fedloom.methods.contract.checks import optimizer_anew, require_linear
+from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
@@ -131,7 +131,7 @@ class HiLoRA(Method):
     def setup(self, server: ServerSide) -> None:
         """Store the adapter as it is initialised."""
         super().setup(server)
-        require_linear("hilora", server.model.stacked)
+        require_linear_layers(server.model.stacked, 'method.name = "hilora"')
         self.fresh = server.model.read()
 
     def initial_state(self, adapter: Tensors) -> State:

@@ -30,7 +30,7 @@ from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.alternating_factors import fixed_names, trained_factor
 from fedloom.methods.bases.masked_ranks import MaskedRanks
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.contract.checks import optimizer_anew, require_linear
+from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
@@ -105,7 +105,7 @@ class LoRAA2(Method):
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers."""
         super().setup(server)
-        require_linear("lora_a2", server.model.stacked)
+        require_linear_layers(server.model.stacked, 'method.name = "lora_a2"')
 
     def trainings_of(self, round: int, rounds: int) -> int:
         """Return two: the one on trial too."""

@@ -19,12 +19,12 @@ from fedloom.aggregation.lora import corrected_mean, error_flops, product_error
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
 from fedloom.methods.contract.averaging import AFFORDABLE, weights_of
+from fedloom.methods.contract.checks import require_linear_layers
 from fedloom.methods.contract.client import Handler
 from fedloom.methods.contract.method import (
     ADAPTERS_ALONE,
     Method,
     ServerSide,
-    require_linear_layers,
 )
 from fedloom.methods.declaration import (
     AVERAGED,
@@ -83,7 +83,7 @@ class LoRAFAIR(Method):
             ModelError: Some are of a stack of experts.
         """
         super().setup(server)
-        require_linear_layers(server.model, 'method.name = "lora_fair"')
+        require_linear_layers(server.model.stacked, 'method.name = "lora_fair"')
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average what comes back and correct B."""

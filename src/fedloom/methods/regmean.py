@@ -34,12 +34,12 @@ from fedloom.methods.bases.client_mixtures import passes
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.bases.personal_parts import KeepsParts
 from fedloom.methods.contract.averaging import weights_of
+from fedloom.methods.contract.checks import require_linear_layers
 from fedloom.methods.contract.client import Client, Trainings
 from fedloom.methods.contract.method import (
     FirstRound,
     Reveal,
     ServerSide,
-    require_linear_layers,
 )
 from fedloom.methods.declaration import AVERAGED, OTHER_STEPS, TOGETHER, Declaration, no
 from fedloom.models.inner_products import collecting
@@ -114,7 +114,7 @@ class RegMean(KeepsParts):
             ModelError: Some are of a stack of experts.
         """
         super().setup(server)
-        require_linear_layers(server.model, 'method.name = "regmean"')
+        require_linear_layers(server.model.stacked, 'method.name = "regmean"')
 
     def keeps(self, name: str) -> bool:
         """Leave A out of messages: every party makes the same from the seed."""

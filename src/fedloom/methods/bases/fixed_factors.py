@@ -20,7 +20,7 @@ from fedloom.methods.bases.trained_coordinates import (
     TrainsCoordinates,
     signed_partition,
 )
-from fedloom.methods.contract.checks import require_linear
+from fedloom.methods.contract.checks import require_linear_layers
 from fedloom.methods.contract.method import ServerSide
 from fedloom.objectives.sft import SFT
 from fedloom.randomness import generator
@@ -58,7 +58,7 @@ class FixedFactors(TrainsCoordinates):
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers."""
         super().setup(server)
-        require_linear(self.name, server.model.stacked)
+        require_linear_layers(server.model.stacked, f'method.name = "{self.name}"')
 
     def first(self, adapter: Tensors) -> Tensors:
         """Return R = 0, and what is no factor as it is, such as a classification head."""

@@ -47,20 +47,20 @@ def optimizer_anew(view: ExperimentView, why: str) -> Iterator[str]:
         yield f"training.keep_optimizer_state: method.name = {view.name!r} {why}"
 
 
-def require_linear(name: str, stacked: str | None) -> None:
-    """Check that LoRA's factors are of linear layers.
+def require_linear_layers(stacked: str | None, what: str) -> None:
+    """Check that the change of each layer under LoRA's factors is their product.
 
     Args:
-        name: The method's, for the error.
         stacked: A layer whose factors are of a stack of experts, if there is one.
+        what: The setting that needs it, which begins the message.
 
     Raises:
-        ModelError: There is, and its change is not their product.
+        ModelError: There is such a layer.
     """
     if stacked:
         raise ModelError(
-            f'method.name = "{name}": {stacked} has factors for a stack of experts, whose change is '
-            'not their product: name linear layers as adapter.targets, such as ["q_proj"]'
+            f"{what}: {stacked} has factors for a stack of experts, whose change is not their "
+            'product: name linear layers as adapter.targets, such as ["q_proj"]'
         )
 
 

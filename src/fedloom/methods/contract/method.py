@@ -25,11 +25,11 @@ from fedloom.aggregation.merging import Merging, merged
 from fedloom.aggregation.rules import AggregationSettings, combined
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.public import PublicRows
-from fedloom.errors import CheckpointError, ModelError, RoundFailed
+from fedloom.errors import CheckpointError, RoundFailed
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies, Round
 from fedloom.methods.contract.averaging import note_averaging_error, weights_of
-from fedloom.methods.contract.checks import general, summed_alone
+from fedloom.methods.contract.checks import general, require_linear_layers, summed_alone
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.traits import MethodTraits
@@ -76,19 +76,6 @@ def by_place(tensor: Tensor, dimension: int, presence: Presence) -> dict[int, Te
             f"before, and {len(clients)} take part: whose it is cannot be told; start a new run"
         )
     return dict(zip(clients, tensor.unbind(dimension), strict=True))
-
-
-def require_linear_layers(model: AdapterModel, what: str) -> None:
-    """Check that the change of each layer under LoRA's factors is their product.
-
-    Raises:
-        ModelError: A layer has factors for a stack of experts; ``what`` begins the message.
-    """
-    if model.stacked:
-        raise ModelError(
-            f"{what}: {model.stacked} has factors for a stack of experts, whose change is not their "
-            'product: name linear layers as adapter.targets, such as ["q_proj"]'
-        )
 
 
 class ModelSpec(NamedTuple):
@@ -275,7 +262,9 @@ class Method(MethodTraits):
         self.server = server
         self.aggregation = server.aggregation
         if server.aggregation.of_products:
-            require_linear_layers(server.model, f"aggregation.rule = {server.aggregation.rule!r}")
+            require_linear_layers(
+                server.model.stacked, f"aggregation.rule = {server.aggregation.rule!r}"
+            )
 
     def averaged(
         self, replies: Sequence[Reply], cohort: Cohort, start: Tensors, *, noted: bool = False
