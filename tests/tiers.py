@@ -16,10 +16,15 @@ QUICK = {
     "accounting/test_flops_architectures.py::test_causal_models": 2,
     "accounting/test_flops_methods.py::test_a_round_of_a_method_against_torch": 1,  # 10 s
     "accounting/test_quantities.py::test_thousands_are_written_in_one_way": 0,
+    "accounting/test_traffic.py::test_an_adaptive_number_of_logits_is_bounded_by_the_form": 0,
     "accounting/test_traffic.py::test_measured_is_the_closed_form": 2,  # 33 s
-    "aggregation/test_assignment.py::test_every_small_case_is_solved_exactly": 2,
+    "aggregation/test_assignment.py::test_every_small_case_is_solved_exactly": 1,
+    "aggregation/test_lora.py::test_a_run_reports_it_by_round": 0,
     "architectures/test_sweep.py::test_three_architectures": 1,
-    "architectures/test_unusual.py::test_a_mixtures_adapter_is_saved_with_its_own_rank": 1,
+    "architectures/test_unusual.py::test_a_mixtures_adapter_is_saved_with_its_own_rank": 0,
+    "architectures/test_unusual.py::test_a_router_that_is_a_linear_layer_gets_no_adapter": 0,
+    "architectures/test_unusual.py::test_an_answer_does_not_depend_on_what_it_was_batched_with": 1,
+    "commands/test_api.py::test_a_function_is_called_with_every_step": 0,
     "commands/test_api.py::test_a_page_is_made_of_a_run": 0,
     "commands/test_api.py::test_a_table_is_compared": 0,  # 6 s
     "commands/test_api.py::test_an_object_says_which_kind_its_rows_are": 0,
@@ -32,6 +37,7 @@ QUICK = {
     "commands/test_early_checks.py::test_a_module_of_the_user_that_needs_what_is_absent_is_not_refused": 0,
     "commands/test_early_checks.py::test_the_recipes_pass": 0,
     "data/test_bad_files.py::test_a_file_that_is_not_what_it_claims_is_one_error": 12,
+    "data/test_bad_files.py::test_a_line_of_300_mb_takes_no_memory": 2,
     "data/test_files_fuzz.py::test_a_hundred_files_end_in_rows_or_in_one_error": 0,
     "deployment/test_equality.py::test_simulation_and_machines_give_the_same": 1,  # 16 s
     "deployment/test_faults.py::test_a_bad_answer_is_left_out_with_the_reason": 0,  # 31 s
@@ -40,11 +46,14 @@ QUICK = {
     "deployment/test_faults.py::test_a_message_that_comes_twice_is_answered_twice_and_done_once": 0,
     "deployment/test_faults.py::test_a_message_that_is_not_the_servers_is_not_answered": 0,
     "deployment/test_faults.py::test_a_model_of_the_clients_own_is_written_on_its_own_machine": 0,
+    "deployment/test_faults.py::test_a_quorum_that_is_not_there_ends_the_run_with_its_state_saved": 0,
     "deployment/test_faults.py::test_another_is_drawn_for_who_is_lost": 0,
-    "deployment/test_faults.py::test_another_model_or_version_is_not_let_in": 1,
+    "deployment/test_faults.py::test_another_model_or_version_is_not_let_in": 0,
     "deployment/test_faults.py::test_no_tensor_of_a_personal_part_is_in_any_message": 0,
     "deployment/test_faults.py::test_private_rows_stay_with_their_owners": 0,
+    "deployment/test_faults.py::test_what_was_sent_before_a_run_was_resumed_is_not_done": 0,
     "deployment/test_faults.py::test_who_does_not_answer_in_time_is_left_out_and_its_late_answer_dropped": 0,
+    "deployment/test_faults.py::test_who_is_not_let_in_does_not_take_part": 0,
     "deployment/test_flower_fleet.py::test_what_no_honest_client_sends_is_an_offence_of_its_kind": 4,
     "deployment/test_malformed.py::test_the_same_client_twice_counts_once": 0,
     "deployment/test_page.py::test_commands_that_a_page_names_are_there": 17,
@@ -54,9 +63,11 @@ QUICK = {
     "deployment/test_row_privacy.py::test_a_run_leaves_its_ledgers_with_the_clients_and_no_key_anywhere": 0,
     "display/test_untrusted_text.py::test_rows_of_any_content_are_divided_trained_on_and_reported": 0,
     "engines/flower/test_attribution.py::test_a_wrong_answer_to_who_it_is_is_an_offence_of_who_owns_the_node": 1,
+    "engines/flower/test_attribution.py::test_costs_are_those_of_the_exchange_and_last_no_longer_than_it_did": 0,
     "engines/flower/test_attribution.py::test_what_befalls_an_honest_client_is_no_offence": 0,
     "engines/flower/test_attribution.py::test_where_nobody_is_proven_only_what_is_signed_for_the_question_is_an_offence": 0,
     "engines/test_cohorts.py::test_a_cohort_repeats_to_the_bit_and_goes_on_after_a_stop": 0,
+    "engines/test_cohorts.py::test_a_handler_that_trains_by_itself_goes_on_as_before": 0,
     "engines/test_cohorts.py::test_a_method_gives_the_same_whether_clients_are_trained_together": 1,
     "engines/test_cohorts.py::test_where_memory_does_not_suffice_clients_are_trained_one_by_one": 0,
     "engines/test_contract.py::test_an_action_that_there_is_not_fails_and_no_more": 2,
@@ -67,10 +78,13 @@ QUICK = {
     "engines/test_contract.py::test_what_fails_on_a_client_is_an_answer_that_says_so": 1,
     "engines/test_contract.py::test_who_is_not_asked_does_not_answer": 2,
     "engines/test_too_little_memory.py::test_the_rest_of_the_run_is_that_of_smaller_passes": 0,  # 8 s
+    "engines/test_workers.py::test_a_reference_is_computed_once_whoever_asks": 0,
     "engines/test_workers.py::test_any_order_of_answers_and_any_death_give_the_bits_of_one_process": 0,
     "engines/test_workers.py::test_more_workers_than_memory_are_refused_with_the_number_that_fits": 0,
+    "engines/test_workers.py::test_the_longest_is_begun_first_and_answers_come_in_the_order_of_requests": 0,
     "engines/test_workers.py::test_work_that_ends_its_worker_three_times_ends_the_round": 0,
-    "evaluation/privacy_audit/test_span.py::test_alterations_hide_no_tokens": 2,
+    "evaluation/privacy_audit/test_span.py::test_alterations_hide_no_tokens": 1,
+    "evaluation/privacy_audit/test_span.py::test_noise_of_differential_privacy_hides_them": 0,
     "evaluation/test_metrics.py::test_rouge_l_by_hand": 0,
     "experiment/test_keywords.py::test_a_table_and_keywords_run_as_a_file_with_set": 0,
     "federation/test_admission.py::test_a_record_says_whose_claim_was_cut_and_a_run_says_so_when_it_begins": 0,
@@ -79,10 +93,15 @@ QUICK = {
     "federation/test_admission.py::test_between_machines_a_claim_of_2_to_the_40_rows_is_cut_unless_any_is_allowed": 0,
     "federation/test_admission.py::test_no_honest_client_is_over_a_generous_bound": 1,  # 10 s
     "federation/test_admission.py::test_who_is_in_quarantine_is_asked_nothing_by_anybody": 0,
+    "federation/test_clock.py::test_after_the_deadline_a_client_is_left_out_with_the_reason": 0,
+    "federation/test_codec_choice.py::test_a_budget_that_cannot_be_met_is_one_error_with_the_smallest_that_can": 0,
+    "federation/test_codec_choice.py::test_a_run_that_is_stopped_and_resumed_chooses_the_same": 0,
     "federation/test_compressed_exchange.py::test_a_run_that_is_stopped_and_resumed_gives_the_same_bits": 0,
+    "federation/test_compressed_exchange.py::test_answers_that_are_kept_on_disk_count": 0,
     "federation/test_compressed_exchange.py::test_bytes_fall_and_the_loss_does_not_rise": 1,
     "federation/test_compressed_exchange.py::test_control_variates_have_no_error_feedback": 0,
     "federation/test_compressed_exchange.py::test_factors_of_any_rank_are_coded": 0,
+    "federation/test_compressed_exchange.py::test_what_an_absent_client_lost_decays_and_is_dropped": 1,
     "federation/test_compressed_exchange.py::test_workers_of_which_some_end_give_the_bits_of_one_process": 0,
     "federation/test_reported.py::test_all_that_honest_clients_report_is_declared_and_let_in": 2,
     "federation/test_reported.py::test_an_objective_of_ones_own_declares_what_it_reports": 0,
@@ -93,40 +112,52 @@ QUICK = {
     "methods/test_absent_clients.py::test_fedamole_gives_each_client_the_experts_that_were_assigned_to_it": 0,
     "methods/test_aggregation_rules.py::test_every_method_that_averages_knows_the_rules": 1,  # 8 s
     "methods/test_aggregation_rules.py::test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule": 1,
+    "methods/test_aggregation_rules.py::test_rules_of_model_merging_in_rounds": 1,
     "methods/test_distillation.py::test_all_logits_equal_the_k_likeliest_of_all": 0,
     "methods/test_distillation.py::test_bad_logits_leave_their_client_out_and_the_round_goes_on": 1,
     "methods/test_distillation.py::test_counts_that_do_not_add_up_leave_their_client_out": 1,
     "methods/test_distillation.py::test_every_rule_is_another": 0,
     "methods/test_distillation.py::test_no_parameter_travels": 1,  # 12 s
-    "methods/test_exact_lora.py::test_factors_of_another_rank_than_the_clients_are_refused": 1,
+    "methods/test_drift.py::test_synthetic_examples_make_some_of_a_real_move": 1,
+    "methods/test_exact_lora.py::test_factors_of_another_rank_than_the_clients_are_refused": 0,
     "methods/test_exact_lora.py::test_fedex_and_its_backbone_are_the_mean_of_products": 1,
+    "methods/test_exact_lora.py::test_ffa_is_exact_and_fedavg_is_not": 0,
     "methods/test_exact_lora.py::test_flora_adds_the_mean_of_products_of_every_round": 1,
     "methods/test_fed_sb.py::test_rounds_keep_the_mean_of_products_and_the_factors": 1,
     "methods/test_fed_sb.py::test_what_is_saved_is_plain_lora": 0,
+    "methods/test_fedamole.py::test_a_client_without_rows_for_an_embedding_set": 0,
     "methods/test_fedamole.py::test_a_reply_that_does_not_fit_leaves_its_client_out": 0,  # 13 s
     "methods/test_fedamole.py::test_ablations_draw_in_every_round_or_once": 0,
     "methods/test_fedamole.py::test_an_expert_is_the_mean_of_its_holders_and_what_all_have_the_mean_of_all": 0,
+    "methods/test_fedamole.py::test_an_expert_whose_holders_all_fail_keeps_its_value": 0,
+    "methods/test_fedamole.py::test_bytes_are_the_closed_form_of_each_clients_assignment": 0,
     "methods/test_fedamole.py::test_every_round_keeps_the_limits_and_everyone_is_judged_by_its_own": 0,
     "methods/test_fedamole.py::test_gaussian_noise_is_as_large_as_is_promised": 0,
     "methods/test_fedamole.py::test_homogeneous_clients_hold_equally_many": 0,
     "methods/test_fedamole.py::test_newcomers_get_all_experts": 0,
+    "methods/test_fedbuff.py::test_a_change_is_of_what_its_client_was_sent_and_what_it_lost_is_its_own": 1,
     "methods/test_fedbuff.py::test_killed_and_resumed_with_work_in_flight_ends_with_the_same_bits": 0,
-    "methods/test_fedkseed.py::test_a_history_that_is_none_leaves_its_client_out": 2,
+    "methods/test_fedkseed.py::test_a_history_that_is_none_leaves_its_client_out": 1,
     "methods/test_fedpdpo.py::test_alternating_trains_either_part_with_the_other_frozen": 0,
+    "methods/test_fedpdpo.py::test_each_client_is_judged_by_its_own_parts": 0,
     "methods/test_fedpdpo.py::test_nothing_personal_is_in_any_payload": 0,
     "methods/test_fedpdpo.py::test_other_objectives_may_be_personal_too": 1,
     "methods/test_fedpdpo.py::test_with_all_parts_frozen_and_gamma_0_it_is_fedavg_of_dpo_bit_for_bit": 0,
+    "methods/test_lora_fair.py::test_less_is_lost_than_by_the_mean_of_the_factors": 0,
     "methods/test_lora_family.py::test_alpha_twice_as_large_is_b_twice_as_large": 4,
     "methods/test_lora_family.py::test_only_what_goes_to_the_backbone_is_below_the_floor_of_a_rank": 3,  # 8 s
     "methods/test_lora_family.py::test_rounds_without_training_leave_the_model_as_it_is": 5,
+    "methods/test_mixed_starts.py::test_fedala_mixes_the_last_tensors_alone_in_passes_until_the_loss_settles": 0,
     "methods/test_personalised.py::test_clients_are_judged_by_what_they_would_use": 1,  # 9 s
     "methods/test_personalised.py::test_ffa_lora_never_trains_a_and_halves_the_bytes": 0,
     "methods/test_personalised.py::test_what_travels_and_what_stays": 1,
+    "methods/test_random_projection.py::test_with_as_many_dimensions_as_numbers_it_is_fedavg": 0,
     "methods/test_reveals.py::test_replies_hold_what_it_says": 1,  # 8 s
     "methods/test_reveals.py::test_what_is_not_allowed_is_not_computed_and_nothing_is_kept": 4,  # 5 s
     "methods/test_split.py::test_a_bad_step_leaves_its_client_out": 2,
     "methods/test_split.py::test_a_client_lost_in_the_middle_of_a_round": 1,
     "methods/test_split.py::test_activations_that_blow_the_server_up_leave_their_client_out": 2,
+    "methods/test_split.py::test_dropout_is_each_partys_own_and_repeatable": 0,
     "methods/test_split.py::test_every_encoding_learns_nearly_the_same": 1,
     "methods/test_split.py::test_gradients_that_blow_the_server_up_leave_their_client_out": 1,  # 5 s
     "methods/test_split.py::test_one_client_is_centralised_training_bit_for_bit": 1,  # 15 s
@@ -134,9 +165,10 @@ QUICK = {
     "methods/test_split.py::test_the_server_in_turn_learns_from_every_client": 0,
     "models/test_adapters.py::test_every_kind_is_saved_loaded_and_trained_by_peft": 10,
     "models/test_heads.py::test_flops_are_those_torch_counts": 5,  # 6 s
+    "models/test_matrix.py::test_each_trains_and_loads_as_it_was_or_is_refused": 3,
     "models/test_own_code.py::test_every_call_of_a_loader_says_so": 0,
     "models/test_quantize.py::test_dpo_and_kto_train_on_it_and_the_adapter_scores_the_same": 0,
-    "models/test_split_model.py::test_every_cut_gives_the_whole_models_loss_and_gradients": 2,  # 12 s
+    "models/test_split_model.py::test_every_cut_gives_the_whole_models_loss_and_gradients": 1,  # 12 s
     "oracles/test_chat.py::test_pairs_and_single_answers_are_trls": 6,
     "privacy/test_client_level.py::test_a_client_moves_the_sum_of_a_thousand_random_models_by_at_most_the_clip": 0,
     "recipes/test_recipes.py::test_recipe": 1,  # 19 s
@@ -150,10 +182,13 @@ QUICK = {
     "reports/test_judged.py::test_comparisons_of_few_seeds_say_what_is_missing": 0,
     "reports/test_run_page.py::test_a_page_of_many_clients_is_small_and_searched": 0,
     "reports/test_run_page.py::test_a_page_says_what_became_of_pairs": 0,
+    "reports/test_run_page.py::test_the_account_of_rows_is_shown": 0,
     "runs/privacy_audit/test_audit.py::test_a_model_that_was_trained_on_neither_tells_nothing": 0,
     "runs/privacy_audit/test_audit.py::test_an_adapter_that_repeats_its_rows_is_found_out": 0,
     "runs/privacy_audit/test_audit.py::test_tokens_of_a_step_are_read_from_updates": 0,
+    "runs/privacy_audit/test_audit.py::test_what_cannot_be_attacked_says_why": 0,
     "runs/test_benchmarks.py::test_a_real_adapter_answers_and_the_key_is_nowhere": 0,
+    "runs/test_benchmarks.py::test_answers_are_kept_when_a_judge_fails_and_used_again": 0,
     "runs/test_benchmarks.py::test_the_three_benchmarks_end_to_end": 1,  # 8 s
     "runs/test_client_privacy.py::test_a_resume_spends_once_and_ends_with_the_same_bits": 0,
     "runs/test_client_privacy.py::test_every_method_that_declares_it_takes_its_means_there": 1,
@@ -163,7 +198,7 @@ QUICK = {
     "runs/test_cost_estimate.py::test_what_does_not_fit_is_said_and_another_proposed": 0,
     "runs/test_cost_estimate.py::test_what_is_advised_is_what_a_run_does": 1,  # 14 s
     "runs/test_export.py::test_a_classifier_of_a_source_object_has_its_classes": 0,  # 13 s
-    "runs/test_export.py::test_a_plain_run_exports_its_global_model": 1,  # 10 s
+    "runs/test_export.py::test_a_plain_run_exports_its_global_model": 0,  # 10 s
     "runs/test_initial_adapter.py::test_dpo_starts_from_what_sft_made_and_its_reference_is_that": 0,
     "runs/test_partitioning.py::test_the_account_closes_and_no_prompt_is_on_both_sides_in_any_combination": 1,
     "runs/test_private_messages.py::test_but_for_noisy_sums_nothing_depends_on_rows": 0,
@@ -173,18 +208,26 @@ QUICK = {
     "runs/test_row_privacy.py::test_steps_that_are_made_again_with_other_sums_count_again": 0,
     "runs/test_run.py::test_a_full_disk_stops_cleanly_and_the_run_can_go_on": 0,
     "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 1,  # 11 s
-    "runs/test_run.py::test_every_objective_runs_under_every_method": 4,  # 50 s
+    "runs/test_run.py::test_every_objective_runs_under_every_method": 1,  # 50 s
     "runs/test_run.py::test_incomplete_pairs_are_dropped_and_counted_or_become_feedback": 0,
     "runs/test_run.py::test_interrupted_and_resumed_equals_uninterrupted": 0,
     "runs/test_run.py::test_one_client_equals_centralised_bit_for_bit": 1,  # 17 s
     "runs/test_run.py::test_pairs_are_unrolled_for_kto_and_judged_as_pairs": 0,
+    "runs/test_run.py::test_partial_participation_and_evaluation_every_n_rounds": 0,
+    "runs/test_run.py::test_resuming_as_another_experiment_names_the_difference": 0,
     "runs/test_run.py::test_what_killed_writers_left_is_swept_and_nothing_else": 0,
+    "runs/test_run.py::test_who_stops_a_resumed_run_at_once_is_told_what_is_saved": 0,
+    "runs/test_selections.py::test_candidates_are_sent_the_model_and_their_losses_are_counted": 0,
+    "runs/test_selections.py::test_what_a_client_tells_is_the_loss_of_its_training": 1,
     "runs/test_streaming.py::test_an_adapter_is_that_of_rows_in_memory": 0,  # 8 s
-    "runs/test_trackers.py::test_every_round_is_logged_and_the_tracker_closed": 1,
+    "runs/test_trackers.py::test_every_round_is_logged_and_the_tracker_closed": 0,
+    "runs/test_verification.py::test_a_clients_own_model_that_came_out_wrong_is_named": 0,
+    "runs/test_verification.py::test_a_deployed_client_says_that_its_model_came_out_wrong": 0,
     "runs/test_verification.py::test_a_sound_run_says_so": 0,
     "runs/test_verification.py::test_an_adapter_that_came_out_wrong_is_an_error_and_stays": 0,
     "security/test_audit_log.py::test_a_resumed_run_goes_on_with_its_log": 0,
-    "storage/test_run_folders.py::test_a_damaged_record_stops_a_resume_and_is_named": 5,
+    "security/test_damaged_log.py::test_the_coordinator_is_told_and_the_run_goes_on": 0,
+    "storage/test_run_folders.py::test_a_damaged_record_stops_a_resume_and_is_named": 1,
     "test_docs.py::test_commands_on_a_page_exist_with_their_options": 14,
     "test_examples.py::test_example": 0,  # 5 s, and 33 s to train the tiny model
     "test_mutants.py::test_every_part_has_modules_and_every_module_tests": 0,
@@ -196,10 +239,11 @@ QUICK = {
     "training/test_layout.py::test_a_batch_in_which_nothing_counts_is_left_out_and_counted": 4,
     "training/test_layout.py::test_a_statistic_of_the_batch_takes_no_pass_of_its_own": 1,
     "training/test_layout.py::test_gradients_are_those_of_one_padded_batch": 2,
-    "training/test_row_privacy.py::test_gradients_of_rows_are_those_of_each_alone": 3,
+    "training/test_row_privacy.py::test_gradients_of_rows_are_those_of_each_alone": 2,
     "training/test_steps.py::test_every_objective_learns": 0,  # 12 s
     "training/test_steps.py::test_micro_batches_change_nothing_beyond_rounding": 1,
-    "training/test_steps.py::test_same_seed_same_bits_and_other_rounds_other_bits": 3,
+    "training/test_steps.py::test_same_seed_same_bits_and_other_rounds_other_bits": 2,
+    "training/test_steps.py::test_the_loss_without_training_is_that_of_the_first_step": 3,
 }
 """How many cases of a test stay in the default suite, evenly spaced; the others are slow."""
 

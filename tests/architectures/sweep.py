@@ -31,7 +31,17 @@ PROMPTS = (3, 12, 27)
 
 NEW_TOKENS = 6
 
-THEORY = {"dpo": log(2), "ipo": 25.0, "kto": 0.5, "bco": log(2), "pdpo": log(2), "pkto": 0.5}
+THEORY = {
+    "dpo": log(2),
+    "robust_dpo": log(2),
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "ipo": 25.0,
+    "kto": 0.5,
+    "bco": log(2),
+    "pdpo": log(2),
+    "pkto": 0.5,
+}
 """Loss of each objective with a reference where policy and reference are one: -log sigmoid 0,
 (1 / 2 beta)^2 at beta = 0.1, 1 - sigmoid 0."""
 

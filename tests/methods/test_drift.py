@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.aggregation.rules import AggregationSettings
 from fedloom.aggregation.trajectory import descended, extrapolated, fitted, mismatch
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -175,7 +176,9 @@ def test_feddyn_s_sum_of_moves_is_that_of_its_clients_whoever_is_away(play):
 def at_server(method, **training):
     """Give a method what it has on the server."""
     settings = TrainingSettings(optimizer="sgd", local_steps=3, **training)
-    method.setup(SimpleNamespace(training=settings, participations=1.0, aggregation=None))
+    method.setup(
+        SimpleNamespace(training=settings, participations=1.0, aggregation=AggregationSettings())
+    )
     return method
 
 

@@ -98,10 +98,23 @@ def test_without_training_the_model_stays():
     assert set(groups_of(still.state).values()) == {0}
 
 
+def test_a_rank_that_3_does_not_divide_is_larger_at_the_root():
+    whole = {**start(8), B: torch.arange(8.0).expand(SIZE, 8)}
+    parts = [rank_part(whole, place) for place in range(3)]
+    assert [part[B][0].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert torch.equal(torch.cat([part[A] for part in parts]), whole[A])
+
+
+def test_a_rank_of_8_is_trained():
+    found = hilora(rank=8, alpha=8.0)
+    assert set(groups_of(found.state).values()) == {0, 1}
+    assert [len(part_of(found.state.tensors, name)[A]) for name in ("root", "group/000")] == [4, 2]
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"adapter": {"rank": 8}}, r"adapter\.rank = 8 is that of three equal parts.*such as 9"),
+        ({"adapter": {"rank": 2}}, r"adapter\.rank = 2 is that of three parts: set it to 3 or more"),
         ({"method": {"root_share": 0.5, "group_share": 0.5}}, "leave no round for the clients' leaves"),
         ({"training": {"keep_optimizer_state": True}}, "trains other parts in later rounds"),
         ({"adapter": {"start": "somewhere"}}, "its adapter has parts that a start has not"),

@@ -173,7 +173,7 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha")'), "its taken is a text: it must be a tuple of names"),
         (NAME, METHOD.replace('taken = ("alpha",)', 'taken = ("alpha", "alfa")'), "'alfa' in its taken, bounded or named_models is none of its settings: did you mean 'alpha'? allowed: alpha"),
         (NAME, METHOD.replace("def round(", "def rounds("), "it must define round"),
-        (NAME, METHOD.replace('("line_chart"', '("pie"'), "its section 'What the server keeps' is of kind 'pie'; allowed: line_chart, client_table, expert_assignment"),
+        (NAME, METHOD.replace('("line_chart"', '("pie"'), "its section 'What the server keeps' is of kind 'pie'; allowed: line_chart, client_table, client_draws"),
         (NAME, METHOD.replace('key="drift"', 'key=""'), "must have a title, and the key of the rounds' details it shows"),
         (NAME, METHOD.replace("    sections = (", "    sections = [1]\n    other = ("), "its sections must be a tuple of SectionSpec(kind, title, text, key), got [1]"),
         (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),

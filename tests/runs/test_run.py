@@ -756,7 +756,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         ),
         (
             {"method": {"name": "fedavg", "mu": 0.1}},
-            "method.mu is a setting of fedprox; method.name is 'fedavg'",
+            "method.mu is a setting of fedprox and fednova and moon; method.name is 'fedavg'",
         ),
         (
             {"method": {"name": "scaffold", "beta2": 0.9}},

@@ -1,12 +1,13 @@
 """HiLoRA: an adapter for all, one for a group of clients, and one of each client, one after the other.
 
 Source: HiLoRA, 2026, https://arxiv.org/abs/2603.02785; a reconstruction after a note on it and a third
-party's code, as no official code was found. The rank of ``[adapter]`` has three equal parts: root,
-group and leaf. In the first rounds all train the root; the server takes the best of its rank for the
-mean of their products, with orthonormal columns in B. It keeps a running mean of how each client's B
-moved, and from the spans of these forms groups (``aggregation/clusters.py``). Then each group trains
-its part in the same way, on top of the root; then each client its leaf, of which nothing is sent. A
-penalty keeps a part's B off the spans of those below: ``penalty`` ||B_below^T B||_F^2 for each.
+party's code, as no official code was found. The rank of ``[adapter]`` has three parts, thirds: root,
+group and leaf (of 8: 4, 2 and 2). In the first rounds all train the root; the server takes the best of
+its rank for the mean of their products, with orthonormal columns in B. It keeps a running mean of how
+each client's B moved, and from the spans of these forms groups (``aggregation/clusters.py``). Then each
+group trains its part in the same way, on top of the root; then each client its leaf, of which nothing
+is sent. A penalty keeps a part's B off the spans of those below: ``penalty`` ||B_below^T B||_F^2 for
+each.
 
 Here groups go by how B moved from the root, as all clients begin with the same B; and clients may stay
 one group. A client that is first there when groups are formed trains the root once on trial, and joins
@@ -121,12 +122,8 @@ class HiLoRA(Method):
                 f"method.root_share = {own.root_share:g} and method.group_share = {own.group_share:g} "
                 "leave no round for the clients' leaves: let them be below 1 together"
             )
-        if view.adapter is not None and view.adapter.rank % 3:
-            rank = view.adapter.rank
-            yield (
-                f"adapter.rank = {rank} is that of three equal parts: set it to a multiple of 3, such as "
-                f"{3 * max(1, round(rank / 3))}"
-            )
+        if view.adapter is not None and view.adapter.rank < 3:
+            yield f"adapter.rank = {view.adapter.rank} is that of three parts: set it to 3 or more"
 
     def setup(self, server: ServerSide) -> None:
         """Store the adapter as it is initialised."""
@@ -170,7 +167,8 @@ class HiLoRA(Method):
         if part < 2 and replies:
             for group, mean in group_means(replies, of).items():
                 name = f"{GROUP}/{group:03d}" if part else ROOT
-                tensors |= join_parts(**{name: orthonormal_b(only_factors(mean), rank_of(root))})
+                rank = rank_of(part_of(tensors, name))
+                tensors |= join_parts(**{name: orthonormal_b(only_factors(mean), rank)})
             tensors |= join_parts(other=without_factors(replies.mean()))
         if groups:
             cohort.details["groups"] = {str(c): group for c, group in sorted(groups.items())}

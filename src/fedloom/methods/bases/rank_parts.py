@@ -1,4 +1,4 @@
-"""An adapter whose ranks are three equal parts, trained one after the other; together they are one LoRA.
+"""An adapter whose ranks are three parts, trained one after the other; together they are one LoRA.
 
 W + s B A with A = [A_0; A_1; A_2] and B = [B_0, B_1, B_2] is W + s (B_0 A_0 + B_1 A_1 + B_2 A_2).
 """
@@ -46,9 +46,15 @@ INDEX_NUMBER = NumberSpec("group", -1.0, 1e6)
 
 def rank_part(adapter: Tensors, place: int) -> Tensors:
     """Return the factors of one part, from 0."""
-    rank = rank_of(adapter) // COUNT
-    found = part_of_ranks(adapter, place * rank, (place + 1) * rank)
+    found = part_of_ranks(adapter, *_ends(rank_of(adapter), place))
     return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _ends(rank: int, place: int) -> tuple[int, int]:
+    """Return where a part begins and ends: thirds, and the first has what cannot be divided."""
+    own = rank // COUNT
+    end = rank - (COUNT - 1 - place) * own
+    return (end - own if place else 0), end
 
 
 def whole_of(parts: Sequence[Tensors]) -> Tensors:
@@ -82,9 +88,10 @@ def part_exchange(
     """Return the exchange in which clients train a part; those of one group are sent the same."""
     common = {n: t for n, t in tensors.items() if n.startswith((f"{ROOT}/", f"{OTHER}/"))}
     root, other = part_of(tensors, ROOT), part_of(tensors, OTHER)
-    below = {} if part == 0 else join_parts(group=root)
+    own = part_of(tensors, f"{GROUP}/{min(groups.values(), default=0):03d}")
+    below = join_parts(group=own) if part else {}
     request = Schema.of({**common, **below}, (LEARNING_RATE, PART, INDEX_NUMBER))
-    sent = {} if part == 2 else {**root, **other}
+    sent = {} if part == 2 else {**(own if part else root), **other}
     if action == "probe":
         sent = {name: tensor for name, tensor in root.items() if B in name}
     parts = {}
@@ -116,8 +123,8 @@ class PartHooks:
             weight: Of the overlap; with 0, or for the first part, there is no such term.
             device: The model's.
         """
-        self._rank = rank_of(start) // COUNT
-        self._begin, self._weight = place * self._rank, weight
+        self._begin, end = _ends(rank_of(start), place)
+        self._rank, self._weight = end - self._begin, weight
         ranks = torch.zeros(len(factor_pairs(start)), rank_of(start), dtype=torch.bool)
         ranks[:, self._begin : self._begin + self._rank] = True
         masked = MaskedRanks(start, ranks, device)
