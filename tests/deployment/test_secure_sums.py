@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,6 +323,10 @@ def test_a_client_refuses_what_would_show_its_update(site):
         train, number=5003, summed=summed.model_copy(update={"clients": 1 << 19, "bits": 24})
     )
     assert reply.error == f"policy.max_clients: {LINES['policy.max_clients']}"
+    keys = found.sent(0, KEYS).read(RequestHeader).summed
+    listed = keys.model_copy(update={"peers": [*keys.peers, keys.peers[0]]})
+    reply = found.again(found.sent(0, KEYS), number=5006, summed=listed)
+    assert "lists the keys of 4 clients for a sum of 3" in reply.error
     many = summed.model_copy(update={"clients": 9999, "bits": 24})
     assert "do not fit 32 bits" in found.again(train, number=5004, summed=many).error
     other = found.again(found.sent(0, REVEALED), number=5005, run="f" * 32)
@@ -407,6 +412,32 @@ def test_a_client_takes_keys_that_it_trusts_and_that_their_owners_certify(tmp_pa
     with pytest.raises(PolicyError, match=rf"name {re.escape(found.prints[3])} \(client 3"):
         found.registry(*three, found.peer(3))
     assert not found.noted and not (tmp_path / "peers.toml").exists()
+
+
+def test_a_member_with_two_keys_is_refused(tmp_path):
+    found = Peers(tmp_path, lambda known: {"peers": known[1:4]})
+    public, signature = certificate(found.keys[2], "a" * 32, 2, 11)
+    twin = SigningKey(public=public.hex(), signature=signature.hex())
+    with pytest.raises(SumRefused, match="member 11 is listed twice"):
+        found.registry(found.peer(0), found.peer(1), found.peer(2, member=11, signing=twin))
+
+
+def test_work_is_for_one_sum_which_was_begun(tmp_path):
+    sums = Peers(tmp_path, lambda known: {"peers": known[1:3]}).sums
+
+    def ask(number, round=1, payload="p", began=(1,), begun=True):
+        header = SimpleNamespace(began=began, round=round, action="train", payload=payload)
+        sums.require_first_sum(header, SimpleNamespace(number=number), begun=begun)
+
+    ask(0)
+    ask(0)  # a request that came twice
+    ask(1, payload="q")
+    ask(1, began=(1, 2))  # after a resume
+    ask(0, began=(1, 2), round=2)
+    with pytest.raises(SumRefused, match="the same work in a second sum"):
+        ask(1, began=(1, 2), round=2)
+    with pytest.raises(SumRefused, match="takes part in no sum"):
+        ask(0, round=3, begun=False)
 
 
 def test_own_key_under_another_number_is_refused(tmp_path):

@@ -58,7 +58,13 @@ def test_the_page_has_an_experiment_that_is_read_as_it_says():
 def test_values_are_ours():
     found = Experiment.from_table(
         {
-            "training": {"bf16": True, "optim": "adamw_torch", "num_train_epochs": 2.0, "seed": 3},
+            "training": {
+                "bf16": True,
+                "fp16": False,
+                "optim": "adamw_torch",
+                "num_train_epochs": 2.0,
+                "seed": 3,
+            },
             "objective": {"loss_type": "sigmoid", "rpo_alpha": 0.5},
             "output": {"output_dir": "here"},
         }
@@ -80,6 +86,11 @@ def test_values_are_ours():
             {"training": {"num_train_epochs": 0.5}},
             "training.num_train_epochs = 0.5: a client passes its rows whole times in a round; see local_steps",
         ),
+        (
+            {"training": {"lr_scheduler_type": ["linear"]}},
+            "training.lr_scheduler_type = ['linear']: of its values 'constant', 'linear', 'cosine' are read",
+        ),
+        ({"training": {"bf16": [1]}}, "training.bf16 = [1]: it is true or false"),
         (
             {"training": {"fp16": True}},
             'training.fp16 = True: float16 is not offered; use training.precision = "bf16"',

@@ -231,3 +231,39 @@ def test_losses_that_are_all_alike_or_at_the_end_of_their_range_draw_whom_they_m
         assert len(chosen) == 2
         own.observe(round, {c: seen(4, loss, 1.0, trained=loss) for c in chosen})
     json.dumps(own.saved(), allow_nan=False)
+
+
+def test_clients_that_never_answer_take_places_of_new_ones_once():
+    own, presence = made("flash", losses="training"), rows_of(*[10] * 6)
+    often = dict.fromkeys(range(6), 0)
+    for round in range(1, 31):
+        own.begin(round, {})
+        drawn = draw(own, presence, 2, 5, round)
+        often = {client: count + (client in drawn) for client, count in often.items()}
+        told = 1.0 + 1.0 / round
+        own.observe(
+            round, {c: Observation(c > 1, 10, None, told if c > 1 else None, None) for c in drawn}
+        )
+    assert own.known.keys() == set(range(6))
+    assert often[0] + often[1] <= 2 + 30, often  # at most one of them in a round, after the first
+
+
+def test_who_leaves_its_loss_out_comes_last():
+    own, presence = made("power_of_choice", losses="training", candidates=4), rows_of(*[10] * 4)
+    for round in (1, 2):
+        own.begin(round, {})
+        told = {c: Observation(True, 10, None, None if c == 3 else 1.0 + c, None) for c in range(4)}
+        own.observe(round, told)
+    own.begin(3, {})
+    assert draw(own, presence, 3, 5, 3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("false", [-1e9, 1e9])
+def test_a_false_loss_or_time_leaves_the_others_apart(false):
+    own = made("flash", losses="training")
+    own.observe(1, {c: seen(loss=1.0 + c, trained=1.0 + c, seconds=1.0 + c) for c in range(4)})
+    own.observe(1, {4: seen(loss=false, trained=false, seconds=1e6)})
+    own.begin(2, {})
+    contexts = own.contexts({c: own.known[c] for c in range(4)})
+    for place in (1, 4):  # loss and time
+        assert min(np.diff([context[place] for context in contexts])) > 0.02

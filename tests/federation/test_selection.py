@@ -10,7 +10,13 @@ import fedloom
 from fedloom.errors import PluginError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Membership, Presence
-from fedloom.federation.selection import SELECTIONS, UniformSettings, draw, make_selection
+from fedloom.federation.selection import (
+    SELECTIONS,
+    UniformSettings,
+    draw,
+    draw_candidates,
+    make_selection,
+)
 from fedloom.randomness import generator
 
 
@@ -97,6 +103,12 @@ class Nobody(Selection):
     def draw(self, presence, size, rng):
         return None
 
+class Asking(Last):
+    def candidates(self, presence, size, rng):
+        import numpy as np
+
+        return np.array([0, 9])
+
 class Without(Selection):
     pass
 """
@@ -120,6 +132,9 @@ def test_a_class_of_the_users(own):
         drawn("chosen:Twice", presence, 2)
     with pytest.raises(PluginError, match=r"Nobody\.draw returned None"):
         drawn("chosen:Nobody", presence, 2)
+    asking = make_selection(SELECTIONS["chosen:Asking"][0](name="chosen:Asking"))
+    with pytest.raises(PluginError, match=r"Asking\.candidates returned array.*some different"):
+        draw_candidates(asking, presence, 2, 5, 1)
 
 
 @pytest.mark.parametrize(

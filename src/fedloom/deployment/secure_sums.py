@@ -63,6 +63,7 @@ class SecureSums:
     member: int
     policy: PolicySettings
     _certified: set[tuple[object, ...]] = field(default_factory=set)
+    _summed: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def clients(self, seed: int) -> SecureClients:
         """Return this client for the engine, without keys of others yet."""
@@ -93,6 +94,11 @@ class SecureSums:
         if summed.clients > self.policy.max_clients:
             reason = f"a sum of {summed.clients} clients, {self.policy.max_clients} are allowed"
             raise PolicyError(Refusal("policy.max_clients", reason))
+        if len(summed.peers) > summed.clients:
+            raise SumRefused(
+                f"it lists the keys of {len(summed.peers)} clients for a sum of {summed.clients}",
+                "forged",
+            )
         beside = {self.client: self._shares(summed)} if summed.shares else {}
         masking = Masking(
             session_of(self.run, len(header.began)),
@@ -136,6 +142,27 @@ class SecureSums:
             masking=masking,
         )
 
+    def require_first_sum(self, header: RequestHeader, masking: Masking, *, begun: bool) -> None:
+        """Check, before it is done, that work is for one sum, and that its sum was begun.
+
+        The same work in two sums of other clients would show one client's update as their difference.
+
+        Args:
+            header: Of a request that is no stage of its own.
+            masking: Of the same.
+            begun: Whether this client gave its keys for a sum that has not ended.
+
+        Raises:
+            SumRefused: It is not.
+        """
+        if not begun:
+            raise SumRefused("this client takes part in no sum of this run and round", "replayed")
+        moment = (len(header.began), header.round)
+        self._summed = {work: own for work, own in self._summed.items() if work[:2] == moment}
+        number = self._summed.setdefault((*moment, header.action, header.payload), masking.number)
+        if number != masking.number:
+            raise SumRefused("a server asks for the same work in a second sum", "replayed")
+
     @staticmethod
     def _shares(summed: SumHeader) -> bytes:
         try:
@@ -157,7 +184,8 @@ class SecureSums:
         if len(peers) < LEAST:
             raise SumRefused(f"a sum of {len(peers)} clients is refused: {LEAST} are the fewest")
         own = public_line(self.key)
-        found, seen, members = {}, set[str](), {}
+        found, seen = {}, set[str]()
+        members: dict[int, tuple[str, str]] = {}
         for peer in peers:
             line = own if peer.client == self.client else peer.key
             try:
@@ -167,6 +195,8 @@ class SecureSums:
                 raise SumRefused(f"the key of client {peer.client}: {error}", "forged") from None
             if peer.client in found or print_ in seen:
                 raise SumRefused(f"client {peer.client} or its key is listed twice", "forged")
+            if str(peer.member) in {member for member, _ in members.values()}:
+                raise SumRefused(f"member {peer.member} is listed twice", "forged")
             if not sound:
                 raise SumRefused(
                     f"the signing key of client {peer.client} is not certified by its own key for this "

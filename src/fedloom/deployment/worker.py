@@ -389,7 +389,12 @@ class Worker:
             raise ReportedError(Sentence.UNFIT)
         run.latest = moment
         going_on = engine.under_way(number, header.round)
-        asked = f"{header.action} {masking.number}" if masking is not None else header.action
+        asked = (
+            f"{header.action} {masking.number}" if stage and masking is not None else header.action
+        )
+        if run.sums is not None and masking is not None and not stage:
+            begun = engine.secure is not None and engine.secure.under_way(number)
+            run.sums.require_first_sum(header, masking, begun=begun)
         self.day.begin_work((run.id, *moment), asked, run.policy, going_on=going_on)
         self._note("asked", header, data, header.payload)  # at most as often as the policy allows
         self._remember(run, header, header.round)

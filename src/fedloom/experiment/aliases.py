@@ -39,7 +39,7 @@ class Alias:
 
 def _one_of(values: Mapping[str, str]) -> Callable[[Any], Any]:
     def value(theirs: Any) -> Any:
-        if theirs not in values:
+        if not isinstance(theirs, str) or theirs not in values:
             raise _NotReadError(f"of its values {', '.join(map(repr, values))} are read")
         return values[theirs]
 
@@ -55,13 +55,19 @@ def _whole(theirs: Any) -> Any:
 
 
 def _precision(theirs: Any) -> Any:
-    return {True: "bf16", False: "fp32"}.get(theirs, theirs)
+    if not isinstance(theirs, bool):
+        raise _NotReadError("it is true or false")
+    return "bf16" if theirs else "fp32"
+
+
+_NOTHING = object()
+"""A value that asks for nothing."""
 
 
 def _not_half(theirs: Any) -> Any:
     if theirs is not False:
         raise _NotReadError('float16 is not offered; use training.precision = "bf16"')
-    return "fp32"
+    return _NOTHING
 
 
 _BETWEEN = "it falls over the rounds and is constant within one"
@@ -174,19 +180,22 @@ def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str
             continue
         theirs = own.pop(key)
         place, ours = alias.ours.split(".")
+        try:
+            value = alias.value(theirs)
+        except _NotReadError as error:
+            problems.append(f"{name} = {quoted(theirs, 60)}: {error}")
+            continue
+        if value is _NOTHING:
+            continue
         target = found.setdefault(place, {})
         if not own and place != section:
             del found[section]
         if not isinstance(target, dict) or ours in target:
             problems.append(f"{name} is {alias.origin}'s name of {alias.ours}, which is given too")
             continue
-        try:
-            target[ours] = alias.value(theirs)
-        except _NotReadError as error:
-            problems.append(f"{name} = {quoted(theirs, 60)}: {error}")
-            continue
+        target[ours] = value
         remark = f" ({alias.remark})" if alias.remark else ""
-        notes.append(f"{name} is read as {alias.ours} = {quoted(target[ours], 60)}{remark}")
+        notes.append(f"{name} is read as {alias.ours} = {quoted(value, 60)}{remark}")
     return found, notes, problems
 
 

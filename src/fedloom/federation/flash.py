@@ -54,7 +54,9 @@ class FlashSettings(InformedSettings):
 
 
 class Flash(InformedSelection):
-    """Draws clients that never took part first, then those with the largest upper bounds.
+    """Draws clients that were never drawn first, then those with the largest upper bounds.
+
+    Of clients that were drawn and never answered, one a round is tried again.
 
     Attributes:
         bandit: What rewards have taught.
@@ -73,20 +75,25 @@ class Flash(InformedSelection):
         there = presence.available
         order = rng.permutation(len(there)).tolist()
         shuffled = [there[place] for place in order]
-        new = [client for client in shuffled if not self._took_part(client)][:size]
+        new = [client for client in shuffled if client not in self.known][:size]
         old = [client for client in shuffled if self._took_part(client)]
+        silent = [c for c in shuffled if c in self.known and not self._took_part(c)]
+        left = size - len(new)
+        retried = silent[: max(left - len(old), min(1, left - 1), 0)]
         contexts = self.contexts({client: self.known[client] for client in old})
         bounds = self.bandit.upper_bounds(contexts, self.settings.width)
-        best = np.argsort([-own for own in bounds], kind="stable").tolist()[: size - len(new)]
-        found = self.drawn(new, "never took part")
-        return found + self.drawn([old[place] for place in best], "its score")
+        best = np.argsort([-own for own in bounds], kind="stable").tolist()
+        scored = [old[place] for place in best[: left - len(retried)]]
+        found = self.drawn(new, "never drawn before") + self.drawn(scored, "its score")
+        return found + self.drawn(retried, "tried again, as it never answered")
 
     def contexts(self, clients: Mapping[int, Known]) -> list[list[float]]:
         """Return the context of each client, :data:`FEATURES` numbers from -1 to 1."""
         every = [*self.known.values(), *clients.values()]
-        losses = bounded([own.loss for own in every if own.loss is not None], self.settings.largest)
-        largest = max(map(abs, losses), default=0.0) or 1.0
-        longest = max((own.seconds or 0.0 for own in every), default=0.0) or 1.0
+        most_times = self.settings.largest
+        losses = bounded([abs(own.loss) for own in every if own.loss is not None], most_times)
+        times = bounded([own.seconds for own in every if own.seconds is not None], most_times)
+        largest, longest = (max(values, default=0.0) or 1.0 for values in (losses, times))
         most = max((own.rows for own in every), default=0) or 1
         found = []
         for own in clients.values():
@@ -97,7 +104,7 @@ class Flash(InformedSelection):
         return found
 
     def observe(self, round: int, observed: Mapping[int, Observation]) -> None:
-        """Teach the bandit each client's reward in the context that it was drawn in."""
+        """Teach the bandit each client's reward in its context, with what it told before it trained."""
         self.round = round
         for client, own in observed.items():
             if own.answered:

@@ -32,8 +32,8 @@ class InformedSettings(NamedSettings):
     rows: Annotated[int, Of("selection.losses", ("rows",))] = Field(default=64, ge=LEAST_ROWS)
     """Most rows of a client whose losses are asked for; of more, as many are drawn anew in each round."""
     largest: float = Field(default=10, ge=1)
-    """A loss counts as this many times the median of the losses told at most, so that no client is drawn
-    for a false one."""
+    """A loss counts as this many times the median of the losses told at most, so that one false loss
+    cannot outweigh all others; a client that claims a large loss is still drawn more often."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,9 @@ class Oort(InformedSelection):
             for client, own in observed.items()
             if own.answered and self.reasons.get(client) == "its score"
         ]
-        values = self.utilities(again)
+        every = [client for client in self.known if self._utility_known(client)]
+        gained = dict(zip(every, self.utilities(every), strict=True))
+        values = [gained.get(client, 0.0) for client in again]
         self.gained.append(sum(values) / len(values) if values else 0.0)
         own = self.settings
         self.percentile = paced(self.percentile, self.gained, own.pace_rounds, own.pace_step)

@@ -82,16 +82,17 @@ class PowerOfChoice(InformedSelection):
 
     def _losses(self, clients: Sequence[int]) -> list[float]:
         """Return the loss of each client; one that did not tell it comes last, one never seen first."""
+        unseen = math.inf
         if self.settings.losses == "rows":
-            known, unknown = self._told, -math.inf
+            known, unseen = self._told, -math.inf
         else:
-            last = {c: own.loss for c, own in self.known.items() if own.loss is not None}
-            known, unknown = last, math.inf
+            known = {c: own.loss for c, own in self.known.items() if own.loss is not None}
         told = [client for client in clients if client in known]
         most = dict(
             zip(told, bounded([known[c] for c in told], self.settings.largest), strict=True)
         )
-        return [most.get(client, unknown) for client in clients]
+        silent = dict.fromkeys(self.known.keys() - most.keys(), -math.inf)
+        return [most.get(client, silent.get(client, unseen)) for client in clients]
 
     def details(self, round: int, observed: Mapping[int, Observation]) -> dict[str, Any]:
         """Return also what candidates told."""

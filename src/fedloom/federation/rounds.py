@@ -25,10 +25,15 @@ from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round, SummedReplies
 from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
 from fedloom.federation.secure_exchange import PROTOCOL, SecureAggregation
-from fedloom.federation.selection import Selection, Uniform, UniformSettings, draw
+from fedloom.federation.selection import (
+    Selection,
+    Uniform,
+    UniformSettings,
+    draw,
+    draw_candidates,
+)
 from fedloom.federation.selection_contract import Observation, Told
 from fedloom.privacy.private_mean import PrivateMean
-from fedloom.randomness import generator
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
@@ -189,7 +194,7 @@ class Server:
         return before.begun(round, self.engine.membership(), reachable, paused)
 
     def _cohort(self, round: int, presence: Presence, state: State, asked: _Asked) -> Cohort:
-        federation, selection = self.federation, self.selection
+        federation, selection, bounded = self.federation, self.selection, self.bounded(presence)
         if not presence.available:
             raise RoundFailed(
                 f"round {round}: all clients are in quarantine for repeated violations ("
@@ -197,18 +202,25 @@ class Server:
                 f"{sorted(presence.suspended)}"
             )
         if selection.asks == "candidates":
-            size = min(federation.drawn, len(presence.available))
-            rng = generator(federation.seed, "candidates", round=round)
-            candidates = selection.candidates(presence, size, rng)
+            candidates = draw_candidates(
+                selection, bounded, federation.drawn, federation.seed, round
+            )
             self._ask_losses(round, presence, state, candidates, asked)
         selection.begin(round, asked.told)
-        clients = draw(selection, presence, federation.drawn, federation.seed, round)
+        clients = draw(selection, bounded, federation.drawn, federation.seed, round)
         if selection.asks == "drawn":
             self._ask_losses(round, presence, state, clients, asked)
         last = round == federation.rounds
         return Cohort(
             round, clients, presence, self.learning_rate(round), last=last, reported=self.reported
         )
+
+    def bounded(self, presence: Presence) -> Presence:
+        """Return the presence with no client's rows above the bound of its weight, for draws by rows."""
+        most = self.admission.weight_bound(presence.rows).examples
+        if most is None:
+            return presence
+        return replace(presence, rows={own: min(n, most) for own, n in presence.rows.items()})
 
     def _ask_losses(
         self,
@@ -314,7 +326,8 @@ class _RoundExchanges:
         """
         federation, cohort = self.server.federation, self.cohort
         lost = sorted(self.rejected.keys() & set(cohort.clients))
-        free = cohort.presence.without(cohort.clients) if lost else cohort.presence
+        free = self.server.bounded(cohort.presence)
+        free = free.without(cohort.clients) if lost else free
         count = min(len(lost), len(free.available), federation.replacements)
         if count:
             drawn = draw(

@@ -182,15 +182,39 @@ def draw(
     """
     size = min(size, len(presence.available))
     drawn = selection.draw(presence, size, generator(seed, purpose, round=round))
+    count = None if isinstance(selection, Poisson) else size
+    return _available("draw", selection, drawn, presence, count)
+
+
+def draw_candidates(
+    selection: Selection, presence: Presence, size: int, seed: int, round: int
+) -> tuple[int, ...]:
+    """Return the clients that are asked before a draw, ascending; see :func:`draw`.
+
+    Raises:
+        PluginError: A class that is not fedloom's returned something else than some of those there.
+    """
+    size = min(size, len(presence.available))
+    found = selection.candidates(presence, size, generator(seed, "candidates", round=round))
+    return _available("candidates", selection, found, presence)
+
+
+def _available(
+    what: str,
+    selection: Selection,
+    returned: Sequence[int],
+    presence: Presence,
+    count: int | None = None,
+) -> tuple[int, ...]:
+    """Return clients ascending, checked to be there, and so many if a count is given."""
     try:
-        clients = tuple(sorted({int(client) for client in drawn}))
+        clients = tuple(sorted({int(client) for client in returned}))
+        sound = presence.are_available(clients) and count in (None, len(clients))
     except (TypeError, ValueError):
-        clients = ()
-    if isinstance(selection, Poisson):
-        return clients
-    if len(clients) != size or not presence.are_available(clients):
+        clients, sound = (), False
+    if not sound:
         raise PluginError(
-            f"{type(selection).__name__}.draw returned {drawn!r:.200}: it must return {size} different "
-            "clients of presence.available"
+            f"{type(selection).__name__}.{what} returned {returned!r:.200}: it must return "
+            f"{'some' if count is None else count} different clients of presence.available"
         )
     return clients

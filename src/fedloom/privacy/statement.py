@@ -22,8 +22,8 @@ SUMS = (
 
 CHECKED = (
     "Secure aggregation between machines: each client's own file says whose keys it trusts, and clients "
-    "learn each other's numbers and public keys; the server learns of each client its rows, and of its "
-    "work tokens, steps and seconds"
+    "learn each other's numbers and public keys; the server learns of each client how many rows it has "
+    "and holds out, and of its work tokens, examples, steps, FLOPs, memory and seconds"
 )
 
 

@@ -2,8 +2,9 @@
 
 Selections that go by losses ask for them before clients train (``federation/selection_contract.py``). A
 client is sent what it is sent to be judged with, so that it works for every method whose clients hold a
-whole model. It answers with two numbers, over :data:`LEAST_ROWS` rows or more, whoever asks: a mean over
-fewer would tell of single rows.
+whole model. It answers with two numbers over :data:`LEAST_ROWS` of its rows or more, or over all of
+them where it has fewer. Means over two known sets of rows can be subtracted from each other, and carry
+no noise.
 """
 
 from __future__ import annotations
