@@ -53,6 +53,11 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(largest_value(tensor))
 
 
+def zeros_like(tensors: Tensors) -> Tensors:
+    """Return zeros of the names, shapes, types and devices of other tensors."""
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
 def join_parts(**parts: Tensors) -> Tensors:
     """Return several sets of tensors as one, each name after its part: ``control/NAME``."""
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

@@ -26,6 +26,21 @@ def test_a_method_declares_what_it_is(name):
     assert kind.least.keys() <= fields
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_row_privacy_is_declared_of_steps_on_batches_drawn_anew(name):
+    settings, kind = METHODS[name]
+    claim = kind.declares.row_privacy
+    if kind(settings()).repeats > 1:
+        assert not claim.holds or "with method.steps = 1 alone" in claim.why
+
+
+def test_a_method_that_cannot_hide_a_row_is_refused_once(experiment):
+    with pytest.raises(SettingsError) as caught:
+        experiment(method={"name": "apfl"}, privacy={"unit": "row", "target_epsilon": 5.0})
+    told = [text for text in caught.value.problems if "method.name = 'apfl'" in text]
+    assert len(told) == 1 and "two steps on each batch" in told[0]
+
+
 def test_only_who_can_lose_nobody_is_bound_to_one_client():
     assert [n for n, (_, kind) in METHODS.items() if not kind.declares.absence.tolerated] == [
         "centralised"

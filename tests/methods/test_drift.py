@@ -15,6 +15,7 @@ from fedloom.aggregation.rules import AggregationSettings
 from fedloom.aggregation.trajectory import descended, extrapolated, fitted, mismatch
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.compression_messages import start_of
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.contract.client import carried_out
@@ -253,6 +254,28 @@ def test_fednova_refuses_what_would_make_its_factors_wrong(method, training, wor
     assert len(told.value.problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "admission", "words"),
+    [
+        (
+            "fednova",
+            {"max_change": 1.0},
+            r"admission\.max_change: clients of .* their change a step",
+        ),
+        *(
+            (name, {"max_change": 1.0, "on_excess": "clip"}, r'on_excess = "clip": .* keep a sum')
+            for name in ("feddyn", "scaffold")
+        ),
+    ],
+)
+def test_bounds_that_a_method_does_not_go_with_are_refused(name, admission, words):
+    with pytest.raises(SettingsError, match=words) as told:
+        Experiment.from_table({"method": {"name": name}, "admission": admission})
+    assert len(told.value.problems) == 1
+    if name != "fednova":
+        Experiment.from_table({"method": {"name": name}, "admission": {"max_change": 1.0}})
+
+
 def rows_of(*rows):
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -400,13 +423,22 @@ def test_a_trajectory_is_projected_by_hand():
 
 
 def test_a_client_is_pulled_towards_the_projection():
-    """(w - 4)^2 / 2 + 1 / 2 (w - 1.5)^2 has its minimum at 2.75."""
+    """From 1, 0.5 ahead: (w - 4)^2 / 2 + 1 / 2 (w - 1.5)^2 has its minimum at 2.75."""
     own, method = Quadratic(1, 4), FedPTR(FedPTRSettings(strength=1.0))
-    sent = {
-        n: torch.tensor([v], dtype=torch.float64) for n, v in (("w", 1.0), ("projected/w", 1.5))
-    }
+    sent = {n: torch.tensor([v], dtype=torch.float64) for n, v in (("w", 1.0), ("offset/w", 0.5))}
     reply = carried_out(method.handlers()["train"](own, Payload(sent, {"learning_rate": 0.1})))
     assert reply.tensors["w"].item() == pytest.approx(2.75) and set(reply.tensors) == {"w"}
+
+
+def test_what_fedptr_sends_first_is_what_every_client_holds():
+    """So that a codec of [wire] begins with changes of 0, and its errors are small as the offset is."""
+    method = FedPTR(FedPTRSettings())
+    adapter = {"w": torch.tensor([3.0, -2.0])}
+    state = method.initial_state(adapter)
+    exchange = next(method.round(state, Cohort(1, (0,), Presence.of(ALIKE), 0.1)))
+    sent = decode(exchange.requests[0], exchange.request_schema).tensors
+    held = start_of(exchange.request_schema.tensors, adapter)
+    assert sent.keys() == held.keys() and all(torch.equal(sent[n], held[n]) for n in held)
 
 
 def test_fedptr_without_its_term_is_fedavg_and_without_a_move_fedprox(play):

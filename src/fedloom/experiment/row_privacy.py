@@ -77,7 +77,7 @@ def _method(parts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{WHAT}: method.name = {name!r} cannot: {claim.why}; docs/methods.md says which methods can"
         )
-    if make_method(parts["method"]).repeats > 1:
+    elif make_method(parts["method"]).repeats > 1:
         yield (
             f"{WHAT}: method.name = {name!r} makes several steps on each batch, which the accountant "
             "does not cover: it takes each batch to be drawn anew"

@@ -33,7 +33,7 @@ from fedloom.methods.bases.parameter_averaging import (
 from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
+from fedloom.methods.declaration import KEEPS_ADAPTER, averaging, no
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
@@ -64,6 +64,9 @@ class APFL(Method):
         "adapted",
         "on the adapter; its share moves in every step",
         keeps="an adapter of its own, and its share in the mixture",
+        row_privacy=no(
+            "two steps on each batch, and the accountant takes each batch to be drawn anew"
+        ),
         absence=KEEPS_ADAPTER,
     )
     reveals = ADAPTERS_ALONE

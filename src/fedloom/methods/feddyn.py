@@ -12,8 +12,8 @@ and from the answers of S_t the server takes
 Both are kept as sums of moves, m_k = -g_k / alpha and M = -h / alpha, as in the authors' code: the
 client's problem is then FedProx's around w_t - m_k, up to a constant, and w_{t+1} = mean_{S_t} w_k + M.
 Clients count alike. N counts all clients of the federation, present or not, those that left included,
-whose m_k stays in M: N M is the sum of all m_k. The model to evaluate and to save is the mean of S_t, as
-in the paper's experiments; w_t alone is sent.
+whose m_k stays in M: N M is the sum of all m_k, but for what privacy.sum_bound cuts off. The model to
+evaluate and to save is the mean of S_t, as in the paper's experiments; w_t alone is sent.
 
 It is derived for clients that solve their problem. Where they make a few steps, alpha (w - w_t + m_k)
 moves them little, M is a momentum that nothing damps, and w_t can swing: raise alpha or the steps of a
@@ -23,9 +23,9 @@ rest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from fedloom.aggregation.server_optimizers import difference
@@ -35,7 +35,9 @@ from fedloom.methods.bases.parameter_averaging import (
     proximal_gradient,
     training_exchange,
 )
+from fedloom.methods.contract.checks import whole_answers
 from fedloom.methods.contract.client import Client, Handler, Trainings
+from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import (
     CODED_CHANGES,
@@ -48,7 +50,7 @@ from fedloom.methods.declaration import (
 )
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
-from fedloom.tensors import State, Tensors, join_parts, part_of
+from fedloom.tensors import State, Tensors, join_parts, part_of, zeros_like
 from fedloom.wire.messages import Payload
 from fedloom.wire.schema import amount
 
@@ -112,9 +114,17 @@ class FedDyn(Method):
         """Keep the settings."""
         self.settings = settings
 
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that the server cannot shorten answers."""
+        yield from super().check(view)
+        yield from whole_answers(
+            view, "has clients keep a sum of what they sent, which is the server's as well"
+        )
+
     def initial_state(self, adapter: Tensors) -> State:
         """Start with M = 0."""
-        return State(join_parts(adapter=adapter, moves=_zeros(adapter)))
+        return State(join_parts(adapter=adapter, moves=zeros_like(adapter)))
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send mean + M; M moves by the mean change, times the share that answered."""
@@ -140,7 +150,7 @@ class FedDyn(Method):
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         start = payload.tensors
-        own = client.store.get(MOVES) or _zeros(start)
+        own = client.store.get(MOVES) or zeros_like(start)
         alpha = self.settings.alpha
         if self.settings.scaled:
             alpha *= payload.numbers[MEAN_ROWS.name] / len(client.share)
@@ -154,7 +164,3 @@ class FedDyn(Method):
         moved = difference(client.as_read(reply).tensors, start)  # N M stays the sum of all m_k
         client.store[MOVES] = {name: tensor + moved[name] for name, tensor in own.items()}
         return reply
-
-
-def _zeros(tensors: Tensors) -> Tensors:
-    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

@@ -78,8 +78,14 @@ class FedNova(Method):
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
-        """Yield also what would make the factors of gradients wrong."""
+        """Yield also what would make the factors of gradients wrong, and what cannot be bounded."""
         yield from super().check(view)
+        if view.admission is not None and view.admission.max_change is not None:
+            yield (
+                f"admission.max_change: clients of method.name = {view.name!r} send their change a step, "
+                "which the server multiplies by the steps, so that it does not bound how far a client "
+                "moves: use admission.max_value"
+            )
         training = view.training
         if training is None:
             return

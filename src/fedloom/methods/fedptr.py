@@ -10,7 +10,9 @@ server
    descent on them take w_{t-1} to w_t (``aggregation/trajectory.py``); the size of a step is fitted too;
 2. projects: w~ = U(w_t; S), these steps from w_t; w~ = w_t in the first round, where nothing moved, and
    where S makes nothing of the move;
-3. sends w_t and w~. Client k minimises F_k(w) + lambda/2 ||w - w~||^2, and the server is FedAvg's.
+3. sends w_t and w~ - w_t: codecs of ``[wire]`` code changes of what is sent, from 0 but for the adapter,
+   and would lose more of w~ than it is ahead. Client k minimises F_k(w) + lambda/2 ||w - w~||^2, and the
+   server is FedAvg's.
 
 With lambda = 0 it is FedAvg, with w~ = w_t FedProx. ``projection = "linear"``, w~ = w_t + beta (w_t -
 w_{t-1}), is the cheap baseline that synthetic examples must beat to be worth their passes. It is the
@@ -32,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedloom.accounting.costs import SERVER
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.robust import distance
+from fedloom.aggregation.server_optimizers import difference
 from fedloom.aggregation.trajectory import descended, extrapolated, fitted
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import (
@@ -54,8 +57,8 @@ from fedloom.wire.schema import Schema
 PREVIOUS = "previous"
 """Part of the state: w_{t-1}."""
 
-PROJECTED = "projected"
-"""Part of what is sent: w~."""
+OFFSET = "offset"
+"""Part of what is sent: w~ - w_t."""
 
 UNFITTED = "projection_mismatch"
 """Detail of a round: how much of the last move the synthetic examples do not make, from 0 to 1."""
@@ -96,7 +99,7 @@ class FedPTR(Method):
         "https://arxiv.org/abs/2312.14380",
         "reconstructed",
         "losses, sizes and steps are ours: the abstract alone was available",
-        travels="the adapter and the projected one down, the adapter up",
+        travels="the adapter and how far the projected one is from it down, the adapter up",
         asynchronous=no("the projection is of the move of one round"),
         problem=DRIFT,
     )
@@ -145,7 +148,7 @@ class FedPTR(Method):
         """Send the adapter and where it is going, average what comes back."""
         adapter = self.shared(state)
         ahead = self._projected(part_of(state.tensors, PREVIOUS), adapter, cohort)
-        sent = {**adapter, **join_parts(projected=ahead)}
+        sent = {**adapter, **join_parts(offset=difference(ahead, adapter))}
         replies = yield Exchange.broadcast(
             "train",
             cohort.round,
@@ -194,8 +197,11 @@ class FedPTR(Method):
         return _moved_to(ahead, torch.device("cpu"))
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
-        ahead = _moved_to(part_of(payload.tensors, PROJECTED), client.model.device)
-        client.model.write({n: t for n, t in payload.tensors.items() if n in ahead})
+        offset = part_of(payload.tensors, OFFSET)
+        adapter = {name: payload.tensors[name] for name in offset}
+        ahead = {name: tensor + offset[name] for name, tensor in adapter.items()}
+        ahead = _moved_to(ahead, client.model.device)
+        client.model.write(adapter)
         result = yield from client.training_steps(
             payload.numbers["learning_rate"],
             before_step=proximal_gradient(ahead, self.settings.strength),

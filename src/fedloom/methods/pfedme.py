@@ -26,7 +26,7 @@ from fedloom.methods.bases.parameter_averaging import ADAPTER, proximal_gradient
 from fedloom.methods.bases.personal_parts import KeepsAdapter
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import KEEPS_ADAPTER, averaging
+from fedloom.methods.declaration import KEEPS_ADAPTER, averaging, yes
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors
 from fedloom.training.results import StepHook
@@ -58,6 +58,10 @@ class PFedMe(KeepsAdapter):
         "adapted",
         "on the adapter",
         keeps="an adapter of its own",
+        row_privacy=yes(
+            "a client's steps are plain gradient steps on its rows, with method.steps = 1 alone: the "
+            "accountant takes each batch to be drawn anew"
+        ),
         absence=KEEPS_ADAPTER,
     )
     reveals = ADAPTERS_ALONE

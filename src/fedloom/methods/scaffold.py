@@ -24,6 +24,7 @@ from torch import nn
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.checks import whole_answers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Method, Reveal
@@ -38,7 +39,7 @@ from fedloom.methods.declaration import (
     yes,
 )
 from fedloom.settings.schema import NamedSettings
-from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
+from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes, zeros_like
 from fedloom.training.results import StepHook
 from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import Schema
@@ -85,8 +86,11 @@ class Scaffold(Method):
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
-        """Yield also that all tensors must have one learning rate."""
+        """Yield also that all tensors must have one learning rate, and answers stay whole."""
         yield from super().check(view)
+        yield from whole_answers(
+            view, "has clients keep a sum of what they sent, which is the server's as well"
+        )
         if view.training is not None and view.training.head_learning_rate:
             yield (
                 f"training.head_learning_rate: method.name = {view.name!r} divides by one learning rate "
@@ -95,7 +99,7 @@ class Scaffold(Method):
 
     def initial_state(self, adapter: Tensors) -> State:
         """Start with c = 0."""
-        return State(join_parts(adapter=adapter, control=_zeros(adapter)))
+        return State(join_parts(adapter=adapter, control=zeros_like(adapter)))
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Average the adapters; c moves by the changes of c_k, over the number of all clients."""
@@ -130,7 +134,7 @@ class Scaffold(Method):
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         start, control = part_of(payload.tensors, ADAPTER), part_of(payload.tensors, CONTROL)
-        own = client.store.get(CONTROL) or _zeros(start)
+        own = client.store.get(CONTROL) or zeros_like(start)
         rate = payload.numbers["learning_rate"]
         client.model.write(start)
         correction = {n: (c - own[n]).to(client.model.device) for n, c in control.items()}
@@ -177,7 +181,3 @@ def control_variate(
     return {
         name: own[name] - control[name] + scale * (start[name] - trained[name]) for name in start
     }
-
-
-def _zeros(tensors: Tensors) -> Tensors:
-    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

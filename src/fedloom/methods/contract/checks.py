@@ -47,6 +47,15 @@ def optimizer_anew(view: ExperimentView, why: str) -> Iterator[str]:
         yield f"training.keep_optimizer_state: method.name = {view.name!r} {why}"
 
 
+def whole_answers(view: ExperimentView, why: str) -> Iterator[str]:
+    """Yield that the server cannot shorten a client's answer, and why."""
+    if view.admission is not None and view.admission.on_excess == "clip":
+        yield (
+            f'admission.on_excess = "clip": method.name = {view.name!r} {why}: use "reject", which '
+            "leaves the answer out on both sides"
+        )
+
+
 def require_linear_layers(stacked: str | None, what: str) -> None:
     """Check that the change of each layer under LoRA's factors is their product.
 

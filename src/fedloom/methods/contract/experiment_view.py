@@ -75,6 +75,10 @@ class Admission(Protocol):
     def max_change(self) -> float | None:
         """Largest norm of what a client changed."""
 
+    @property
+    def on_excess(self) -> Literal["reject", "clip"]:
+        """What becomes of an answer that changed more."""
+
 
 class Simulation(Protocol):
     """``[simulation]``."""
