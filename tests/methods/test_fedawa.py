@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+import linear_bench
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedawa import FedAWA, FedAWASettings
 
@@ -24,6 +26,14 @@ def test_published_it_begins_at_nearly_equal_weights(play):
     assert state.numbers == {"logit/000000": 0.25, "logit/000001": 0.75}
 
 
+def test_shares_are_of_all_rows_whoever_answers(play):
+    # 1 and 4 of 8 rows where client 1, with 3, is away; then it comes with its own
+    method = FedAWA(FedAWASettings(steps=0, start="shares"))
+    found = play(method, rounds=2, cohort=(0, 1, 2), rows=THREE, absent={1: (1,)}).states
+    assert found[0].numbers == {"logit/000000": 0.125, "logit/000002": 0.5}
+    assert found[1].numbers == {**found[0].numbers, "logit/000001": 0.375}
+
+
 def test_a_client_that_disagrees_weighs_less(play):
     # targets (1, -1), (3, 2), (-2, 0.5), all with the same rows
     method = FedAWA(FedAWASettings(steps=10, learning_rate=0.05, most=3))
@@ -41,6 +51,33 @@ def test_a_client_that_is_away_keeps_its_logit_and_gives_it_to_nobody(play):
     assert second["logit/000000"] == first["logit/000000"]
     assert second["logit/000002"] != first["logit/000002"]
     assert third.keys() == {f"logit/{client:06d}" for client in THREE}
+
+
+def distances(name, turned=None, **settings):
+    """Mean squared relative error over three seeds of six clients around a truth, and the last weights."""
+    found, weights = [], []
+    for seed in range(3):
+        truth = linear_bench.target_of(2, seed)
+        rng = torch.Generator().manual_seed(seed)
+        apart = torch.randn(6, *truth.shape, generator=rng) / 4
+        played = linear_bench.play(
+            name, rounds=30, steps=5, target={k: truth + own for k, own in enumerate(apart)},
+            rows=dict.fromkeys(range(6), 2), settings=settings, seed=seed,
+            turned=lambda k, own, rng=rng: {n: torch.randn(t.shape, generator=rng) for n, t in own.items()}
+            if k == turned else own,
+        )  # fmt: skip
+        found.append(linear_bench.error(played, truth))
+        weights.append(played.cohorts[-1].details.get("weights", {}))
+    return sum(found) / 3, weights
+
+
+@pytest.mark.slow
+def test_what_the_weights_cost_and_bring_in_a_linear_example():
+    """docs/merging.md has these numbers: FedAvg, FedAWA, FedAWA without a bound, and one client of noise."""
+    got = [distances("fedavg"), distances("fedawa"), distances("fedawa", most=100.0)]
+    got += [distances("fedavg", 0), distances("fedawa", 0)]
+    assert [own for own, _ in got] == pytest.approx([0.078, 0.093, 0.479, 0.353, 0.104], rel=0.05)
+    assert all(max(own.values()) > 0.7 for own in got[2][1])
 
 
 def test_no_client_takes_it_all(play):

@@ -28,12 +28,12 @@ def replies(*numbers):
 
 
 def test_weights_by_likelihood_and_prior():
-    # R = 0.0106 for both, n = 10: omega = exp(-0.70106), exp(-0.20106), of which the ratio is exp(0.5)
-    squares, precision = [{"w": 0.0212}, {"w": 0.0212}], {"w": 1.0}
-    found = omegas(replies((-0.7, 10), (-0.2, 10)), squares, precision)
-    assert found == pytest.approx([0.37754067, 0.62245933])
+    # R = 0.0106 for all, n = 10: omega = exp(-0.70106), exp(-0.20106), of which the ratio is exp(0.5)
+    squares, precision = [{"w": 0.0212}] * 3, {"w": 1.0}
+    found = omegas(replies((-0.7, 10), (-0.2, 10), (-0.7, 10)), squares, precision)
+    assert found == pytest.approx([0.27406862, 0.45186276, 0.27406862])
     # a client whose R / n is larger weighs less: R = 1 of 2 rows and of 10 rows
-    found = omegas(replies((-0.5, 2), (-0.5, 10)), [{"w": 2.0}] * 2, precision)
+    found = omegas(replies((-0.5, 2), (-0.5, 10), (-0.5, 10)), [{"w": 2.0}] * 3, precision)
     assert found[0] / found[1] == pytest.approx(math.exp(-0.5 + 0.1))
 
 
@@ -41,9 +41,13 @@ def test_equal_likelihoods_are_the_plain_mean_whatever_the_rows():
     assert omegas(replies((-0.5, 1), (-0.5, 99)), [{"w": 0.0}] * 2, {"w": 1.0}) == [0.5, 0.5]
 
 
-def test_no_claim_takes_more_than_five_times_its_part():
-    own = omegas(replies((1e6, 1), *[(-0.5, 1)] * 9), [{"w": 0.0}] * 10, {"w": 1.0})
-    assert own == pytest.approx([0.5, *[0.5 / 9] * 9])
+@pytest.mark.parametrize(
+    ("count", "most"), [(1, 1.0), (2, 0.5), (3, 0.5), (5, 0.5), (10, 0.5), (20, 0.25)]
+)
+def test_no_claim_takes_more_than_five_times_its_part_or_a_half(count, most):
+    claims = replies((1e6, 1), *[(-0.5, 1)] * (count - 1))
+    own = omegas(claims, [{"w": 0.0}] * count, {"w": 1.0})
+    assert own == pytest.approx([most, *[(1 - most) / max(count - 1, 1)] * (count - 1)])
 
 
 def test_the_precision_is_that_of_the_deviations():

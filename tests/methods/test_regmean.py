@@ -134,6 +134,8 @@ def test_inner_products_far_above_the_others_are_scaled_down():
     slightly = torch.diag(torch.tensor([1.0, -1e-6])).double()
     assert torch.linalg.eigvalsh(bounded([slightly])[0])[0] >= 0
     assert not bounded([0 * eye])[0].any()
+    none, own = bounded([0 * eye, eye])  # a client without inner products stops no other
+    assert not none.any() and torch.equal(own, eye)
     assert packed(eye).tolist() == [1, 0, 1]
 
 

@@ -62,8 +62,8 @@ class FedAWASettings(NamedSettings):
     learning_rate: float = Field(default=0.01, gt=0, le=10)
     """Of these steps (published: 0.001, which moves a weight by 1 % in ten rounds of one step)."""
     start: Literal["rows", "shares"] = "rows"
-    """Where T_k begins: at the logarithm of a client's rows, which is FedAvg, or at its share of all
-    rows (published), of which a softmax makes nearly equal weights."""
+    """Where T_k begins: at the logarithm of a client's rows, which is FedAvg, or at its share of the rows
+    of all clients, in the round or not (published), of which a softmax makes nearly equal weights."""
     distance: Literal["none", "cosine", "euclidean"] = "none"
     """dist(w, w_k): with LoRA a cosine of whole adapters is near 1 for all, as the random start of A
     outweighs what was learnt (published: cosine)."""
@@ -106,7 +106,7 @@ class FedAWA(Method):
         """Send the adapter, learn the weights of what comes back, take its mean."""
         replies = yield training_exchange(cohort, state.tensors)
         adapters = [reply.payload.tensors for reply in replies]
-        begun = self._begun(replies)
+        begun = self._begun(replies, cohort)
         logits = self._logits(replies, begun, state, adapters)
         shares = capped(_softmax(logits), [self.settings.most * own for own in _softmax(begun)])
         kept = _of_shares(shares, logits)
@@ -122,11 +122,12 @@ class FedAWA(Method):
         """Return the client side."""
         return {"train": train_and_upload}
 
-    def _begun(self, replies: Sequence[Reply]) -> list[float]:
-        """Return the logits that these clients begin with."""
+    def _begun(self, replies: Sequence[Reply], cohort: Cohort) -> list[float]:
+        """Return the logits that these clients begin with, whoever else answered."""
         rows = weights_of(replies, by_rows=True)
+        whole = sum(cohort.presence.rows.values())
         by_rows = self.settings.start == "rows"
-        return [math.log(n) if by_rows else n / sum(rows) for n in rows]
+        return [math.log(n) if by_rows else n / whole for n in rows]
 
     def _logits(
         self,

@@ -45,8 +45,9 @@ PRECISION = "precision"
 
 LIKELIHOOD = "log_likelihood"
 
-MOST = 5.0
-"""Times 1 / |S| that omega_k may be: clients report their likelihoods themselves."""
+MOST, HALF = 5.0, 0.5
+"""omega_k may be 5 / |S| and no more than a half, but 1 / |S| in any case: clients report their
+likelihoods themselves."""
 
 
 class FedMAPSettings(NamedSettings):
@@ -182,14 +183,20 @@ def deviations(own: Tensors, mean: Tensors) -> dict[str, float]:
 def omegas(
     replies: Sequence[Reply], squares: Sequence[Mapping[str, float]], precision: Mapping[str, float]
 ) -> list[float]:
-    """Return omega_k, which sum to 1: exp(log-likelihood - R / n_k), none above :data:`MOST` / |S|."""
+    """Return omega_k, which sum to 1: exp(log-likelihood - R / n_k), none above a cap.
+
+    The cap is the smaller one of :data:`MOST` / |S| and :data:`HALF`, so that two clients weigh alike;
+    one alone has all.
+    """
     scores = []
     for reply, own in zip(replies, squares, strict=True):
         penalty = sum(precision[name] / 2 * square for name, square in own.items())
         numbers = reply.payload.numbers
         scores.append(numbers[LIKELIHOOD] - penalty / numbers["examples"])
     best = max(scores)
-    return capped([math.exp(score - best) for score in scores], [MOST / len(scores)] * len(scores))
+    count = len(scores)
+    most = max(1 / count, min(MOST / count, HALF))
+    return capped([math.exp(score - best) for score in scores], [most] * count)
 
 
 def fitted_precision(

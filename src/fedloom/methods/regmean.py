@@ -60,7 +60,7 @@ ROUNDING = 1e-4
 """Largest negative eigenvalue, over the sum of all, that rounding to float32 may leave."""
 
 MOST = 10.0
-"""Times the (lower) median of clients' traces that a trace may be; larger matrices are scaled down."""
+"""Times the (lower) median of clients' traces above 0 that one may be; larger ones are scaled down."""
 
 
 class RegMeanSettings(NamedSettings):
@@ -212,14 +212,16 @@ class RegMean(KeepsParts):
 def bounded(products: Sequence[Tensor]) -> list[Tensor]:
     """Return inner products without what rounding made negative, and none far above the others.
 
-    By its trace none is above :data:`MOST` times the median; larger ones are scaled down to that.
+    By its trace none is above :data:`MOST` times the median of those that are not 0; larger ones are
+    scaled down to that.
     """
     found = []
     for own in products:
         values, vectors = torch.linalg.eigh(own)
         found.append(own if values[0] >= 0 else vectors * values.clamp(min=0) @ vectors.T)
     traces = [float(own.trace()) for own in found]
-    most = MOST * median_low(traces)
+    positive = [trace for trace in traces if trace > 0]
+    most = MOST * median_low(positive) if positive else 0.0
     return [
         own * min(1.0, most / t) if t > 0 else own for own, t in zip(found, traces, strict=True)
     ]
