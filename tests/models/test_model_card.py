@@ -1,5 +1,6 @@
 """What a model card says, of hand-made facts and of folders that name their licence and origin."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_four_lines_at_most_load_it():
     assert "trust_remote_code=True" in loading({**FACTS, "own_code": True}, "model")
     for kind in ("model", "peft", "own parts", "experts"):
         assert len(loading(FACTS, kind).splitlines()) <= 4
+
+
+def test_no_text_of_the_facts_ends_a_string_of_the_code():
+    bad = 'x"); __import__("os").system("id"); ("\\'
+    facts = {**FACTS, "base": {**FACTS["base"], "path": bad, "revision": bad}, "dtype": bad}
+    for kind, client in (("model", None), ("peft", None), ("own parts", 3), ("experts", None)):
+        tree = ast.parse(loading({**facts, "client": client}, kind))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert "__import__" not in names
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        assert bad in texts
 
 
 def test_names_are_no_markup():

@@ -1,6 +1,7 @@
 """Merging finished adapters: what PEFT makes of the result, whose rows weigh, and what is refused."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 import fedloom
 from fedloom.aggregation.merging import Merging
 from fedloom.errors import ModelError, OutputError
+from fedloom.models.load import fingerprint
+from fedloom.runs import merge as merging
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.merge import merge_adapters
 
@@ -159,6 +162,11 @@ def changed(folder, target, **record):
         ({"r": 7}, "not those of factors of rank 7"),
         ({"r": "2"}, "r = '2' is no rank of LoRA"),
         ({"lora_alpha": -1}, "lora_alpha = -1 is not above 0"),
+        ({"lora_alpha": 10**400}, "is not above 0 and at most 1e"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan is not above 0"),
+        ({"lora_alpha": True}, "lora_alpha = True is not above 0"),
+        ({"revision": 'x"); print(("'}, "is none of the Hub"),
+        ({"base_model_name_or_path": "a\ud800"}, "is no name of a model"),
         ({"init_lora_weights": "pissa"}, "changes the frozen weights"),
     ],
 )
@@ -182,6 +190,8 @@ def test_tensors_that_do_not_fit_are_refused(site, three, tmp_path):
     with pytest.raises(ModelError, match="is damaged"):
         merge_adapters([three[0], other], tmp_path / "merged", MEAN)
     with pytest.raises(ModelError, match="--space factors needs adapters of one rank"):
+        merge_adapters(three, tmp_path / "merged", Merging("task_arithmetic"))
+    with pytest.raises(ModelError, match="would drop entries of the A"):
         merge_adapters(three, tmp_path / "merged", Merging("ties"))
     with pytest.raises(ModelError, match="given twice"):
         merge_adapters([three[0], three[0]], tmp_path / "merged", MEAN)
@@ -200,6 +210,8 @@ def test_the_command(call, three, tmp_path):
         (["--rule", "ties", "--density", "2"], "above 0 and at most 1"),
         (["--density", "0.5"], "task_arithmetic keeps all"),
         (["--rule", "knots", "--space", "factors"], "knots has products alone"),
+        (["--rule", "ties", "--space", "factors"], "would drop entries of the A"),
+        (["--rule", "dare", "--space", "factors"], "would drop entries of the A"),
         (["--weights", "1,2"], "2 numbers for 3 adapters"),
         (["--weights", "1,nan,1"], "weights are from 0 to"),
         (["--weights", "a"], "give numbers with commas"),
@@ -211,3 +223,224 @@ def test_the_command(call, three, tmp_path):
         assert "Traceback" not in said and not (tmp_path / "other").exists()
     code, said = call("merge", three[0], "nothing", "--output", "other")
     assert code != 0 and "nothing is not an adapter" in said
+
+
+PROMISE = "Privacy: nobody learns more than (epsilon, delta) = (2, 1e-05) allows"
+
+TOLD = {
+    "base": {
+        "path": "acme/base", "name": "acme/base", "hub": True, "revision": None, "sha256": None,
+        "licence": "mit",
+    },
+    "objective": "dpo", "adapter": "lora", "precision": "fp32", "quantization": "none",
+    "dtype": "float32", "task": "causal", "classes": [], "clients": 3,
+    "prompt": {"format": "plain", "example": "{prompt}", "template": None},
+}  # fmt: skip
+
+
+def tiny(folder, facts=None, base=None, **record):
+    """Write an adapter of one layer without PEFT; ``facts`` are changes of what fedloom would tell."""
+    folder.mkdir(parents=True)
+    own = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2.0}
+    own |= {"base_model_name_or_path": "acme/base", "revision": None, **record}
+    (folder / "adapter_config.json").write_text(json.dumps(own))
+    torch.manual_seed(sum(folder.name.encode()))
+    tensors = {
+        f"{LAYER}.lora_A.weight": torch.randn(2, 4),
+        f"{LAYER}.lora_B.weight": torch.randn(3, 2),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    if facts is not None:
+        told = {**TOLD, **facts, "base": {**TOLD["base"], **(base or {})}}
+        told = {key: value for key, value in told.items() if value is not None}
+        (folder / "fedloom.json").write_text(json.dumps(told))
+    return folder
+
+
+def merged_card(folders, target):
+    merge_adapters(folders, target, MEAN, [1.0] * len(folders))
+    return (target / "README.md").read_text()
+
+
+INJECTED = 'x"); __import__("os").system("id"); ("'
+
+
+@pytest.mark.parametrize(
+    ("facts", "base", "words"),
+    [
+        ({}, {"revision": INJECTED}, "base is .* none that fedloom writes"),
+        ({}, {"path": 5}, "base is"),
+        ({}, {"path": "other", "name": "other"}, "says that its base model is 'other'"),
+        ({}, {"revision": "abc"}, "'acme/base' at abc, and .* that it is 'acme/base'"),
+        ({}, {"licence": "a\nb"}, "base is"),
+        ({}, {"sha256": "5f"}, "base is"),
+        ({"base": None, "dtype": INJECTED}, None, "dtype is"),
+        ({"clients": "many"}, None, "clients is 'many'"),
+        ({"clients": -1}, None, "clients is -1"),
+        ({"privacy": 5}, None, "privacy is 5"),
+        ({"privacy": ["a\n# b"]}, None, "privacy is"),
+        ({"objective": "`dpo`"}, None, "objective is"),
+        ({"objectives": [[]]}, None, "objectives is"),
+        ({"prompt": {"format": "chat"}}, None, "prompt is"),
+        ({"quantization": []}, None, "quantization is"),
+        ({"classes": ["\ud800"]}, None, "classes is"),
+        ({"task": "classification"}, None, "says that its task is classification"),
+        ({"precision": None}, None, "precision is None"),
+    ],
+)
+def test_facts_that_fedloom_does_not_write_are_refused(tmp_path, facts, base, words):
+    bad = tiny(tmp_path / "bad", facts, base)
+    with pytest.raises(ModelError, match=words):
+        merge_adapters([bad, tiny(tmp_path / "good")], tmp_path / "merged", MEAN)
+    (bad / "fedloom.json").write_text("{}")
+    with pytest.raises(ModelError, match="base is None"):
+        merge_adapters([tmp_path / "good", bad], tmp_path / "merged", MEAN)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad", "good"}
+
+
+def test_a_base_that_is_elsewhere_is_known_by_the_digest_that_is_computed(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    own = {"path": "/gone/base", "name": "base", "hub": False, "sha256": fingerprint(str(base))}
+    one, two = (
+        tiny(tmp_path / name, {}, own, base_model_name_or_path=str(base)) for name in ("one", "two")
+    )
+    merge_adapters([one, two], tmp_path / "merged", MEAN, [1, 1])
+    for name in ("fedloom.json", "adapter_config.json"):
+        text = (tmp_path / "merged" / name).read_text()
+        assert str(base) in text and "/gone" not in text
+    (base / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="says that its base model is '/gone/base'"):
+        merge_adapters([one, two], tmp_path / "again", MEAN, [1, 1])
+
+
+def test_names_of_one_base_by_digest_are_said(tmp_path):
+    own = {"hub": False, "sha256": "5" * 64}
+    sites = [
+        tiny(tmp_path / name, {}, {**own, "path": f"/{name}/base", "name": "base"},
+             base_model_name_or_path=f"/{name}/base")
+        for name in ("one", "two")
+    ]  # fmt: skip
+    found = merge_adapters(sites, tmp_path / "merged", MEAN, [1, 1])
+    assert "taken for one by the SHA-256" in found.inputs.doubts[0]
+    assert "the result names '/one/base'" in found.inputs.doubts[0]
+
+
+def test_a_base_on_another_machine_is_merged_without_facts(tmp_path):
+    sites = [tiny(tmp_path / name, base_model_name_or_path="/gone/to/base") for name in ("a", "b")]
+    card = merged_card(sites, tmp_path / "merged")
+    assert "A local folder, `base`." in card and "base_model:" not in card
+
+
+def test_every_pair_is_compared(tmp_path):
+    """The first says nothing of classes, and its digest is not known; the others differ."""
+    first = tiny(tmp_path / "first")
+    two = tiny(tmp_path / "two", {}, {"sha256": "2" * 64})
+    three = tiny(tmp_path / "three", {}, {"sha256": "3" * 64})
+    with pytest.raises(ModelError, match=r"two and .*three are of different base models"):
+        merge_adapters([first, two, three], tmp_path / "merged", MEAN, [1, 1, 1])
+    four = tiny(tmp_path / "four", {"classes": ["a"]})
+    with pytest.raises(ModelError, match="differ in their classes"):
+        merge_adapters([first, two, four], tmp_path / "merged", MEAN, [1, 1, 1])
+
+
+NOTHING = "No privacy is promised: not all merged adapters have a promise."
+
+
+def test_privacy_is_promised_only_where_all_adapters_promise_it(tmp_path):
+    one, two = (
+        tiny(tmp_path / run / "adapter", {"privacy": [PROMISE]}) for run in ("site-a", "site-b")
+    )
+    card = merged_card([one, two], tmp_path / "merged")
+    assert f"\nsite-a: {PROMISE}.\n" in card and f"\nsite-b: {PROMISE}.\n" in card
+    assert "the epsilons add up" in card and str(tmp_path) not in card
+    again = merged_card([tmp_path / "merged", one], tmp_path / "again")
+    assert f"\nmerged: site-a: {PROMISE}.\n" in again
+    for place, said in enumerate(
+        (
+            None,
+            ["Privacy: changes are clipped and get no noise, so that nothing is promised"],
+            ["Privacy: reproducible, therefore not private. Noise is drawn from a seed", PROMISE],
+        )
+    ):
+        other = tiny(tmp_path / f"other{place}", {"privacy": said})
+        card = merged_card([one, other], tmp_path / f"none{place}")
+        assert f"## Privacy\n\n{NOTHING}\n" in card and PROMISE not in card
+        more = merged_card([tmp_path / f"none{place}", two], tmp_path / f"more{place}")
+        assert NOTHING in more and PROMISE not in more
+
+
+def test_the_card_says_what_all_have_in_common(tmp_path):
+    chat = {"format": "chat", "example": "x", "template": None}
+    one = tiny(tmp_path / "one", {})
+    two = tiny(tmp_path / "two", {"objective": "sft", "prompt": chat, "quantization": "int4"})
+    card = merged_card([one, two, tiny(tmp_path / "three")], tmp_path / "merged")
+    assert "with the objectives `dpo`, `sft`, `unknown`, with no round" in card
+    assert "## Evaluation\n\nNot scored yet.\n" in card and "summary.json" not in card
+    assert "prompts of several forms, or of one not known" in card
+    assert "quantised in training (int4)" in card
+    card = merged_card([one, tiny(tmp_path / "four", {})], tmp_path / "alike")
+    assert "with the objective `dpo`, with no round" in card and "several forms" not in card
+    again = merged_card([tmp_path / "merged", one], tmp_path / "again")
+    assert "with the objectives `dpo`, `sft`, `unknown`" in again
+
+
+def run_folder(folder, rows):
+    """Write what of a run says its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "experiment.toml").touch()
+    clients = [{"client": k, "train": count} for k, count in rows.items()]
+    (folder / "partition.json").write_text(json.dumps({"clients": clients}))
+
+
+def test_runs_in_a_folder_called_clients_weigh_by_all_their_rows(tmp_path):
+    runs = [tmp_path / "clients" / name for name in ("site-a", "3")]
+    for run, rows in zip(runs, ({0: 5, 3: 7}, {0: 20, 3: 1}), strict=True):
+        tiny(run / "adapter")
+        run_folder(run, rows)
+    found = merge_adapters(runs, tmp_path / "merged", MEAN)
+    assert found.inputs.weights == (12, 21) and found.inputs.weighed_by == "rows"
+    own = tiny(runs[1] / "clients" / "0003"), tiny(runs[1] / "clients" / "mine")
+    found = merge_adapters([runs[0], own[0]], tmp_path / "two", MEAN)
+    assert found.inputs.weights == (12, 1)
+    found = merge_adapters([runs[0], own[1]], tmp_path / "three", MEAN)
+    assert found.inputs.weighed_by == "alike" and "no record of rows" in found.inputs.doubts[0]
+    (runs[0] / "partition.json").write_text('{"clients": [{"client": "0"}]}')
+    with pytest.raises(ModelError, match=r"partition.json has no rows of clients"):
+        merge_adapters(runs, tmp_path / "four", MEAN)
+
+
+def test_the_folder_that_one_is_in_is_filled_and_no_folder_of_the_user_is_lost(
+    tmp_path, monkeypatch
+):
+    sites = [tiny(tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here.part").mkdir()
+    (tmp_path / "here.part" / "notes").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = merge_adapters(sites, Path("."), MEAN, [1, 1]).folder
+    left = {path.name for path in (tmp_path / "here").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "merge.json"} <= left
+    assert not any("part" in name for name in left) and (folder / "README.md").is_file()
+    assert "# here\n" in (folder / "README.md").read_text()
+    assert (tmp_path / "here.part" / "notes").is_file()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "describe", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapters(sites, tmp_path / "merged", MEAN, [1, 1])
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "here", "here.part"}
+
+
+def test_the_scale_is_once_in_products_of_factors(tmp_path):
+    sites = [tiny(tmp_path / name) for name in ("a", "b")]
+    for scale in (1.0, 3.0):
+        merge_adapters(
+            sites, tmp_path / f"{scale}", Merging("task_arithmetic", scale=scale), [1, 1]
+        )
+    one, three = (load_file(tmp_path / f"{s}" / "adapter_model.safetensors") for s in (1.0, 3.0))
+    assert torch.allclose(three[f"{LAYER}.lora_A.weight"], one[f"{LAYER}.lora_A.weight"])
+    assert torch.allclose(three[f"{LAYER}.lora_B.weight"], 3 * one[f"{LAYER}.lora_B.weight"])

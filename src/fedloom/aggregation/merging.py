@@ -145,7 +145,9 @@ def merged(
     Args:
         updates: One a client; of any ranks in product space, else with the same shapes.
         weights: One a client, at least 0, not all 0.
-        start: What all began with; ``None``: zeros, and what is no factor is averaged.
+        start: What all began with; ``None``: zeros, and what is no factor is averaged. In factor space
+            the scale is then of B alone, so that products have it once; and only the mean is of use, as
+            all began with one A, whose entries TIES and DARE would drop.
         own: The rule.
         draws: Random numbers of each client, for DARE; the tensors draw in their order.
         rank: Of the result in product space (default: that of the first update).
@@ -176,7 +178,8 @@ def merged(
         elif not pairs or name not in factors:
             begun = torch.zeros_like(first) if start is None else start[name]
             changes = [update[name].double() - begun.double() for update in updates]
-            moved = own.scale * merged_change(changes, weights, own, random.__getitem__)
+            scale = 1.0 if start is None and name in layers else own.scale
+            moved = scale * merged_change(changes, weights, own, random.__getitem__)
             found[name] = (begun.double() + moved).to(first.dtype)
     if not pairs:
         return found, None

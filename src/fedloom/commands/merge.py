@@ -38,7 +38,10 @@ def merge(
         float, typer.Option(help="Times the merged change; the number of adapters: their sum.")
     ] = 1.0,
     space: Annotated[
-        str, typer.Option(help="product: of B A, cut to a rank; factors: of A and B apart.")
+        str,
+        typer.Option(
+            help="product: of B A, cut to a rank; factors: A and B apart, the mean alone."
+        ),
     ] = "product",
     rank: Annotated[
         int | None,
@@ -96,6 +99,11 @@ def _require_rule(rule: str, density: float | None, scale: float, space: str) ->
         raise typer.BadParameter(f"--space {space}: it is one of {', '.join(SPACES)}")
     if rule == "knots" and space == "factors":
         raise typer.BadParameter("--rule knots has products alone: leave --space out")
+    if rule in ("ties", "dare") and space == "factors":
+        raise typer.BadParameter(
+            f"--rule {rule} with --space factors would drop entries of the A that all began with: leave "
+            "--space out"
+        )
     if density is not None and rule == "task_arithmetic":
         raise typer.BadParameter("--density is of ties, dare and knots; task_arithmetic keeps all")
     if density is not None and not 0 < density <= 1:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ from fedloom.aggregation.lora import A, B, factor_pairs
 from fedloom.display.untrusted_text import quoted
 from fedloom.errors import ModelError, first_line
 from fedloom.models.heads import FILE as PERSONAL
+from fedloom.models.load import fingerprint
+from fedloom.models.model_card import base_facts
 from fedloom.models.saved import CLASSIFIER, FACTS
 from fedloom.models.saved_adapter import (
     CONFIG,
     HARMLESS_STARTS,
-    LARGEST_CONFIG,
     NO_FUNCTION,
     PEFT_WEIGHTS,
+    read_object,
 )
+from fedloom.models.saved_facts import LONGEST_PATH, REVISION, checked_facts, is_line
 from fedloom.tensors import Tensors, is_finite
 
 BEYOND_PRODUCTS = (
@@ -45,6 +50,8 @@ BEYOND_PRODUCTS = (
 
 LARGEST_RANK = 65536
 
+LARGEST_ALPHA = 1e9
+
 
 @dataclass(frozen=True)
 class MergeableAdapter:
@@ -53,7 +60,7 @@ class MergeableAdapter:
     Attributes:
         folder: Where it is.
         record: Its configuration.
-        facts: What fedloom knows of it beside (``fedloom.json``), empty where another made it.
+        facts: What fedloom knows of it beside (``fedloom.json``), checked; empty where another made it.
     """
 
     folder: Path
@@ -85,9 +92,10 @@ def read_mergeable(folder: Path) -> MergeableAdapter:
     """Read what a folder says of its adapter.
 
     Raises:
-        ModelError: It has none of LoRA whose layers are products with one scale, or has parts beside.
+        ModelError: It has none of LoRA whose layers are products with one scale, or has parts beside; or
+            its ``fedloom.json`` holds what fedloom does not write, or names another base model.
     """
-    record = _json(folder / CONFIG, folder)
+    record = _json(folder, CONFIG)
     kind = record.get("peft_type")
     if kind != "LORA":
         raise ModelError(
@@ -117,10 +125,50 @@ def read_mergeable(folder: Path) -> MergeableAdapter:
     rank, alpha = record.get("r"), record.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise ModelError(f"{folder / CONFIG}: r = {quoted(rank, 60)} is no rank of LoRA")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise ModelError(f"{folder / CONFIG}: lora_alpha = {quoted(alpha, 60)} is not above 0")
-    facts = _json(folder / FACTS, folder) if (folder / FACTS).is_file() else {}
-    return MergeableAdapter(folder, record, facts)
+    number = alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else 0
+    if not 0 < number <= LARGEST_ALPHA:
+        raise ModelError(
+            f"{folder / CONFIG}: lora_alpha = {quoted(alpha, 60)} is not above 0 and at most "
+            f"{LARGEST_ALPHA:g}"
+        )
+    own = MergeableAdapter(folder, record, {})
+    name, revision = own.base
+    if name is not None and not is_line(name, LONGEST_PATH):
+        raise ModelError(
+            f"{folder / CONFIG}: base_model_name_or_path = {quoted(name, 60)} is no name of a model"
+        )
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise ModelError(f"{folder / CONFIG}: revision = {quoted(revision, 60)} is none of the Hub")
+    return MergeableAdapter(folder, record, _facts(own))
+
+
+def _facts(adapter: MergeableAdapter) -> Mapping[str, Any]:
+    """Return the checked facts of an adapter, whose base is the one that its configuration names.
+
+    Raises:
+        ModelError: They are none, or they are of another base, by path, revision and SHA-256.
+    """
+    folder, (name, revision) = adapter.folder, adapter.base
+    if not (folder / FACTS).is_file():
+        return {}
+    facts = checked_facts(_json(folder, FACTS), folder / FACTS)
+    kind = adapter.record.get("task_type")
+    if (facts["task"] == "classification") != (kind == "SEQ_CLS"):
+        raise ModelError(
+            f"{folder}: {FACTS} says that its task is {facts['task']}, and {CONFIG} that it is "
+            f"{quoted(kind, 60)}: delete the one file or correct the other"
+        )
+    base = facts["base"]
+    if (base["path"], base["revision"]) == (name, revision):
+        return facts
+    digest = fingerprint(name) if name is not None and os.path.isdir(name) else None
+    if name is None or digest is None or digest != base["sha256"]:
+        pinned = f" at {base['revision']}" if base["revision"] else ""
+        raise ModelError(
+            f"{folder}: {FACTS} says that its base model is {quoted(base['path'], 200)}{pinned}, and "
+            f"{CONFIG} that it is {_named(adapter, None)}: delete the one file or correct the other"
+        )
+    return {**facts, "base": base_facts(name, revision, digest)}
 
 
 def require_same_base(adapters: Sequence[MergeableAdapter]) -> list[str]:
@@ -129,10 +177,9 @@ def require_same_base(adapters: Sequence[MergeableAdapter]) -> list[str]:
     Raises:
         ModelError: Two of them say otherwise; both, and what they say, are named.
     """
-    first, doubts = adapters[0], []
-    for other in adapters[1:]:
-        bases = [own.facts.get("base") for own in (first, other)]
-        digests = [own.get("sha256") if isinstance(own, dict) else None for own in bases]
+    doubts = []
+    for first, other in combinations(adapters, 2):
+        digests = [own.facts["base"]["sha256"] if own.facts else None for own in (first, other)]
         one, two = digests if all(digests) else [own.base for own in (first, other)]
         if one != two:
             raise ModelError(
@@ -152,6 +199,11 @@ def require_same_base(adapters: Sequence[MergeableAdapter]) -> list[str]:
                     f"{first.folder} and {other.folder} were made with other settings: {key} is "
                     f"{quoted(here, 60)} and {quoted(there, 60)}"
                 )
+    if len({own.base for own in adapters}) > 1:
+        doubts.append(
+            "the adapters name their base model differently, and are taken for one by the SHA-256 in "
+            f"their {FACTS}; the result names {_named(adapters[0], None)}"
+        )
     if any(own.base[0] is None for own in adapters):
         doubts.append(
             "not all adapters say which base model they are of; only their layers are compared"
@@ -249,6 +301,10 @@ def write_merged(folder: Path, merged: Tensors, like: MergeableAdapter) -> None:
         (folder / CLASSIFIER).write_bytes((like.folder / CLASSIFIER).read_bytes())
 
 
+def _json(folder: Path, file: str) -> dict[str, Any]:
+    return read_object(folder / file, f"{folder} is not an adapter: {file}")
+
+
 def _named(adapter: MergeableAdapter, digest: object) -> str:
     name, revision = adapter.base
     pinned = f" at {revision}" if revision else ""
@@ -265,17 +321,3 @@ def _width(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 def _size(width: tuple[int, ...] | None) -> str:
     return "not there" if width is None else " x ".join(map(str, width)) + " wide"
-
-
-def _json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_CONFIG + 1)
-        if len(content) > LARGEST_CONFIG:
-            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
-        record = json.loads(content)
-        if not isinstance(record, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder} is not an adapter: {path.name}: {first_line(error)}") from error
-    return record

@@ -7,7 +7,9 @@ them alone. Its front matter is what the Hub reads. Nothing in either is a row's
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,60}")
 LONGEST_NAME = 100
 """Characters of a licence that a file names in words."""
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""``dtype`` of what was trained in a precision."""
+
+PROMPT_FORMATS = ("chat", "plain", "text", "unknown")
+"""``format`` of ``prompt``."""
+
 LIBRARIES = ("transformers", "peft", "torch", "fedloom")
 
 SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)/?$")
@@ -43,14 +51,18 @@ def base_facts(path: str, revision: str | None, digest: str | None = None) -> Fa
         digest: The fingerprint of a folder, if it is known already.
 
     Returns:
-        ``path``: the Hub name, or the whole path of a folder; ``name``: the Hub name, or the folder's;
+        ``path``: the Hub name, or the whole path of a folder, which may be another machine's; ``name``:
+        the Hub name, or the folder's;
         ``hub``: whether it is from the Hub; ``revision``: its commit, where the cache knows it;
         ``sha256`` of weights, configuration and tokenizer where the files are known, and ``licence``
         where they name one; null otherwise.
     """
-    folder = Path(path)
-    found = _of_cache(folder) if folder.is_dir() else None
-    if folder.is_dir() and found is None:
+    folder, here = Path(path), os.path.isdir(path)
+    found = _of_cache(folder) if here else None
+    if not here and not _is_hub_name(path):
+        known = {"hub": False, "revision": None, "sha256": digest, "licence": None}
+        return {"path": path, "name": folder.name, **known}
+    if here and found is None:
         whole = folder.resolve()
         return {
             "path": str(whole),
@@ -74,6 +86,17 @@ def base_facts(path: str, revision: str | None, digest: str | None = None) -> Fa
         "sha256": fingerprint(str(files)) if files is not None else None,
         "licence": licence_of(files) if files is not None else None,
     }
+
+
+def _is_hub_name(path: str) -> bool:
+    import huggingface_hub
+
+    hub: Any = huggingface_hub
+    try:
+        hub.utils.validate_repo_id(path)
+    except hub.errors.HFValidationError:
+        return False
+    return True
 
 
 def _of_cache(folder: Path) -> tuple[str, str] | None:
@@ -155,12 +178,12 @@ def describe(folder: Path, facts: Facts, *, classifier: Any = None) -> None:
 def loading(facts: Facts, kind: FolderKind) -> str:
     """Return four lines of Python, or fewer, that load a folder when it is the current one.
 
-    Afterwards ``model`` and ``tokenizer`` are there.
+    Afterwards ``model`` and ``tokenizer`` are there. Texts in it are JSON, which is Python.
     """
     base = facts["base"]
-    where = json.dumps(base["path"], ensure_ascii=False)
-    pinned = f', revision="{base["revision"]}"' if base["revision"] else ""
-    dtype = facts["dtype"]
+    where = _literal(base["path"])
+    pinned = f", revision={_literal(base['revision'])}" if base["revision"] else ""
+    dtype = _literal(facts["dtype"])
     task = "CausalLM" if facts["task"] == "causal" else "SequenceClassification"
     words = f"AutoTokenizer.from_pretrained({where}{pinned})"
     if kind == "experts" or (kind == "own parts" and facts["client"] is not None):
@@ -170,7 +193,7 @@ def loading(facts: Facts, kind: FolderKind) -> str:
         words = words if facts.get("tokenizer_of_base") else 'AutoTokenizer.from_pretrained(".")'
         return (
             f"from transformers import AutoModelFor{task}, AutoTokenizer\n"
-            f'model = AutoModelFor{task}.from_pretrained(".", dtype="{dtype}"{code})\n'
+            f'model = AutoModelFor{task}.from_pretrained(".", dtype={dtype}{code})\n'
             f"tokenizer = {words}"
         )
     classes = ', config=AutoConfig.from_pretrained("classifier.json")' if facts["classes"] else ""
@@ -178,9 +201,14 @@ def loading(facts: Facts, kind: FolderKind) -> str:
     names = imported.removesuffix(", PeftModel")
     return (
         f"from peft import PeftModel\nfrom transformers import {names}\n"
-        f'base = AutoModelFor{task}.from_pretrained({where}{pinned}, dtype="{dtype}"{classes})\n'
+        f"base = AutoModelFor{task}.from_pretrained({where}{pinned}, dtype={dtype}{classes})\n"
         f'model, tokenizer = PeftModel.from_pretrained(base, "."), {words}'
     )
+
+
+def _literal(text: str) -> str:
+    """Return a text as Python has it; nothing in it ends the string."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def card_text(facts: Facts, kind: FolderKind) -> str:
@@ -193,7 +221,7 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
             ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``,
             ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none),
             ``privacy`` (sentences, where something is promised of it), ``merged`` (how many adapters
-            it was merged from, if it was), and of a whole model
+            it was merged from, if it was) and with it ``objectives`` (theirs), and of a whole model
             ``own_code`` and ``tokenizer_of_base``.
         kind: What the folder holds.
     """
@@ -215,7 +243,9 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
         parts += ["## Classes", "In the order of their ids, from 0:"]
         parts.append(_fenced(json.dumps(facts["classes"], ensure_ascii=False, indent=0), "json"))
     parts += ["## Evaluation", _evaluation(facts)]
-    if facts.get("privacy"):
+    if facts.get("merged"):
+        parts += ["## Privacy", *_merged_privacy(facts["privacy"])]
+    elif facts.get("privacy"):
         parts += ["## Privacy", *(f"{sentence}." for sentence in facts["privacy"])]
     listed = ", ".join(f"{name} {own}" for name, own in facts["versions"].items())
     parts += ["## Versions", f"{listed}.", ""]
@@ -240,7 +270,8 @@ def _front_matter(facts: Facts, kind: FolderKind) -> str:
     generation = task == "causal"
     lines.append(f"pipeline_tag: {'text-generation' if generation else 'text-classification'}")
     lines.append("tags:")
-    tags = ("fedloom", "federated-learning", facts["objective"], facts["method"], facts["adapter"])
+    objectives = facts.get("objectives") or [facts["objective"]]
+    tags = ("fedloom", "federated-learning", *objectives, facts["method"], facts["adapter"])
     lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)]
     return "\n".join(["---", *lines, "---"])
 
@@ -261,9 +292,12 @@ def _what(facts: Facts, kind: FolderKind) -> str:
     clients = f"{facts['clients']} client{'s' if facts['clients'] != 1 else ''}"
     rounds = f"{facts['rounds']} round{'s' if facts['rounds'] != 1 else ''}"
     if facts.get("merged"):
+        objectives = facts.get("objectives") or [facts["objective"]]
+        several = f"objective{'s' if len(objectives) > 1 else ''}"
+        listed = ", ".join(f"`{objective}`" for objective in objectives)
         return (
             f"{what}, merged by `{facts['method']}` from {facts['merged']} adapters that were trained "
-            f"with the objective `{facts['objective']}`, with no round; `merge.json` says how."
+            f"with the {several} {listed}, with no round; `merge.json` says how."
         )
     return (
         f"{what}{whose}, trained with the objective `{facts['objective']}` by the federated method "
@@ -303,8 +337,8 @@ def _remarks(facts: Facts, kind: FolderKind) -> list[str]:
 def _base(facts: Facts) -> str:
     base = facts["base"]
     if base["hub"]:
-        at = f", revision `{base['revision']}`" if base["revision"] else ""
-        text = f"`{base['name']}` on the Hub{at}."
+        at = f", revision {_code(base['revision'])}" if base["revision"] else ""
+        text = f"{_code(base['name'])} on the Hub{at}."
     else:
         text = f"A local folder, {_code(base['name'])}."
     if base["sha256"]:
@@ -317,8 +351,13 @@ def _base(facts: Facts) -> str:
 def _prompt(facts: Facts) -> list[str]:
     prompt = facts["prompt"]
     if prompt["format"] == "unknown":
+        why = "Rows were on clients' machines"
+        if facts.get("merged"):
+            why = (
+                "The merged adapters were trained on prompts of several forms, or of one not known"
+            )
         return [
-            "Rows were on clients' machines: conversations are rendered with the chat template of the "
+            f"{why}: conversations are rendered with the chat template of the "
             "tokenizer, and plain texts are continued as they stand."
         ]
     told = {
@@ -335,8 +374,21 @@ def _prompt(facts: Facts) -> list[str]:
     return parts
 
 
+def _merged_privacy(promises: Sequence[str]) -> list[str]:
+    """Return what is said of privacy, of the promises of all adapters that were merged."""
+    if not promises:
+        return ["No privacy is promised: not all merged adapters have a promise."]
+    return [
+        "This is promised of each merged adapter for the rows that it was trained on; of rows that "
+        "several of them were trained on the epsilons add up:",
+        *(f"{_plain(sentence)}." for sentence in promises),
+    ]
+
+
 def _evaluation(facts: Facts) -> str:
     found = facts["evaluation"]
+    if found is None and facts.get("merged"):
+        return "Not scored yet."
     if found is None:
         return "Not part of this folder: the run's `summary.json` has what was measured."
     cells = [_number(found["before"]), _number(found["after"])]

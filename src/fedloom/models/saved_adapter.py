@@ -139,7 +139,7 @@ def read_adapter(folder: Path, name: str) -> SavedAdapter:
         ModelError: There is none, its weights are pickled, or it is of a kind that cannot be trained on.
     """
     if (folder / experts.CONFIG).is_file():
-        record = _json(folder / experts.CONFIG, name)
+        record = _config(folder / experts.CONFIG, name)
         found = {own: record.get(own) for own in experts.KEPT_SETTINGS}
         layers = record.get("layers")
         found |= {"kind": "experts", "targets": list(layers) if isinstance(layers, dict) else None}
@@ -148,7 +148,7 @@ def read_adapter(folder: Path, name: str) -> SavedAdapter:
         raise ModelError(
             f"adapter.start = {name!r}: {folder} has no {CONFIG}, so it is not an adapter"
         )
-    record = _json(folder / CONFIG, name)
+    record = _config(folder / CONFIG, name)
     if not (folder / PEFT_WEIGHTS).is_file():
         raise ModelError(
             f"adapter.start = {name!r}: {folder} has no {PEFT_WEIGHTS}; pickled weights are not read: "
@@ -381,7 +381,21 @@ def _names(path: Path) -> list[str]:
         raise ModelError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def _json(path: Path, name: str) -> dict[str, Any]:
+def _config(path: Path, name: str) -> dict[str, Any]:
+    said = f"adapter.start = {name!r}: {path} is not a configuration of an adapter"
+    return read_object(path, said)
+
+
+def read_object(path: Path, said: str) -> dict[str, Any]:
+    """Return the JSON object in a file of at most :data:`LARGEST_CONFIG` bytes.
+
+    Args:
+        path: The file.
+        said: How the message begins where it is none.
+
+    Raises:
+        ModelError: It is none, is larger, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_CONFIG + 1)
@@ -391,9 +405,7 @@ def _json(path: Path, name: str) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"adapter.start = {name!r}: {path} is not a configuration of an adapter: {first_line(error)}"
-        ) from error
+        raise ModelError(f"{said}: {first_line(error)}") from error
     return record
 
 

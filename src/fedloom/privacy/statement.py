@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.privacy.secure_aggregation.graph import LEAST
@@ -39,6 +39,17 @@ def of_settings(settings: PrivacySettings, *, elsewhere: bool = False) -> list[s
     return [NOTHING] if settings.profile == "research" and settings.unit is None else []
 
 
+NOT_PRIVATE = "reproducible, therefore not private"
+
+GUARANTEE = "(epsilon, delta) = ("
+
+
+def promises(said: Sequence[str]) -> bool:
+    """Return whether :func:`sentences` promise something: an epsilon, with noise from a secret key."""
+    promised = any(GUARANTEE in sentence for sentence in said)
+    return promised and not any(NOT_PRIVATE in sentence for sentence in said)
+
+
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Return what ``summary.json`` holds under ``privacy`` in sentences: who learns what, and what not.
 
@@ -49,7 +60,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     found = []
     if record["seeded"]:
         found.append(
-            "Privacy: reproducible, therefore not private. Noise is drawn from federation.seed "
+            f"Privacy: {NOT_PRIVATE}. Noise is drawn from federation.seed "
             "(privacy.seeded = true), and whoever knows the seed can subtract it; the figures hold for "
             "noise from a secret key"
         )
@@ -70,7 +81,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     else:
         found.append(
             f"Privacy: {who} learns of any one {record['unit']} no more than "
-            f"(epsilon, delta) = ({epsilon:.4g}, {record['delta']:.4g}) allows; neighbours: "
+            f"{GUARANTEE}{epsilon:.4g}, {record['delta']:.4g}) allows; neighbours: "
             f"{record['neighbours']}; {of}, {numbers}; accountant: {record['accountant']}"
         )
     if record["not_covered"]:

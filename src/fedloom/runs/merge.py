@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from fedloom.aggregation.merging import Merging, merged
-from fedloom.errors import ModelError, OutputError
+from fedloom.display.untrusted_text import named
+from fedloom.errors import ModelError, OutputError, first_line
 from fedloom.models.mergeable_adapter import (
     MergeableAdapter,
     read_factors,
@@ -25,7 +27,9 @@ from fedloom.models.mergeable_adapter import (
     write_merged,
 )
 from fedloom.models.model_card import Facts, base_facts, describe, versions
-from fedloom.models.saved_adapter import PEFT_WEIGHTS
+from fedloom.models.saved_adapter import CONFIG, PEFT_WEIGHTS
+from fedloom.models.saved_facts import MOST_CLIENTS
+from fedloom.privacy.statement import promises
 from fedloom.randomness import generator
 from fedloom.runs.adapter_paths import adapter_folder, run_of
 from fedloom.runs.model_cards import UNKNOWN_PROMPT
@@ -83,11 +87,17 @@ def merge_inputs(
     """Return what is to be merged; see :func:`merge_adapters`.
 
     Raises:
-        ModelError: A path is no LoRA adapter, or two are not of one base model, task and form.
+        ModelError: A path is no LoRA adapter, two are not of one base model, task and form, or the rule
+            is none of factors.
         OutputError: The target is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} is not empty; give another folder with --output")
+    if not own.of_products and own.rule != "task_arithmetic":
+        raise ModelError(
+            f"{own.rule} in factor space would drop entries of the A that all adapters began with: use "
+            "product space"
+        )
     if len(paths) < 2:
         raise ModelError(f"merging needs two adapters at least, and {len(paths)} is given")
     folders = [adapter_folder(path) for path in paths]
@@ -126,8 +136,11 @@ def merge_adapters(
 
     Each adapter counts with its scale (alpha / r), so they may differ in it and, in product space, in
     rank. Changes are the whole products B A, as all of them began at 0; in factor space they are A and B
-    themselves, so that only adapters that began with one A belong there. What is no factor (a classifier)
-    is averaged.
+    themselves, so that only adapters that began with one A belong there; A is averaged, and the scale is
+    of B alone. What is no factor (a classifier) is averaged.
+
+    The result is written beside the target, or in it where it is an empty folder, under another name that
+    is removed whatever fails.
 
     Args:
         paths: Run folders, adapters in them, or other PEFT folders.
@@ -150,19 +163,28 @@ def merge_adapters(
         return generator(seed, "merging", place)
 
     found, lost = merged(tensors, inputs.weights, None, own, draws, inputs.rank)
-    part = target.with_name(f"{target.name}.part")
+    there, whole = target.is_dir(), Path(os.path.abspath(target))
+    part = (whole if there else whole.parent) / f".{whole.name}.{os.getpid()}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot write {part}: {error.strerror or error}") from error
+    try:
         write_merged(part, found, inputs.adapters[0])
-        describe(part, _facts(target, inputs, own))
+        describe(part, _facts(whole, inputs, own))
         record = _record(inputs, own, seed, lost)
         (part / RECORD).write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
         read_factors(read_mergeable(part))  # what is on the disk is what a reader takes
-        os.replace(part, target)
-    except OSError as error:
+        if there:  # a folder that somebody may stand in is filled, not replaced
+            for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
+                os.replace(file, whole / file.name)
+        else:
+            os.replace(part, whole)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise OutputError(f"cannot write {target}: {why}") from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
     return MergedAdapter(target, inputs, lost)
 
 
@@ -184,16 +206,21 @@ def _rows(paths: Sequence[Path]) -> tuple[list[float] | None, str]:
     for path in paths:
         run = run_of(path)
         record = RunFolder(run).read_json(names.PARTITION) if run is not None else None
-        if record is None:
+        if run is None or record is None:
             return None, f"the rows of {path} are not known, as it lies in no run folder"
         folder = Path(os.path.abspath(path))
-        own = int(folder.name) if folder.parent.name == "clients" else None
-        rows = [
-            float(client["train"])
-            for client in record["clients"]
-            if own is None or client["client"] == own
-        ]
-        if not sum(rows) > 0:
+        of_client = folder.parent == run / "clients"
+        try:
+            rows = [
+                float(client["train"])
+                for client in record["clients"]
+                if not of_client or f"{client['client']:04d}" == folder.name
+            ]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ModelError(
+                f"{run / names.PARTITION} has no rows of clients that can be read: give --weights"
+            ) from None
+        if not 0 < sum(rows) <= MOST_ROWS or min(rows) < 0:
             return None, f"{path} has no record of rows"
         found.append(sum(rows))
     return found, ""
@@ -201,41 +228,75 @@ def _rows(paths: Sequence[Path]) -> tuple[list[float] | None, str]:
 
 def _facts(target: Path, inputs: MergeInputs, own: Merging) -> Facts:
     """Return what the card says: what all adapters have in common, and how they were merged."""
-    first = inputs.adapters[0]
-    known = next((adapter.facts for adapter in inputs.adapters if adapter.facts), None)
-    if known is None:
-        base, revision = first.base
-        known = {
-            "base": base_facts(base or "unknown", revision),
-            "objective": "unknown",
-            "adapter": "lora",
-            "precision": "fp32",
-            "quantization": "none",
-            "dtype": "float32",
-            "task": "classification" if first.record.get("task_type") == "SEQ_CLS" else "causal",
-            "prompt": UNKNOWN_PROMPT,
-            "classes": [],
-        }
-    privacy = [
-        f"{adapter.folder}: {sentence}"
-        for adapter in inputs.adapters
-        for sentence in adapter.facts.get("privacy") or ()
-    ]
-    clients = sum(int(adapter.facts.get("clients") or 1) for adapter in inputs.adapters)
+    adapters = inputs.adapters
+    first, every = adapters[0], [adapter.facts or UNKNOWN_FACTS for adapter in adapters]
+    told = [adapter.facts for adapter in adapters if adapter.facts]
+    name, revision = first.base
+    task = "classification" if first.record.get("task_type") == "SEQ_CLS" else "causal"
+    objectives = list(
+        dict.fromkeys(
+            objective
+            for facts in every
+            for objective in facts.get("objectives") or [facts["objective"]]
+        )
+    )
+    quantizations = {facts["quantization"] for facts in every} - {"none"}
+    precise = any(facts["dtype"] == "float32" for facts in told) or not told
     return {
-        **known,
+        "base": first.facts["base"] if first.facts else base_facts(name or "unknown", revision),
+        "objective": objectives[0] if len(objectives) == 1 else "several",
+        "objectives": objectives,
+        "adapter": "lora",
+        "precision": "fp32" if precise else "bf16",
+        "quantization": min(quantizations, default="none"),
+        "dtype": "float32" if precise else "bfloat16",
+        "task": told[0]["task"] if told else task,
+        "prompt": _common([facts["prompt"] for facts in every], UNKNOWN_PROMPT),
+        "classes": told[0]["classes"] if told else [],
         "experiment": target.name,
         "client": None,
         "method": own.rule,
         "rounds": 0,
-        "clients": clients,
+        "clients": min(MOST_CLIENTS, sum(facts["clients"] for facts in every)),
         "own_code": False,
         "tokenizer_of_base": True,
         "versions": versions(),
         "evaluation": None,
-        "merged": len(inputs.adapters),
-        "privacy": privacy,
+        "merged": len(adapters),
+        "privacy": _promises(adapters),
     }
+
+
+UNKNOWN_FACTS: Facts = {
+    "objective": "unknown",
+    "quantization": "none",
+    "prompt": UNKNOWN_PROMPT,
+    "clients": 1,
+}
+"""Of an adapter that another program wrote."""
+
+
+def _common(values: Sequence[Any], otherwise: Any) -> Any:
+    """Return the value that all are, if they are one."""
+    return values[0] if all(value == values[0] for value in values) else otherwise
+
+
+def _promises(adapters: Sequence[MergeableAdapter]) -> list[str]:
+    """Return the sentences on privacy of each adapter under its name; none unless all have a promise."""
+    said = [adapter.facts.get("privacy") or [] for adapter in adapters]
+    if not all(map(promises, said)):
+        return []
+    return [
+        f"{_name(adapter.folder)}: {sentence}"
+        for adapter, own in zip(adapters, said, strict=True)
+        for sentence in own
+    ]
+
+
+def _name(folder: Path) -> str:
+    """Return the name of an adapter's folder, or of the run whose adapter it is."""
+    whole = Path(os.path.abspath(folder))
+    return named(whole.parent.name if whole.name == "adapter" else whole.name)
 
 
 def _record(inputs: MergeInputs, own: Merging, seed: int, lost: float | None) -> dict[str, Any]:
