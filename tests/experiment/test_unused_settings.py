@@ -70,7 +70,7 @@ CASES = {
         f"wire.{name}": (
             {"wire": {name: value, "up": "int8"}},
             f'wire.{name} = {value} does nothing: neither wire.up nor wire.down is "auto"',
-            {"wire": {name: value, "down": "auto"}},
+            {"wire": {name: value, "down": "auto"}, "federation": {"rounds": 6}},
         )
         for name, value in (("auto_rounds", 5), ("auto_error", 0.5))
     },

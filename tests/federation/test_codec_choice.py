@@ -2,19 +2,26 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fedloom
 from federation import Sent
+from fedloom.accounting.traffic import Done
 from fedloom.errors import Interrupted, MessageError, SettingsError
-from fedloom.federation.codec_choice import BitBudget, PresetChoice
+from fedloom.federation.codec_choice import BitBudget, PresetChoice, require_budget
 from fedloom.federation.compression_messages import SQUARES
+from fedloom.methods.contract.closed_forms import answers as answers_of
+from fedloom.methods.contract.closed_forms import compressed_traffic
 from fedloom.reports.run_page import write_report
+from fedloom.runs.assembly import assemble
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
 from fedloom.tensors import part_of
+from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, Reply
 from fedloom.wire.schema import Schema, TensorSpec
 from fedloom.wire.settings import WireSettings
@@ -84,6 +91,64 @@ def test_what_one_client_says_of_its_changes_does_not_decide():
     for wrong in (-1.0, float("nan"), float("inf"), 2e30):
         with pytest.raises(MessageError, match="mean squares of tensors are"):
             budget.read(0, schema, torch.tensor([1.0, wrong]))
+
+
+def test_squares_of_tensors_that_other_rounds_send_are_kept():
+    budget = BitBudget(WireSettings(budget="1MB", keep_plain_below=0))
+    saved = []
+    for names, said in (("ah", [1e-4, 2e-4]), ("bh", [3e-4, 4e-4])):
+        schema = budget.coded(
+            "train", Schema(tuple(TensorSpec(n, (8, 8), torch.float32) for n in names))
+        )
+        budget.read(0, schema, torch.tensor(said))
+        budget.settle("train", [0])
+        saved.append(budget.saved()["squares"]["train"])
+    assert saved[0] == pytest.approx({"a": 1e-4, "h": 2e-4})
+    assert saved[1] == pytest.approx({"a": 1e-4, "h": 4e-4, "b": 3e-4})
+
+
+@pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedsa_lora"])
+def test_a_budget_is_of_what_a_method_sends_of_the_adapter(compressed, federate, name):
+    """The smallest budget is of those tensors, suffices in each round, and bounds the closed form."""
+
+    def made(budget):
+        return compressed(
+            {"budget": budget},
+            method={"name": name},
+            federation={"rounds": 2, "clients": 2},
+            adapter={"rank": 4},
+        )
+
+    parts = assemble(made("1B"), partition_data(made("1B")))
+    method, shapes = parts.method, answers_of(parts.method, parts.initial)
+    with pytest.raises(SettingsError, match="the smallest budget is") as raised:
+        require_budget(made("1B").wire, shapes, reported(parts.objective))
+    least = raised.value.problems[0].split('smallest budget is "')[1].split('"')[0]
+    require_budget(made(least).wire, shapes, reported(parts.objective))
+    sent = Sent()
+    found = federate(made(least), sent.watch_requests)
+    assert 0 < max(answers(found)) <= int(least.removesuffix("B"))
+    for round, asked in sent.exchanges.items():
+        own = {spec.name: spec.shape for spec in asked.plain.reply_schema.tensors}
+        assert own == {n: tuple(t.shape) for n, t in shapes[round - 1].items()}
+        known = {spec.name for spec in asked.plain.request_schema.tensors}
+        assert known == method.received_shapes(parts.initial).keys()
+    smallest = int(least.removesuffix("B"))
+    for budget in (smallest, smallest * 3 // 2, smallest * 2, 20_000):
+        form = compressed_traffic(method, parts.initial, made(f"{budget}B").wire)
+        for round in (1, 2):
+            assert 0 < form.of_round(Done(1, 1, 1, 1), round).up <= budget
+
+
+def test_a_budget_suffices_for_every_kind_of_round():
+    """The half of fewer numbers may take more bytes, where its tensors are too small for codecs."""
+    settings = WireSettings(budget="3000B", keep_plain_below=1024)
+    large, small = ({"w": torch.zeros(40, 64)}, {f"w{i}": torch.zeros(8, 30) for i in range(10)})
+    require_budget(settings, [large], ())
+    both = [large, {**small, "v": torch.zeros(16, 16)}]
+    for shapes in (both, both[::-1]):
+        with pytest.raises(SettingsError, match="the smallest budget is"):
+            require_budget(settings, shapes, ())
 
 
 def test_a_budget_that_cannot_be_met_is_one_error_with_the_smallest_that_can(experiment, tmp_path):
@@ -184,6 +249,19 @@ def test_the_error_of_the_mean_is_measured_by_hand():
     assert len(choice.errors["up"]["int8"]) == 1
 
 
+def test_changes_are_measured_as_they_are_replied():
+    """As FedNova's: what was sent is not taken off again."""
+    schema, found = Schema((TensorSpec("w", (1, 2), torch.float32),)), []
+    for sent in (0.0, 3.0):
+        choice = PresetChoice(WireSettings(up="auto", down="auto", keep_plain_below=0), 0)
+        payload = Payload({"w": torch.full((1, 2), sent)})
+        exchange = Exchange.broadcast("train", 1, (0,), payload, schema, schema)
+        reply = Reply(0, Payload({"w": torch.tensor([[1.0, 0.5]])}, {"examples": 1.0}))
+        choice.measure(replace(exchange, replies_are_changes=True), [reply])
+        found.append(choice.errors)
+    assert found[0] == found[1]
+
+
 def test_parts_have_codecs_of_their_own(compressed, federate):
     """N c stays the sum of all c_k, whichever codec their changes have."""
     sent = Sent()
@@ -208,8 +286,22 @@ def test_parts_have_codecs_of_their_own(compressed, federate):
         ({"wire": {"budget": "2MB", "up": "int8"}}, "leave one of them out"),
         ({"wire": {"budget": "2 sheep"}}, "is not a quantity"),
         ({"wire": {"budget": "2MB"}, "method": {"name": "flora"}}, "needs 8 bits of each number"),
-        ({"wire": {"up": "auto"}, "method": {"name": "flora"}}, "needs 8 bits of each number"),
-        ({"wire": {"up": "auto", "error_feedback": "classic"}}, "chooses among presets"),
+        (
+            {"wire": {"up": "auto", "auto_rounds": 1}, "method": {"name": "flora"}},
+            "needs 8 bits of each number",
+        ),
+        (
+            {"wire": {"up": "auto", "auto_rounds": 1, "error_feedback": "classic"}},
+            "chooses among presets",
+        ),
+        (
+            {"wire": {"up": "auto"}},
+            'wire.up = "auto" chooses after wire.auto_rounds = 2 rounds, and federation.rounds = 2',
+        ),
+        (
+            {"wire": {"budget": "2MB", "down": "auto", "auto_rounds": 7}},
+            'wire.down = "auto" chooses after wire.auto_rounds = 7 rounds, and federation.rounds = 2',
+        ),
         ({"wire": {"up": ["nothing"]}}, "hardly change"),
         ({"wire": {"parts": {"control": "int8"}}}, "has no parts: leave wire.parts out"),
         (
@@ -217,7 +309,10 @@ def test_parts_have_codecs_of_their_own(compressed, federate):
             "has the parts adapter, control: name one of them",
         ),
         (
-            {"wire": {"down": "auto"}, "privacy": {"unit": "client", "noise_multiplier": 1.0}},
+            {
+                "wire": {"down": "auto", "auto_rounds": 1},
+                "privacy": {"unit": "client", "noise_multiplier": 1.0},
+            },
             "no part of the privacy account",
         ),
         (

@@ -88,6 +88,48 @@ def test_server_and_clients_keep_the_same_estimates(compressed, federate):
             assert torch.allclose(own[name], sent.read[4, client][name], atol=1e-6)
 
 
+@pytest.mark.parametrize("feedback", ["classic", "ef21"])
+def test_what_answers_of_alternating_halves_lose_is_kept_until_they_are_sent_again(
+    compressed, federate, feedback
+):
+    wire = {"up": ["top_k:0.2"], "error_feedback": feedback, "absence_decay": 1.0}
+    if feedback == "ef21":
+        del wire["absence_decay"]
+    sent, own = Sent(), {"method": {"name": "rolora"}, "federation": {"rounds": 4, "clients": 2}}
+    found = federate(compressed(wire, **own), sent.watch)
+    assert sent.read[1, 0].keys().isdisjoint(sent.read[2, 0]) and len(sent.read) == 8
+    _, tensors = found.compression.saved()
+    for client in range(2):
+        slots = found.parts.local.store.slots(client)
+        for name in found.adapter:
+            if feedback == "ef21":
+                kept = slots["[wire] estimate train"][name]
+                assert torch.equal(kept, tensors[f"client/{client:04d}/train/{name}"])
+                last = max(r for r, who in sent.read if who == client and name in sent.read[r, who])
+                assert torch.allclose(kept, sent.read[last, client][name], atol=1e-6)
+                continue
+            whole, read = (
+                sum(
+                    c[name].double()
+                    for (_, who), c in changes.items()
+                    if who == client and name in c
+                )
+                for changes in (sent.changed, sent.read)
+            )
+            left = slots["[wire] residual train"][name].double()
+            assert torch.allclose(read + left, whole, atol=1e-6) and float(left.abs().max()) > 0
+
+
+def test_an_estimate_is_of_no_tensor_that_comes_as_it_is(compressed):
+    settings = compressed({"up": BIASED, "error_feedback": "ef21"})
+    server = Compression.of(settings.wire, 0, {})
+    server._estimates["train"], server._updates["train"] = {0: {"w": torch.ones(8, 2)}}, {0: 1}
+    change = {"w": torch.full((2, 2), 5.0), "v": torch.ones(8, 2)}
+    found = server.estimated("train", 0, change, ["v"], 2)
+    assert torch.equal(found["w"], change["w"]) and torch.equal(found["v"], change["v"])
+    assert server._pending[0][0].keys() == {"v", "w"}
+
+
 def test_an_estimate_of_another_shape_or_count_ends_nothing(compressed):
     """A client that sends other ranks, or comes back from a backup, is told to begin anew: no violation."""
     settings = compressed({"up": BIASED, "error_feedback": "ef21"})

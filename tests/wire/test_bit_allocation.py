@@ -105,6 +105,15 @@ def test_no_other_deal_within_the_bytes_loses_less(returned):
                 assert lost(allocation, other, squares) >= 0.98 * lost(allocation, dealt, squares)
 
 
+def test_a_tensor_of_no_known_change_counts_as_the_largest():
+    allocation = of((64, 64, 64), returned=True)
+    budget = allocation.least + 2000
+    for known in (1e-4, 1e4):
+        assert allocation.dealt(budget, {"t0": known}) == allocation.dealt(budget, {})
+    known = {"t0": 1e-4, "t1": 1e-2}
+    assert allocation.dealt(budget, known) == allocation.dealt(budget, known | {"t2": 1e-2})
+
+
 def test_tensors_below_the_water_level_get_nothing():
     """Of variances 100, 100, 1e-4 a budget for the first two leaves the third without a byte."""
     allocation = of((400, 400, 400), returned=True)

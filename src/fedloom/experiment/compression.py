@@ -17,6 +17,14 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         return
     if "method" in parts:
         yield from _method(parts["method"].name, wire)
+    if "federation" in parts and wire.chooses:
+        rounds = parts["federation"].rounds
+        if wire.auto_rounds >= rounds:
+            yield (
+                f"{_varying(wire, budget=False)} chooses after wire.auto_rounds = {wire.auto_rounds} "
+                f"rounds, and federation.rounds = {rounds} leaves none for what is chosen: have fewer "
+                "of the former or more of the latter, or name a codec"
+            )
     if "privacy" not in parts:
         return
     if parts["privacy"].unit is not None and (wire.budget is not None or wire.chooses):
@@ -48,9 +56,9 @@ def compression_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _varying(wire: WireSettings) -> str:
-    """Return the setting that has codecs change in a run, as it is written."""
-    if wire.budget is not None:
+def _varying(wire: WireSettings, *, budget: bool = True) -> str:
+    """Return the setting that has codecs change in a run, as it is written; a budget, if it counts."""
+    if budget and wire.budget is not None:
         return f"wire.budget = {wire.budget!r}"
     return f'wire.{"up" if wire.up == AUTO else "down"} = "auto"'
 

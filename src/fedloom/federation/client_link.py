@@ -218,7 +218,7 @@ class ClientLink:
         estimate = self._remember(action, wanted, before, decoded)
         read = {}
         for name, tensor in reply.tensors.items():
-            own = estimate.get(name, decoded[name])
+            own = estimate[name] if name in wanted and estimate else decoded[name]
             if name in changed:
                 own = received[name].float() + own.float()
             read[name] = own.to(tensor.dtype)
@@ -282,14 +282,17 @@ class ClientLink:
         return own.get(COUNT, torch.zeros(1, dtype=torch.int64))
 
     def _remember(self, action: str, wanted: Tensors, before: Tensors, decoded: Tensors) -> Tensors:
-        """Keep what error feedback needs in the next round; return h of ``ef21``."""
+        """Keep what error feedback needs in the next rounds; return h of ``ef21``.
+
+        A tensor that is in no reply of this round keeps what it has (methods send others in turn).
+        """
         kind = self._settings.error_feedback
         if not wanted or kind == "none":
             return {}
         if kind == "classic":
-            residual = {name: own - decoded[name].float() for name, own in wanted.items()}
-            residual[SINCE] = torch.tensor(self.exchange.round)
-            self._renewed[f"{RESIDUAL}{action}"] = residual
+            lost = {name: own - decoded[name].float() for name, own in wanted.items()}
+            since = {SINCE: torch.tensor(self.exchange.round)}
+            self._renewed[f"{RESIDUAL}{action}"] = {**before, **lost, **since}
             return {}
         estimate = moved_estimate(before, decoded, wanted)
         self._renewed[f"{ESTIMATE}{action}"] = {**estimate, COUNT: decoded[UPDATES]}

@@ -2,7 +2,8 @@
 
 ``wire.budget``: each answer says the mean square of every tensor that is coded, with what error feedback
 adds; the median over the clients whose answers count decides which codec a tensor has in the next round
-(``wire/bit_allocation.py``). In the first, all count alike. Codecs are in the schema of the answer, which
+(``wire/bit_allocation.py``). In the first, all count alike; later, one that was in no answer counts as
+the largest. Codecs are in the schema of the answer, which
 is fixed before it is asked for, so that sizes follow from it as always.
 
 ``"auto"``: in the first rounds tensors are sent as they are, and the server codes what it got in each
@@ -15,7 +16,7 @@ is kept from then on. It is in each checkpoint, so that a run that goes on goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
@@ -101,6 +102,19 @@ class BitBudget:
         self._last = {"tensors": tensors, "most_bytes": most_sent(found)}
         return found
 
+    def least(self, action: str, reply: Schema) -> int:
+        """Return the smallest budget of replies in bytes, 0 where nothing of them is coded.
+
+        Args:
+            action: What is asked for.
+            reply: The schema of its replies, as the method has it.
+
+        Raises:
+            SettingsError: How large an answer is is not known.
+        """
+        allocation = self._allocation(action, reply)
+        return allocation.least if allocation.specs else 0
+
     def read(self, client: int, schema: Schema, said: Tensor) -> None:
         """Take the mean squares that a client says.
 
@@ -125,9 +139,9 @@ class BitBudget:
         """Let what those clients said count whose answers do; a median, so that none decides alone."""
         counted = [self._said[client] for client in sorted(accepted) if client in self._said]
         if counted:
-            self._squares[action] = {
-                name: median(own[name] for own in counted) for name in counted[0]
-            }
+            found = {name: median(own[name] for own in counted) for name in counted[0]}
+            # other rounds may send other tensors
+            self._squares.setdefault(action, {}).update(found)
         self._said = {}
 
     def record(self) -> dict[str, Any]:
@@ -135,12 +149,12 @@ class BitBudget:
         return {"budget": self._last} if self._last else {}
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as plain JSON."""
-        return {"squares": dict(self._squares)}
+        """Return what a checkpoint keeps, as plain JSON; a copy, which stays as it is."""
+        return {"squares": {action: dict(own) for action, own in self._squares.items()}}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`saved` returned."""
-        self._squares = dict(facts["squares"])
+        self._squares = {action: dict(own) for action, own in facts["squares"].items()}
 
     def _allocation(self, action: str, reply: Schema) -> Allocation:
         own = self.settings
@@ -170,19 +184,23 @@ def as_sent(coded: Schema, settings: WireSettings, beside: tuple[TensorSpec, ...
     return replace(coded, tensors=(*coded.tensors, *beside), metrics=(*coded.metrics, CODING_ERROR))
 
 
-def require_budget(settings: WireSettings, sent: Tensors, reported: tuple[NumberSpec, ...]) -> None:
+def require_budget(
+    settings: WireSettings, answers: Iterable[Tensors], reported: tuple[NumberSpec, ...]
+) -> None:
     """Check a budget before a run begins, by the closed form of what clients send.
 
     Args:
         settings: ``[wire]``.
-        sent: Tensors of the shapes that a client sends.
+        answers: Tensors of the shapes that a client sends, of each kind of round.
         reported: What it reports of a training.
 
     Raises:
-        SettingsError: It does not suffice.
+        SettingsError: It does not suffice for one of them.
     """
-    if settings.budget is not None and sent:
-        BitBudget(settings).coded("train", Schema.of(sent, (amount("examples"),), reported))
+    schemas = [Schema.of(sent, (amount("examples"),), reported) for sent in answers if sent]
+    if settings.budget is not None and schemas:
+        budget = BitBudget(settings)
+        budget.coded("train", max(schemas, key=lambda own: budget.least("train", own)))
 
 
 def no_fixed_size(key: str, action: str, name: str) -> str:
@@ -319,7 +337,7 @@ def _change(exchange: Exchange, reply: Reply, specs: list[TensorSpec]) -> Tensor
     sent, found = exchange.sent_to(reply.client), {}
     for spec in specs:
         own = reply.payload.tensors[spec.name]
-        if is_difference(spec.name, own, sent, exchange.changes):
+        if is_difference(spec.name, own, sent, exchange.changes_replied):
             own = (own.float() - sent[spec.name].float()).to(spec.dtype)
         found[spec.name] = own
     return found

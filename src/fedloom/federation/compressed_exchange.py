@@ -393,7 +393,7 @@ class Compression:
             held.digest if held is not None else "",
             missing is None,
             missing or 0,
-            None if exchange.replies_are_changes else exchange.changes,
+            exchange.changes_replied,
             afresh,
             str(self._down or "") if self.settings.down == AUTO else "",
         )
@@ -423,7 +423,7 @@ class Compression:
             )
         after = moved_estimate(before, change, names)
         self._pending[client] = after, updates
-        return {**change, **{name: own.clone() for name, own in after.items()}}
+        return {**change, **{name: after[name].clone() for name in names}}
 
 
 def _placeholder(spec: TensorSpec) -> TensorSpec:
@@ -455,7 +455,7 @@ class _Reader:
             change = self.compression.estimated(
                 self.exchange.action, client, change, self._lossy, int(updates)
             )
-        changes = None if self.exchange.replies_are_changes else self.exchange.changes
+        changes = self.exchange.changes_replied
         sent: Tensors = {} if changes is None else self.exchange.sent_to(client)
         found = {}
         for spec in self.exchange.reply_schema.tensors:
@@ -469,7 +469,7 @@ class _Reader:
     def _lossy(self) -> list[str]:
         """The names of the tensors that are coded and have an estimate."""
         names = coded_names(self.schema)
-        return [name for name in names if not is_change(name, self.exchange.changes)]
+        return [name for name in names if not is_change(name, self.exchange.changes_replied)]
 
     def _uncoded(self, tensors: Tensors) -> Tensors:
         """Return the tensors of a reply with those that came as bytes of their own."""

@@ -208,14 +208,15 @@ def moved_estimate(before: Tensors, change: Tensors, names: Iterable[str]) -> Te
     Args:
         before: h; a tensor that is absent, or of another shape (another rank), begins at 0.
         change: What was decoded.
-        names: Of the tensors that have an estimate.
+        names: Of the tensors of this change that have an estimate; others in h stay.
     """
-    return {
+    after = {
         name: before[name] + change[name].float()
         if name in before and before[name].shape == change[name].shape
         else change[name].float()
         for name in names
     }
+    return {**before, **after}
 
 
 def start_of(specs: Iterable[TensorSpec], initial: Tensors) -> Tensors:

@@ -83,6 +83,10 @@ class LocalOnly(Method):
         """Return ``None``: every client has its own adapter."""
         return None
 
+    def sent_shapes(self, adapter: Tensors) -> Tensors:
+        """Return nothing."""
+        return {}
+
     def traffic(self, adapter: Tensors) -> Traffic:
         """Nothing but numbers travels."""
         return ParameterTraffic(0, 0)

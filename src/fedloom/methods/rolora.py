@@ -67,6 +67,18 @@ class RoLoRA(Method):
         """Return the client side."""
         return {"train": _train}
 
+    def sent_shapes(self, adapter: Tensors) -> Tensors:
+        """Return what the first round trains."""
+        return trained_part(adapter, 1)
+
+    def sent_in_even_rounds(self, adapter: Tensors) -> Tensors:
+        """Return what the second round trains."""
+        return trained_part(adapter, 2)
+
+    def received_shapes(self, adapter: Tensors) -> Tensors:
+        """Return the adapter."""
+        return adapter
+
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count the adapter down, and one factor up."""
         return half_up(adapter)

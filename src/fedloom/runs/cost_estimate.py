@@ -21,8 +21,8 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import TokenShare
 from fedloom.errors import FedloomError
 from fedloom.experiment.experiment import Experiment, view_of
-from fedloom.federation.compressed_traffic import compressed
 from fedloom.methods import DEFAULT, METHODS
+from fedloom.methods.contract.closed_forms import compressed_traffic
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.split_model import ClientPart
 from fedloom.randomness import generator
@@ -163,13 +163,7 @@ def _option(
     link: Link,
     memory: float,
 ) -> Estimate:
-    plain = parts.method.traffic(parts.initial)
-    traffic = compressed(
-        plain,
-        parts.method.sent_shapes(parts.initial),
-        experiment.wire,
-        parts.method.declares.message_parts,
-    )
+    traffic = compressed_traffic(parts.method, parts.initial, experiment.wire)
     worst: Estimate | None = None
     for client, share in parts.local.shares.items():
         model = parts.local.resources[client].model

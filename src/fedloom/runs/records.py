@@ -42,10 +42,10 @@ from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.compressed_traffic import compressed
 from fedloom.federation.devices import trace_digest
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Evaluation, RoundRecord
+from fedloom.methods.contract.closed_forms import compressed_traffic
 from fedloom.methods.contract.method import Method
 from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
@@ -122,14 +122,7 @@ def run_record(
             asdict(own) for own in (*parts.method.sections, *selection_of(experiment).sections)
         ],
         "client_memory": _client_memory(experiment, parts),
-        "traffic": to_record(
-            compressed(
-                parts.method.traffic(parts.initial),
-                parts.method.sent_shapes(parts.initial),
-                experiment.wire,
-                parts.method.declares.message_parts,
-            )
-        ),
+        "traffic": to_record(compressed_traffic(parts.method, parts.initial, experiment.wire)),
         "wire": _wire_record(experiment, parts),
         "promise": parts.method.privacy_statement(),
         "metric": asdict(PRIMARY_METRICS[division.judged]),

@@ -33,7 +33,6 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.clock import ClockState, SimulatedClock
 from fedloom.federation.codec_choice import require_budget
 from fedloom.federation.compressed_exchange import Compression
-from fedloom.federation.compressed_traffic import named_parts
 from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.records import RoundRecord
@@ -41,6 +40,7 @@ from fedloom.federation.rounds import Server
 from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.federation.selection import Selection, UniformSettings
 from fedloom.federation.violations import of_rounds
+from fedloom.methods.contract.closed_forms import answers
 from fedloom.methods.contract.row_losses import RowLosses
 from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
@@ -246,9 +246,7 @@ def run_experiment(
             keep_ledgers(parts.row_privacies, experiment, folder)
             require_budget(
                 experiment.wire,
-                named_parts(
-                    parts.method.sent_shapes(parts.initial), parts.method.declares.message_parts
-                ),
+                answers(parts.method, parts.initial),
                 reported(parts.objective),
             )
             state = first_state(parts.method, parts.initial)

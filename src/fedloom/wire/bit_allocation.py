@@ -155,7 +155,8 @@ class Allocation:
 
         Args:
             budget: Bytes of a message, at least :attr:`least`.
-            squares: Mean square of each tensor; one that is absent counts as 1.
+            squares: Mean square of each tensor; one that is absent counts as the largest of the others,
+                and where none is known, all count alike.
         """
         order = self._steps(squares)
         low, high = 0, len(order)
@@ -193,8 +194,10 @@ class Allocation:
         worth = []
         for (codec, error), (milder, less) in pairwise(self.codecs):
             worth.append((error - less) / (most_bits(milder) - most_bits(codec)))
+        known = [squares[spec.name] for spec in self.specs if spec.name in squares]
+        absent = max(known, default=1.0)
         found = [
-            (-squares.get(spec.name, 1.0) * one, step, tensor)
+            (-squares.get(spec.name, absent) * one, step, tensor)
             for tensor, spec in enumerate(self.specs)
             for step, one in enumerate(worth)
         ]

@@ -144,6 +144,11 @@ class Exchange:
                 found[id(data)] = hashlib.sha256(data).hexdigest()
         return {client: found[id(data)] for client, data in self.requests.items()}
 
+    @property
+    def changes_replied(self) -> tuple[str, ...] | None:
+        """What names of tensors begin with that are replied as changes; ``None`` where all are."""
+        return None if self.replies_are_changes else self.changes
+
     def bytes_down(self, client: int) -> int:
         """Return the bytes that a client is sent."""
         beside = self.masking.messages.get(client, b"") if self.masking is not None else b""

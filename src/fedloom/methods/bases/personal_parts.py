@@ -81,6 +81,10 @@ class KeepsParts(Method):
         """Return the shared tensors alone."""
         return state.tensors
 
+    def sent_shapes(self, adapter: Tensors) -> Tensors:
+        """Return the shared tensors."""
+        return self.common(adapter)
+
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count the shared tensors, down and up."""
         size = tensor_bytes(self.common(adapter))

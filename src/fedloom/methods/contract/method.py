@@ -350,8 +350,16 @@ class Method(MethodTraits):
         return ParameterTraffic(size, size)
 
     def sent_shapes(self, adapter: Tensors) -> Tensors:
-        """Return tensors of the shapes that travel, for the closed form of codecs; here the adapter."""
+        """Return tensors of the shapes that a client sends, for closed forms; here the adapter."""
         return adapter
+
+    def sent_in_even_rounds(self, adapter: Tensors) -> Tensors:
+        """Return those that it sends in rounds 2, 4, ...; here the same."""
+        return self.sent_shapes(adapter)
+
+    def received_shapes(self, adapter: Tensors) -> Tensors:
+        """Return those that it is sent; here what it sends."""
+        return self.sent_shapes(adapter)
 
     def load(self, client: Client, payload: Payload) -> None:
         """Write the adapter that ``client`` would use now into its model, for evaluation."""
