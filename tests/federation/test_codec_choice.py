@@ -9,9 +9,10 @@ import torch
 
 import fedloom
 from federation import Sent
-from fedloom.accounting.traffic import Done
+from fedloom.accounting.traffic import Done, ParameterTraffic
 from fedloom.errors import Interrupted, MessageError, SettingsError
 from fedloom.federation.codec_choice import BitBudget, PresetChoice, require_budget
+from fedloom.federation.compressed_traffic import compressed as compressed_form
 from fedloom.federation.compression_messages import SQUARES
 from fedloom.methods.contract.closed_forms import answers as answers_of
 from fedloom.methods.contract.closed_forms import compressed_traffic
@@ -20,7 +21,7 @@ from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
 from fedloom.security.audit_log import events
-from fedloom.tensors import part_of
+from fedloom.tensors import part_of, tensor_bytes
 from fedloom.training.results import reported
 from fedloom.wire.messages import Exchange, Payload, Reply
 from fedloom.wire.schema import Schema, TensorSpec
@@ -133,11 +134,23 @@ def test_a_budget_is_of_what_a_method_sends_of_the_adapter(compressed, federate,
         assert own == {n: tuple(t.shape) for n, t in shapes[round - 1].items()}
         known = {spec.name for spec in asked.plain.request_schema.tensors}
         assert known == method.received_shapes(parts.initial).keys()
-    smallest = int(least.removesuffix("B"))
-    for budget in (smallest, smallest * 3 // 2, smallest * 2, 20_000):
+    for budget in (int(least.removesuffix("B")), 20_000):
         form = compressed_traffic(method, parts.initial, made(f"{budget}B").wire)
         for round in (1, 2):
             assert 0 < form.of_round(Done(1, 1, 1, 1), round).up <= budget
+
+
+def test_the_closed_form_of_a_budget_is_within_it():
+    own = {f"w{i}": torch.zeros(64, 64) for i in range(8)}
+    plain = ParameterTraffic(tensor_bytes(own), tensor_bytes(own))
+    for budget in (
+        10_000,
+        14_000,
+        20_000,
+    ):  # ternary, int3 and int4, of which int3 has 4 bits before zstd
+        settings = WireSettings(budget=f"{budget}B", keep_plain_below=0)
+        up = compressed_form(plain, own, settings).of_round(Done(1, 1, 1, 1)).up
+        assert budget - 2500 < up <= budget
 
 
 def test_a_budget_suffices_for_every_kind_of_round():
