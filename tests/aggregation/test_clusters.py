@@ -12,6 +12,7 @@ from fedloom.aggregation.clusters import (
     silhouette,
     spectral_groups,
     subspace_distances,
+    subspace_distances_of,
 )
 
 
@@ -63,3 +64,18 @@ def test_copies_of_one_client_are_one_group_and_so_are_few_or_alike_ones():
     assert spectral_groups(subspace_distances(columns(0, 90)), 1) == [0, 0]
     wide = {client: [torch.randn(40, 2)] for client in range(6)}  # each as far from any other
     assert spectral_groups(subspace_distances(wide), 4) == [0] * 6
+
+
+def test_many_copies_hide_no_group():
+    """Of 15 distances 10 are 0, and so is the median."""
+    found = subspace_distances(columns(0, 0, 0, 0, 0, 90))
+    assert median_distance(found) == 0.0 and spectral_groups(found, 4) == [0] * 5 + [1]
+
+
+def test_distances_of_some_are_rows_of_all():
+    factors = columns(0, 10, 90, 80)
+    whole = subspace_distances(factors)
+    found = subspace_distances_of(factors, (3, 1))
+    assert list(found) == [1, 3]
+    for client, row in found.items():
+        assert row == {k: pytest.approx(whole[client, k]) for k in range(4) if k != client}

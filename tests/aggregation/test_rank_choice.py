@@ -58,3 +58,7 @@ def test_of_the_papers_share_it_is_one_rank_a_round(rank, left):
     assert pruned_rank(rank, 0.99, 1) == left
     assert pruned_rank(rank, 1.0, 1) == rank
     assert pruned_rank(rank, 0.5, 200) == rank
+
+
+def test_a_share_that_is_no_binary_fraction_loses_no_rank():
+    assert 0.7 * 90 < 63 and pruned_rank(90, 0.7, 1) == 63

@@ -16,6 +16,7 @@ from fedloom.methods.bases.packed_factors import pack, unpack
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings
 from fedloom.methods.hetlora import HetLoRA, HetLoRASettings, tail_gradient
 from fedloom.runs.observers import Silent
+from fedloom.tensors import State
 from fedloom.wire.messages import Reply, decode
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
@@ -186,6 +187,23 @@ def test_ranks_are_pruned_where_the_tail_lost_weight_and_never_grow():
     assert {c: int(own["rank"]["rank"]) for c, own in found.kept.items()} == dict(
         enumerate(ranks[-1])
     )
+
+
+def test_ranks_that_nobody_holds_any_more_are_not_served():
+    first = bench.start(4, seed=3)
+    first[bench.B] = 0.5 * torch.ones(bench.SIZE, 4)
+    settings = {**PRUNING, "penalty": 2.0}
+    found = bench.play("hetlora", rounds=3, rate=0.02, adapter=first, rank=4, settings=settings)
+    held = [max(cohort.details["ranks"].values()) for cohort in found.cohorts]
+    assert held[-1] < 4
+    for most, cohort, state in zip(held, found.cohorts, found.states, strict=True):
+        down, up = state.tensors[bench.A], state.tensors[bench.B]
+        assert len(down) == 4 and not down[most:].any() and not up[:, most:].any()
+        assert down[:most].any(1).all() and up[:, :most].any(0).all() and not cohort.warnings
+    some = HetLoRA(HetLoRASettings(**PRUNING))
+    some.server = SimpleNamespace(ranks={0: 4, 1: 4, 2: 3})
+    kept = some.still_held(State(first, {"rank/000000": 2.0, "rank/000002": 2.0}))
+    assert all(torch.equal(kept[name], first[name]) for name in first)  # client 1, away, holds all
 
 
 def test_the_penalty_is_the_gradient_of_the_norms_product():

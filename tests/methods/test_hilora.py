@@ -1,13 +1,18 @@
 """HiLoRA: groups are found, parts are trained one after the other, and leaves stay with their clients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fedloom.errors import SettingsError
 from fedloom.methods.bases.client_groups import groups_of
 from fedloom.methods.bases.rank_parts import LEAF, PartHooks, rank_part
-from fedloom.methods.hilora import HiLoRA, HiLoRASettings
+from fedloom.methods.contract.client import carried_out
+from fedloom.methods.hilora import HiLoRA, HiLoRASettings, part_of_round
 from fedloom.tensors import part_of
+from fedloom.training.results import LocalResult
+from fedloom.training.settings import ALONE, Part
 from linear_bench import SIZE, A, B, Outcome, play, start, target_of
 
 ROUNDS = 10
@@ -38,10 +43,23 @@ def test_the_penalty_and_its_gradient_by_hand():
     assert hooks.flops(adapter) == 2 * 2 * 2 * 1 * 1
 
 
+def parts_of(rounds, **shares):
+    settings = HiLoRASettings(**shares)
+    return [part_of_round(settings, number, rounds) for number in range(1, rounds + 1)]
+
+
+def test_the_last_round_is_the_leaves_and_of_three_each_part_has_one():
+    assert parts_of(2) == [0, 2] and parts_of(3) == [0, 1, 2]
+    assert parts_of(4, root_share=0.3, group_share=0.65) == [0, 1, 1, 2]
+    assert parts_of(10, root_share=0.3, group_share=0.65) == [0] * 3 + [1] * 6 + [2]
+    for root in range(5, 95, 10):
+        for rounds in range(3, 30):
+            found = parts_of(rounds, root_share=root / 100, group_share=(99 - root) / 100)
+            assert sorted(found) == found and set(found) == {0, 1, 2}
+
+
 def test_two_groups_are_found_and_each_part_is_trained_in_its_rounds(found):
-    assert [found.method.part_of_round(number) for number in range(1, 11)] == [0] * 3 + [1] * 4 + [
-        2
-    ] * 3
+    assert parts_of(10) == [0] * 3 + [1] * 4 + [2] * 3
     assert groups_of(found.state) == {0: 0, 1: 0, 2: 1, 3: 1}
     assert found.cohorts[-1].details["groups"] == {"0": 0, "1": 0, "2": 1, "3": 1}
     root = [part_of(state.tensors, "root") for state in found.states]
@@ -81,6 +99,36 @@ def test_who_comes_late_joins_the_nearest_group(found):
     assert set(late.sent[6, "probe", 3][1].tensors) == {B}
 
 
+def test_a_trial_is_planned_once_in_a_run_and_shares_its_rounds_amount():
+    method = HiLoRA(HiLoRASettings())
+    for rounds in (1, 2, 7):
+        planned = [method.trainings_of(number, rounds) for number in range(1, rounds + 1)]
+        assert sum(planned) == rounds + (rounds > 1) and max(planned) == min(2, rounds)
+    parts = []
+
+    def fit(client, payload, part, share, purpose):
+        yield from ()
+        parts.append(share)
+        return LocalResult(2, 1, 0, 0, {})
+
+    method._fit = fit
+    whole = start(3)
+    client = SimpleNamespace(
+        session={}, store={}, share=[0], model=SimpleNamespace(read=lambda: whole)
+    )
+    train, probe = (method.handlers()[name] for name in ("train", "probe"))
+    request = SimpleNamespace(numbers={"part": 1.0, "group": 0.0})
+    for handler in (train, probe, train):
+        carried_out(handler(client, request))
+    assert parts == [ALONE, Part(0, 2), Part(1, 2)]
+
+
+def test_who_was_not_drawn_since_there_are_groups_is_served_without_one():
+    away = hilora(there=lambda round, client: client != 3 or round <= 3)
+    assert groups_of(away.state)[3] == 1 and int(away.kept[3][LEAF]["group"]) == -1
+    assert "judged without" in HiLoRA.declares.absence.away
+
+
 def test_other_ids_change_no_tensor(found):
     ids = {10: 1, 11: 1, 20: 1, 21: 1}
     target = dict(zip(ids, GROUPED.values(), strict=True))
@@ -116,6 +164,7 @@ def test_a_rank_of_8_is_trained():
     [
         ({"adapter": {"rank": 2}}, r"adapter\.rank = 2 is that of three parts: set it to 3 or more"),
         ({"method": {"root_share": 0.5, "group_share": 0.5}}, "leave no round for the clients' leaves"),
+        ({"federation": {"rounds": 1}}, r"federation\.rounds = 1 leaves no round .*: set it to 3 or more"),
         ({"training": {"keep_optimizer_state": True}}, "trains other parts in later rounds"),
         ({"adapter": {"start": "somewhere"}}, "its adapter has parts that a start has not"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedloom.errors import MessageError, SettingsError
-from fedloom.methods.lora_a2 import CHANGES, CHOSEN
+from fedloom.methods.lora_a2 import CHANGES, CHOSEN, LoRAA2, LoRAA2Settings
 from linear_bench import CLIENTS, SIZE, A, B, error, play, start, target_of
 
 SETTINGS = {"ranks": 1, "b_rate": 1.0}
@@ -45,6 +45,12 @@ def test_with_all_ranks_it_is_rolora(choice):
     plain = play("rolora", rounds=3)
     for name in (A, B):
         assert torch.allclose(whole.state.tensors[name], plain.state.tensors[name], atol=1e-5)
+
+
+def test_ranks_at_random_need_no_second_training():
+    for choice, times in (("score", 2), ("random", 1)):
+        method = LoRAA2(LoRAA2Settings(choice=choice))
+        assert method.trainings == method.trainings_of(1, 3) == times
 
 
 @pytest.mark.slow

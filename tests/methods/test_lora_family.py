@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedloom.aggregation.lora import averaging_error
+from fedloom.errors import ModelError
 from linear_bench import SIZE, A, B, error, start, target_of
 from linear_bench import play as play_rounds
 
@@ -125,6 +126,15 @@ def test_fedsvd_without_a_period_is_ffa_to_the_bit_and_with_one_a_is_orthonormal
     span = torch.linalg.qr(start(2)[A].T)[0]
     cosines = torch.linalg.svdvals(span.T @ down.T)
     assert torch.allclose(cosines, torch.ones(2), atol=1e-5)  # its row space is the first A's
+
+
+def test_fedsvd_refuses_a_rank_above_a_layers_width():
+    with pytest.raises(
+        ModelError, match=r"layer x has 8 inputs and 8 outputs.*adapter\.rank to 8 at most"
+    ):
+        play("fedsvd", rank=9)
+    assert play("fedsvd", rank=8).state.tensors[A].shape == (8, SIZE)
+    assert play("fedsvd", rank=9, settings={"period": 0}).state.tensors[A].shape == (9, SIZE)
 
 
 def test_rolora_reaches_what_ffa_cannot():

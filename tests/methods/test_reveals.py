@@ -35,7 +35,8 @@ def suited(experiment, mixture_folder):
     """Make a small experiment of a method, with settings of it."""
 
     def make(method, **settings):
-        sections = {"method": {"name": method, **settings}, "federation": {"rounds": 1}}
+        rounds = 2 if method == "hilora" else 1  # which refuses one alone
+        sections = {"method": {"name": method, **settings}, "federation": {"rounds": rounds}}
         sections["training"] = {"local_steps": 3}
         if method == "fedamole":
             sections["adapter"] = {"kind": "experts", "experts": 4}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -26,15 +26,40 @@ def subspace_distances(factors: Mapping[int, Sequence[Tensor]]) -> Matrix:
     Args:
         factors: By client id, ``(outputs, r)`` of each layer; clients ascend in the result.
     """
-    bases = [[left_vectors(own) for own in factors[client]] for client in sorted(factors)]
+    bases = _bases(factors)
     found = np.zeros((len(bases), len(bases)))
-    for i, j in combinations(range(len(bases)), 2):
-        shares = [
-            float((one.T @ other).square().sum()) / one.shape[1]
-            for one, other in zip(bases[i], bases[j], strict=True)
-        ]
-        found[i, j] = found[j, i] = max(0.0, 1.0 - sum(shares) / len(shares))
+    for (i, one), (j, other) in combinations(enumerate(bases.values()), 2):
+        found[i, j] = found[j, i] = _apart(one, other)
     return found
+
+
+def subspace_distances_of(
+    factors: Mapping[int, Sequence[Tensor]], some: Iterable[int]
+) -> dict[int, dict[int, float]]:
+    """Return the distances of :func:`subspace_distances` from each of some clients to every other.
+
+    Args:
+        factors: By client id, with those of ``some``.
+        some: Ids.
+    """
+    bases = _bases(factors)
+    return {
+        client: {k: _apart(bases[client], own) for k, own in bases.items() if k != client}
+        for client in sorted(some)
+    }
+
+
+def _bases(factors: Mapping[int, Sequence[Tensor]]) -> dict[int, list[Tensor]]:
+    return {client: [left_vectors(own) for own in factors[client]] for client in sorted(factors)}
+
+
+def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the distance of two clients' bases, one of each layer; from 0 to 1."""
+    shares = [
+        float((own.T @ its).square().sum()) / own.shape[1]
+        for own, its in zip(one, other, strict=True)
+    ]
+    return max(0.0, 1.0 - sum(shares) / len(shares))
 
 
 def silhouette(distances: Matrix, labels: Sequence[int]) -> float:
@@ -72,8 +97,9 @@ def average_linkage(distances: Matrix, count: int) -> list[int]:
 def spectral_groups(distances: Matrix, most: int) -> list[int]:
     """Return the group of each element by spectral clustering, of a number of groups that is found.
 
-    Affinities are exp(-d^2 / (2 sigma^2)) with the median of the distances as sigma. The number of
-    groups, from 2 to ``most``, is where the eigenvalues of the normalised Laplacian have the largest gap;
+    Affinities are exp(-d^2 / (2 sigma^2)) with the median of the distances as sigma; where that is 0, as
+    with many copies of one element, with the median of the distances that are not. The number of groups,
+    from 2 to ``most``, is where the eigenvalues of the normalised Laplacian have the largest gap;
     elements are divided by average linkage of their rows of the first eigenvectors, where k-means would
     draw. It is one group where all distances are 0, or where the silhouette is below :data:`NO_TWO`.
     Source: Ng, Jordan and Weiss 2001, "On Spectral Clustering: Analysis and an algorithm".
@@ -84,6 +110,8 @@ def spectral_groups(distances: Matrix, most: int) -> list[int]:
     """
     count = len(distances)
     sigma = median_distance(distances)
+    if sigma < 1e-9 and bool((distances >= 1e-9).any()):
+        sigma = float(np.median(distances[distances >= 1e-9]))
     if count < 3 or most < 2 or sigma < 1e-9:
         far = count == 2 and most > 1 and sigma > 0.5
         return [0, 1] if far else [0] * count

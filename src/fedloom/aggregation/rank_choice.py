@@ -54,7 +54,7 @@ def pruned_rank(rank: int, share: float, least: int) -> int:
         share: gamma, above 0, at most 1.
         least: The smallest rank there is; a rank that is below stays.
     """
-    return min(rank, max(least, math.floor(share * rank)))
+    return min(rank, max(least, math.floor(share * rank + 1e-9)))  # 0.7 * 90 is just below 63
 
 
 def tail_norm(adapter: Tensors, first: int) -> float:

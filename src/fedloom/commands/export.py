@@ -51,7 +51,12 @@ def forget(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     client: Annotated[int, typer.Option(help="Who leaves.", min=0)],
 ) -> None:
-    """Delete a client's model and store from a run folder and its checkpoints."""
+    """Delete a client's model and store from a run folder and its checkpoints.
+
+    What the server itself keeps by client in a checkpoint's state stays, as the rounds that follow need
+    it: of hilora how clients' B moved and their groups, of hetlora ranks, of fedmoe and fedamole which
+    experts they have, and what these are assigned by.
+    """
     from fedloom.storage.run_folder import RunFolder
 
     RunFolder.existing(run)

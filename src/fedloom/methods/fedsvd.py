@@ -18,8 +18,9 @@ from typing import Literal
 from pydantic import Field
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.lora import A
+from fedloom.aggregation.lora import A, factor_pairs
 from fedloom.aggregation.lora_coordinates import orthonormal
+from fedloom.errors import ModelError
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
@@ -72,9 +73,23 @@ class FedSVD(Method):
             yield from optimizer_anew(view, "changes the coordinates of B between rounds")
 
     def setup(self, server: ServerSide) -> None:
-        """Check that the factors are of linear layers."""
+        """Check that the factors are of linear layers, and wide enough for as many orthonormal rows.
+
+        Raises:
+            ModelError: They are not.
+        """
         super().setup(server)
         require_linear_layers(server.model.stacked, 'method.name = "fedsvd"')
+        adapter = server.model.read()
+        for a, b in factor_pairs(adapter).values() if self.period else ():
+            rank, inputs, outputs = *adapter[a].shape, len(adapter[b])
+            if rank > (least := min(inputs, outputs)):
+                raise ModelError(
+                    f'method.name = "fedsvd": the layer {a.partition(A)[0]} has {inputs} inputs and '
+                    f"{outputs} outputs, so its products have no {rank} orthonormal rows: set "
+                    f"adapter.rank to {least} at most, leave the layer out of adapter.targets, or set "
+                    "method.period = 0"
+                )
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average B, decompose."""

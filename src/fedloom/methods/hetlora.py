@@ -6,7 +6,8 @@ below 1, a client of rank r adds to its loss ``penalty`` times the sum over laye
 ||A[i:, :]||, for the tail of ranks from i = floor(gamma r) on. Where this sum is smaller after a
 round's training than before, the client cuts the tail off, and has that rank from then on: ranks never
 grow. With gamma = 0.99 it is one rank a round, and with a penalty nearly every client that trains goes
-down to ``least_rank``: watch ``ranks`` in ``rounds.jsonl``.
+down to ``least_rank``: watch ``ranks`` in ``rounds.jsonl``. Ranks that nobody holds any more are zero in
+what is served.
 """
 
 from __future__ import annotations
@@ -133,6 +134,13 @@ class HetLoRA(SharesRanks):
             if rank_of(own) < had[reply.client]
         }
         return {**state.numbers, **pruned}
+
+    def still_held(self, state: State) -> Tensors:
+        """Return the adapter with zeros in the ranks that all clients have pruned."""
+        if not self.prunes:
+            return state.tensors
+        most = max(self.ranks(state).values())
+        return resized(resized(state.tensors, most), rank_of(state.tensors))
 
     def check_of(self, ranks: Mapping[int, int]) -> Callable[[int, Payload], None]:
         """Return the check that a reply has the rank that its client was sent, or that one pruned."""

@@ -11,7 +11,9 @@ each.
 
 Here groups go by how B moved from the root, as all clients begin with the same B; and clients may stay
 one group. A client that is first there when groups are formed trains the root once on trial, and joins
-the group whose members' movements are nearest to its own.
+the group whose members' movements are nearest to its own. A client learns its group when it trains in
+it: one that moved the root and was not drawn since is judged, saved and settled with the root and its
+leaf alone, as the table of groups is not sent to all.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ from fedloom.methods.declaration import EACH_ANSWER, OWN_STEPS, TOGETHER, Absenc
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
 from fedloom.training.results import LocalResult
-from fedloom.training.settings import Work
+from fedloom.training.settings import ALONE, Part, Work
 from fedloom.wire.messages import Payload
 
 
@@ -66,10 +68,10 @@ class HiLoRASettings(NamedSettings):
 
     name: Literal["hilora"] = "hilora"
     root_share: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the rounds in which all train the root."""
+    """Share of the rounds in which all train the root; one at least."""
     group_share: float = Field(default=0.4, gt=0, lt=1)
-    """Share of the rounds, after these, in which groups train their parts; in the others clients train
-    their leaves. Both shares together are below 1."""
+    """Share of the rounds, after these, in which groups train their parts, one at least of three or more
+    rounds; in the others, the last at least, clients train their leaves. Both are below 1 together."""
     most_groups: int = Field(default=10, ge=1)
     """Groups of clients, at most."""
     penalty: float = Field(default=0.1, ge=0)
@@ -93,7 +95,7 @@ class HiLoRA(Method):
         asynchronous=TOGETHER,
         compression=no("clients of unlike groups are sent unlike parts"),
         absence=Absence(
-            "is in no mean; its leaf and its group stay",
+            "is in no mean; its leaf and its group stay; away since groups exist, it is judged without",
             "first there when groups exist, it trains the root on trial and joins the nearest group",
             "is in no mean; the movement that groups were formed of stays",
         ),
@@ -116,11 +118,16 @@ class HiLoRA(Method):
         """Yield also shares and a rank that leave no part for someone."""
         yield from super().check(view)
         yield from optimizer_anew(view, "trains other parts in later rounds")
-        own = view.method
+        own, federation = view.method, view.federation
         if own.root_share + own.group_share >= 1:
             yield (
                 f"method.root_share = {own.root_share:g} and method.group_share = {own.group_share:g} "
                 "leave no round for the clients' leaves: let them be below 1 together"
+            )
+        elif federation and part_of_round(own, federation.rounds, federation.rounds) < 2:
+            yield (
+                f"federation.rounds = {federation.rounds} leaves no round for the clients' leaves: set "
+                "it to 3 or more, for a round of each part at least"
             )
         if view.adapter is not None and view.adapter.rank < 3:
             yield f"adapter.rank = {view.adapter.rank} is that of three parts: set it to 3 or more"
@@ -135,20 +142,18 @@ class HiLoRA(Method):
         """Return the root's part, and what is no factor."""
         return State(join_parts(root=rank_part(adapter, 0), other=without_factors(adapter)))
 
-    def part_of_round(self, round: int) -> int:
-        """Return which part is trained in a round: 0, 1 or 2."""
-        rounds, own = self.server.rounds, self.settings
-        root = max(1, math.floor(own.root_share * rounds + 0.5))
-        both = max(root + 1, math.floor((own.root_share + own.group_share) * rounds + 0.5))
-        return (round > root) + (round > both)
-
     def trainings_of(self, round: int, rounds: int) -> int:
-        """Return two: a client that is first there when groups exist trains on trial too."""
-        return 1 if round == 1 else 2
+        """Return one; of the last of several rounds two, for a client's only training on trial.
+
+        That can be in any round after the first: a client without a group trains on trial alone until an
+        answer of it arrives, then in the same round a second time, and never on trial again.
+        """
+        return 2 if round == rounds > 1 else 1
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Train the round's part; form groups before the first that is theirs."""
-        part, groups = self.part_of_round(cohort.round), groups_of(state)
+        part = part_of_round(self.settings, cohort.round, self.server.rounds)
+        groups = groups_of(state)
         tensors, root = dict(state.tensors), part_of(state.tensors, ROOT)
         if part and not groups:
             groups = formed(tensors, self.settings.most_groups)
@@ -208,7 +213,8 @@ class HiLoRA(Method):
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         part, index = (int(payload.numbers[name]) for name in (PART.name, INDEX_NUMBER.name))
-        result = yield from self._fit(client, payload, part, "")
+        share = Part(1, 2) if client.session.get("probed") else ALONE
+        result = yield from self._fit(client, payload, part, share, "")
         trained = client.model.read()
         own = client.store.get(LEAF, {})
         if part == 2:
@@ -218,18 +224,36 @@ class HiLoRA(Method):
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
 
     def _probe(self, client: Client, payload: Payload) -> Trainings[Payload]:
-        result = yield from self._fit(client, payload, 0, "probe ")
+        result = yield from self._fit(client, payload, 0, Part(0, 2), "probe ")
+        client.session["probed"] = True
         sent = {n: t for n, t in rank_part(client.model.read(), 0).items() if B in n}
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
 
     def _fit(
-        self, client: Client, payload: Payload, part: int, purpose: str
+        self, client: Client, payload: Payload, part: int, share: Part, purpose: str
     ) -> Trainings[LocalResult]:
         root, group, other = (part_of(payload.tensors, name) for name in (ROOT, GROUP, OTHER))
         start = adapter_of(client, root, group, other)
         client.model.write(start)
         hooks = PartHooks(start, part, self.settings.penalty, client.model.device)
         rate = payload.numbers["learning_rate"]
-        result = yield from client.training_steps(rate, hooks.before, hooks.after, purpose=purpose)
+        result = yield from client.training_steps(
+            rate, hooks.before, hooks.after, purpose=purpose, part=share
+        )
         client.model.flops += result.steps * hooks.flops(start)
         return result
+
+
+def part_of_round(settings: HiLoRASettings, round: int, rounds: int) -> int:
+    """Return which part is trained in a round: 0, 1 or 2, and 2 in the last of several.
+
+    Args:
+        settings: Both shares below 1 together.
+        round: From 1.
+        rounds: In all; each part has one at least of three or more, and of two the group has none.
+    """
+    own = settings.root_share, settings.root_share + settings.group_share
+    root, both = (math.floor(share * rounds + 0.5) for share in own)
+    root = max(1, min(root, rounds - 2))
+    both = max(root, min(max(root + 1, both), rounds - 1))
+    return (round > root) + (round > both)

@@ -80,11 +80,11 @@ class LoRAA2(Method):
     reveals = ADAPTERS_ALONE
     taken = ("ranks", "choice", "b_rate")
     two_factors = True
-    trainings = 2
 
     def __init__(self, settings: LoRAA2Settings) -> None:
         """Keep the settings."""
         self.settings = settings
+        self.trainings = 1 if settings.choice == "random" else 2
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
@@ -108,8 +108,8 @@ class LoRAA2(Method):
         require_linear_layers(server.model.stacked, 'method.name = "lora_a2"')
 
     def trainings_of(self, round: int, rounds: int) -> int:
-        """Return two: the one on trial too."""
-        return 1 if self.settings.choice == "random" else 2
+        """Return two, the one on trial too; one where ranks are random."""
+        return self.trainings
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter; add the mean of the changes."""

@@ -14,6 +14,8 @@ from fedloom.storage.run_folder import RunFolder
 def forget_client(path: Path, client: int) -> int:
     """Delete a client's model and its stores in checkpoints from a run folder.
 
+    Tensors and numbers of the server's state that are named by clients' ids stay.
+
     Args:
         path: A run folder.
         client: Its id.

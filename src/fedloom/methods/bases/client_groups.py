@@ -10,7 +10,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from fedloom.aggregation.clusters import spectral_groups, subspace_distances
+from fedloom.aggregation.clusters import (
+    spectral_groups,
+    subspace_distances,
+    subspace_distances_of,
+)
 from fedloom.aggregation.lora import B, only_factors, stacked
 from fedloom.tensors import State, Tensors, by_client, of_clients
 from fedloom.wire.messages import Reply
@@ -63,16 +67,11 @@ def nearest_groups(
     tensors: Tensors, groups: Mapping[int, int], clients: Collection[int]
 ) -> dict[int, int]:
     """Return the group of each of some clients whose members are nearest on average."""
-    moves = _by_client(tensors)
-    places, found = {client: place for place, client in enumerate(sorted(moves))}, {}
-    distances = subspace_distances(moves)
-    for client in sorted(clients):
+    moves, found = _by_client(tensors), {}
+    known = {client: moves[client] for client in {*groups, *clients}}
+    for client, distances in subspace_distances_of(known, clients).items():
         means = {
-            group: float(
-                np.mean(
-                    [distances[places[client], places[k]] for k in groups if groups[k] == group]
-                )
-            )
+            group: float(np.mean([distances[k] for k in groups if groups[k] == group]))
             for group in sorted(set(groups.values()))
         }
         found[client] = min(means, key=lambda group: (means[group], group))

@@ -14,8 +14,9 @@ from fedloom.tensors import Tensors
 class MaskedRanks:
     """Hooks around the steps of a training (``before_step``, ``after_step``).
 
-    A gradient that is masked counts in no norm that is clipped; what momentum and weight decay would move
-    is put back.
+    A gradient that is masked counts in no norm that ``training.max_grad_norm`` bounds; with row-level
+    privacy it does in its row's norm: rows' gradients are clipped, and noise is added, before the mask.
+    What momentum and weight decay would move is put back.
     """
 
     def __init__(self, start: Tensors, ranks: Tensor, device: torch.device) -> None:

@@ -84,12 +84,14 @@ class SharesRanks(Method):
         ranks = self.ranks(state)
         replies = yield self._training(cohort, state.tensors, ranks)
         adapters = [unpack(reply.payload.tensors, state.tensors) for reply in replies]
-        held = self.held(replies, adapters, state.tensors)
+        numbers = self.numbers(state, replies, adapters)
+        before = self.still_held(State(state.tensors, numbers))
+        held = self.held(replies, adapters, before)
         others = [without_factors(adapter) for adapter in adapters]
-        found = {**self.combined(held, state.tensors), **self.mean(replies, adapters, others)}
+        found = {**self.combined(held, before), **self.mean(replies, adapters, others)}
         adapter = {name: found[name] for name in state.tensors}
-        self._note(cohort, state.tensors, adapter, held)
-        return State(adapter, self.numbers(state, replies, adapters))
+        self._note(cohort, before, adapter, held)
+        return State(adapter, numbers)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the client side."""
@@ -104,6 +106,10 @@ class SharesRanks(Method):
     ) -> Mapping[str, float]:
         """Return the numbers of the next state; here none."""
         return {}
+
+    def still_held(self, state: State) -> Tensors:
+        """Return the adapter with zeros in ranks that nobody holds any more; here it as it is."""
+        return state.tensors
 
     def check_of(self, ranks: Mapping[int, int]) -> Callable[[int, Payload], None]:
         """Return the check of replies, given what clients were sent; here of the same ranks."""
