@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import machines as other_machines
 from fedloom.commands.starter_experiment import starting_file
 from fedloom.experiment.experiment import Experiment
+from fedloom.settings.toml import write_toml
 from machines import machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
@@ -46,6 +48,14 @@ def client_of(monkeypatch):
     return use
 
 
+def without_new_lines(file, source):
+    """Leave out of a client's file the lines of ``[policy]`` that its release does not know."""
+    known = "".join(own.read_text() for own in source.rglob("policy.py"))
+    table = tomllib.loads(file.read_text())
+    table["policy"] = {key: own for key, own in table["policy"].items() if f"    {key}: " in known}
+    file.write_text(write_toml(table))
+
+
 def experiment():
     settings = ["clients=2", "rounds=2"]
     return Experiment.from_toml(
@@ -59,7 +69,7 @@ def experiment():
     )
 
 
-def test_a_client_of_the_release_before(tmp_path, client_of):
+def test_a_client_of_the_release_before(tmp_path, client_of, monkeypatch):
     """The last tag or, before there is one, the first commit that speaks today's protocol."""
     tag = git("describe", "--tags", "--abbrev=0")
     commit = tag or git("log", "-1", "--format=%H", "-G", "^PROTOCOL = ", "--", *ENVELOPES)
@@ -73,6 +83,14 @@ def test_a_client_of_the_release_before(tmp_path, client_of):
         own.start_server()
         own.start_client(0)
         client_of(source)
+        offer = own.offer
+
+        def offered(*words):
+            offer(*words)
+            without_new_lines(own.folder / "c1.toml", source)
+
+        monkeypatch.setattr(own, "offer", offered)
+        own.offer()
         if same:
             own.start_client(1)
             client_of(None)
