@@ -116,6 +116,9 @@ CLIPPED = yes(
     "an answer is one change of parameters, which can be clipped, and their sum gets the noise"
 )
 
+PRODUCTS_UNBOUNDED = no("the factors are multiplied, which noise on a sum does not bound")
+"""Of methods whose server multiplies LoRA's factors."""
+
 SEVERAL_PARTS = no("an answer has parts that clipping one whole would bend apart")
 
 OWN_STEPS = yes("a client's steps are plain gradient steps on its rows")
@@ -203,4 +206,26 @@ def averaging(
         reference=reference,
         compression=compression,
         problem=problem,
+    )
+
+
+def adding_to_backbone(
+    title: str, paper: str, fidelity: Fidelity, difference: str, *, travels: str
+) -> Declaration:
+    """Return what a method is whose clients add what was learnt to their backbones."""
+    return Declaration(
+        title,
+        paper,
+        fidelity,
+        difference,
+        "FedLLM",
+        travels,
+        "the sum of all additions to the backbone",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=PRODUCTS_UNBOUNDED,
+        row_privacy=OWN_STEPS,
+        asynchronous=no("additions to the backbone are numbered by rounds"),
+        compression=CODED_PRODUCTS,
+        compression_bits=PRODUCT_BITS,
+        absence=ADDS_TO_BACKBONE,
     )

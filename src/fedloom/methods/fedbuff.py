@@ -21,6 +21,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.server_optimizers import difference
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
+from fedloom.methods.contract.checks import optimizer_anew
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
@@ -94,11 +95,7 @@ class FedBuff(Method):
                         f"federation.{key}: method.name = {name!r} asks another client whenever one has "
                         f"answered or failed; leave federation.{key} out"
                     )
-        if view.training is not None and view.training.keep_optimizer_state:
-            yield (
-                f"training.keep_optimizer_state: method.name = {name!r} begins every client's work with "
-                "a new optimizer"
-            )
+        yield from optimizer_anew(view, "begins every client's work with a new optimizer")
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Have clients train the present adapter, add the buffered changes to it."""

@@ -13,22 +13,13 @@ from typing import Literal
 from fedloom.aggregation.lora import residual
 from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdditions
-from fedloom.methods.bases.parameter_averaging import training_exchange
+from fedloom.methods.bases.backbone_additions import BackboneAdditions
 from fedloom.methods.contract.averaging import note_averaging_error
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import (
-    ADDS_TO_BACKBONE,
-    CODED_PRODUCTS,
-    EACH_ANSWER,
-    OWN_STEPS,
-    PRODUCT_BITS,
-    Declaration,
-    no,
-)
+from fedloom.methods.declaration import adding_to_backbone
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
-from fedloom.wire.messages import Exchange, Reply
+from fedloom.wire.messages import Reply
 
 
 class FedExLoRASettings(NamedSettings):
@@ -40,30 +31,17 @@ class FedExLoRASettings(NamedSettings):
 class FedExLoRA(BackboneAdditions):
     """Averages the factors; the backbone takes what that loses."""
 
-    declares = Declaration(
+    declares = adding_to_backbone(
         "FedEx-LoRA",
         "https://arxiv.org/abs/2410.09432",
         "exact",
         "",
-        "FedLLM",
-        "adapter down and up, then factors of the residual down",
-        "the sum of all additions to the backbone",
-        secure_aggregation=EACH_ANSWER,
-        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
-        row_privacy=OWN_STEPS,
-        asynchronous=no("additions to the backbone are numbered by rounds"),
-        compression=CODED_PRODUCTS,
-        compression_bits=PRODUCT_BITS,
-        absence=ADDS_TO_BACKBONE,
+        travels="adapter down and up, then factors of the residual down",
     )
     reveals = ADAPTERS_ALONE
 
     def __init__(self, settings: FedExLoRASettings) -> None:
         """Take no settings beyond the name."""
-
-    def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
-        """Have clients train the shared adapter."""
-        return training_exchange(cohort, adapter, {ADDITION_COUNT: float(additions)})
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
         """Average, and say what that loses: in the record, and as factors."""

@@ -22,23 +22,14 @@ from fedloom.aggregation.lora import rank_of, stacked
 from fedloom.aggregation.lora_coordinates import with_rest
 from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, BackboneAdditions
-from fedloom.methods.bases.parameter_averaging import training_exchange
+from fedloom.methods.bases.backbone_additions import BackboneAdditions
 from fedloom.methods.contract.checks import optimizer_anew
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import (
-    ADDS_TO_BACKBONE,
-    CODED_PRODUCTS,
-    EACH_ANSWER,
-    OWN_STEPS,
-    PRODUCT_BITS,
-    Declaration,
-    no,
-)
+from fedloom.methods.declaration import adding_to_backbone
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
-from fedloom.wire.messages import Exchange, Reply
+from fedloom.wire.messages import Reply
 
 
 class FedMomentumSettings(NamedSettings):
@@ -53,21 +44,12 @@ class FedMomentumSettings(NamedSettings):
 class FedMomentum(BackboneAdditions):
     """Keeps the first singular values in the factors; the backbone takes the next ones."""
 
-    declares = Declaration(
+    declares = adding_to_backbone(
         "FedMomentum",
         "https://arxiv.org/abs/2603.08014",
         "reconstructed",
         "an exact decomposition in place of a randomised one",
-        "FedLLM",
-        "adapter down and up, then factors of the rest down",
-        "the sum of all additions to the backbone",
-        secure_aggregation=EACH_ANSWER,
-        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
-        row_privacy=OWN_STEPS,
-        asynchronous=no("additions to the backbone are numbered by rounds"),
-        compression=CODED_PRODUCTS,
-        compression_bits=PRODUCT_BITS,
-        absence=ADDS_TO_BACKBONE,
+        travels="adapter down and up, then factors of the rest down",
     )
     reveals = ADAPTERS_ALONE
     taken = ("kept",)
@@ -81,10 +63,6 @@ class FedMomentum(BackboneAdditions):
         """Yield also that no optimizer can go on in other coordinates."""
         yield from super().check(view)
         yield from optimizer_anew(view, "changes the coordinates of both factors between rounds")
-
-    def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
-        """Have clients train the shared adapter."""
-        return training_exchange(cohort, adapter, {ADDITION_COUNT: float(additions)})
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
         """Decompose; beyond the rank of the mean, A keeps the clients' mean rows, beside zeros in B."""

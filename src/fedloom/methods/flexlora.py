@@ -18,9 +18,9 @@ from fedloom.methods.declaration import (
     EACH_ANSWER,
     OWN_STEPS,
     PRODUCT_BITS,
+    PRODUCTS_UNBOUNDED,
     TOGETHER,
     Declaration,
-    no,
 )
 from fedloom.tensors import Tensors
 
@@ -43,7 +43,7 @@ class FlexLoRA(SharesRanks):
         "the adapter at the client's rank, down and up",
         "nothing",
         secure_aggregation=EACH_ANSWER,
-        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
+        client_privacy=PRODUCTS_UNBOUNDED,
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
         compression=CODED_CHANGES,

@@ -24,18 +24,11 @@ from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.backbone_additions import ADDITION_COUNT, ADDITIONS, BackboneAdditions
 from fedloom.methods.bases.packed_factors import check_ranks, pack, ragged_specs, unpack
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.checks import optimizer_anew
 from fedloom.methods.contract.client import Client
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE
-from fedloom.methods.declaration import (
-    ADDS_TO_BACKBONE,
-    CODED_PRODUCTS,
-    EACH_ANSWER,
-    OWN_STEPS,
-    PRODUCT_BITS,
-    Declaration,
-    no,
-)
+from fedloom.methods.declaration import adding_to_backbone
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import Tensors
@@ -52,21 +45,12 @@ class FLoRASettings(NamedSettings):
 class FLoRA(BackboneAdditions):
     """Stacks the factors of all clients; begins every round with fresh ones."""
 
-    declares = Declaration(
+    declares = adding_to_backbone(
         "FLoRA",
         "https://arxiv.org/abs/2409.05976",
         "exact",
         "",
-        "FedLLM",
-        "factors up, those of all stacked down",
-        "the sum of all additions to the backbone",
-        secure_aggregation=EACH_ANSWER,
-        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
-        row_privacy=OWN_STEPS,
-        asynchronous=no("additions to the backbone are numbered by rounds"),
-        compression=CODED_PRODUCTS,
-        compression_bits=PRODUCT_BITS,
-        absence=ADDS_TO_BACKBONE,
+        travels="factors up, those of all stacked down",
     )
     reveals = ADAPTERS_ALONE
     no_start = (
@@ -83,11 +67,9 @@ class FLoRA(BackboneAdditions):
     def check(cls, view: ExperimentView) -> Iterator[str]:
         """Yield also that no optimizer can go on with factors that are new."""
         yield from super().check(view)
-        if view.training is not None and view.training.keep_optimizer_state:
-            yield (
-                f"training.keep_optimizer_state: method.name = {view.name!r} begins every round with "
-                "fresh factors, of which an optimizer knows nothing"
-            )
+        yield from optimizer_anew(
+            view, "begins every round with fresh factors, of which an optimizer knows nothing"
+        )
 
     def kept(self, adapter: Tensors) -> Tensors:
         """Return what is not a factor, such as a classification head."""

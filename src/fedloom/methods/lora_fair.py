@@ -32,9 +32,9 @@ from fedloom.methods.declaration import (
     EACH_ANSWER,
     OWN_STEPS,
     PRODUCT_BITS,
+    PRODUCTS_UNBOUNDED,
     TOGETHER,
     Declaration,
-    no,
 )
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State
@@ -60,7 +60,7 @@ class LoRAFAIR(Method):
         "the adapter, down and up",
         "nothing",
         secure_aggregation=EACH_ANSWER,
-        client_privacy=no("the factors are multiplied, which noise on a sum does not bound"),
+        client_privacy=PRODUCTS_UNBOUNDED,
         row_privacy=OWN_STEPS,
         asynchronous=TOGETHER,
         compression=CODED_PRODUCTS,

@@ -26,7 +26,11 @@ from fedloom.aggregation.lora import only_factors
 from fedloom.errors import TrainingError
 from fedloom.federation.protocol import Cohort, Replies, Round
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
-from fedloom.methods.bases.parameter_averaging import ADAPTER, TRAIN_REPLY_NUMBERS
+from fedloom.methods.bases.parameter_averaging import (
+    ADAPTER,
+    TRAIN_REPLY_NUMBERS,
+    training_exchange,
+)
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.method import Method, ServerSide
 from fedloom.models.backbone_delta import MOVED, products
@@ -76,7 +80,7 @@ class BackboneAdditions(Method):
 
     def training(self, cohort: Cohort, adapter: Tensors, additions: int) -> Exchange:
         """Return the training exchange of the cohort; its request has the number ``additions``."""
-        raise TypeError(f"{type(self).__name__} must define training(cohort, adapter, merges)")
+        return training_exchange(cohort, adapter, {ADDITION_COUNT: float(additions)})
 
     def combined(self, replies: Sequence[Reply], cohort: Cohort) -> tuple[Tensors, Tensors]:
         """Return the next round's adapter, and the factors whose products are added to the backbone."""
