@@ -101,3 +101,34 @@ def test_the_examples_of_the_specification():
     split = ActivationTraffic(0, 768, "fp32", "fp32", 12, False, False, 0).of_round(done)
     assert split.up + split.down == pytest.approx(197e6, rel=0.002)
     assert row_bytes(768, "int8") == 772
+
+
+def test_a_round_of_parameters_by_hand():
+    """Headers: 144 and 144 down; 56 + 3 x 64 + 24 + 68 with three buffers up, and 80 of the second reply."""
+    traffic = ParameterTraffic(100, 80, also_down=40, up_a_step=6, up_even=50)
+    sent = [traffic.of_round(Done(3, 9, 99, 9), round) for round in (1, 2, 3, 4, 6)]
+    assert [(own.down, own.up, own.exchanges) for own in sent] == [
+        (428, 518, 2),
+        (428, 488, 2),
+        (428, 518, 2),
+        (428, 488, 2),
+        (428, 488, 2),
+    ]
+    nothing = ParameterTraffic(0, 0).of_round(Done(3, 9, 99, 9))
+    assert (nothing.down, nothing.up, nothing.exchanges) == (80, 148, 1)
+
+
+def test_a_round_of_logits_by_hand():
+    """Ten positions of 3 + 4 + 3 x 2 bytes and a count of 4, in four buffers."""
+    sent = LogitTraffic(10, 3, "int8", 2, adaptive=True).of_round(Done(3, 9, 99, 9))
+    assert (sent.down, sent.up, sent.exchanges) == (170 + 336 + 80, 170 + 404 + 180, 2)
+
+
+@pytest.mark.parametrize(
+    ("u_shape", "down", "up", "exchanges"), [(False, 4840, 6636, 11), (True, 5920, 7726, 16)]
+)
+def test_a_round_of_activations_by_hand(u_shape, down, up, exchanges):
+    """Five steps in three segments: 20 tokens of 4 int8 numbers and a scale up, of 4 floats down."""
+    traffic = ActivationTraffic(1000, 4, "int8", "fp32", 16, True, u_shape, 2)
+    sent = traffic.of_round(Done(5, 3, 20, 7))
+    assert (sent.down, sent.up, sent.exchanges) == (down, up, exchanges)

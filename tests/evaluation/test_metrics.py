@@ -72,6 +72,8 @@ def test_feedback_with_explicit_rewards():
     assert found["explicit_auc"] == pytest.approx((1 + 1 + 1 + 0) / 4)
     assert found["feedback_auc"] == pytest.approx((1 + 1 + 0 + 0) / 4)
     assert (found["reward_desirable"], found["reward_undesirable"]) == (2.5, 2.0)
+    without = feedback_metrics(t(1, 0, 2, 0), t(0, 0, 0, 0), desirable, 1.0, t(3, 1, 0, 2))
+    assert (without["reward_desirable"], without["reward_undesirable"]) == (0.5, 1.0)  # gamma is 0
 
 
 def test_feedback():

@@ -132,7 +132,9 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
     found, messages = usual
     shapes = found.parts.model.layers
     rank, sizes = 2, set()
+    form = found.parts.method.traffic(part_of(found.state.tensors, ADAPTER))
     for round in (1, 2, 3):
+        means = [0.0, 0.0]
         for client, (request, _) in of_round(messages, round).items():
             held = request.tensors[HELD_EXPERTS].sum(1).tolist()
             down, up = len(shapes) * 6, 4 * rank * len(shapes)
@@ -144,6 +146,8 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
             assert 0 <= cost.bytes_down - down < 1000
             assert 0 <= cost.bytes_up - up < 1000
             sizes.add(down)
+            means = [mean + own / 4 for mean, own in zip(means, (down, up), strict=True)]
+        assert (form.down, form.up) == pytest.approx(means, abs=1)  # each expert has as many clients
     assert len(sizes) > 1
 
 

@@ -98,6 +98,9 @@ def test_feddpa_trains_its_adapters_apart(play):
     after = play(FedDPA(FedDPASettings(variant="F")))
     fitted = [descend(FEDAVG[-1][axis], TARGETS[0][axis]) for axis in (0, 1)]
     assert own(after, 0) == pytest.approx(fitted, abs=1e-12)
+    of = {v: FedDPA(FedDPASettings(variant=v)).trainings_of for v in ("T", "F")}
+    assert [of["T"](round, 3) for round in (1, 2, 3)] == [2, 2, 2]
+    assert [of["F"](round, 3) for round in (1, 2, 3)] == [1, 1, 2]
 
 
 @COUNTS

@@ -10,6 +10,7 @@ from fedloom.statistics.intervals import (
     LEVEL,
     NORMAL_QUANTILE,
     UNBOUNDED,
+    Interval,
     Sample,
     change,
     mean_interval,
@@ -84,6 +85,12 @@ def test_nothing_looks_certain_that_is_not(values, missing):
     found = mean_interval(values, "seeds")
     assert (found.low, found.high, found.p) == (None, None, None)
     assert found.missing.startswith(missing) and not found.excludes(7.0)
+
+
+def test_a_value_at_either_end_is_not_excluded():
+    interval = Interval(1.0, 0.5, 1.5, 9, "seeds")
+    outside = {value: interval.excludes(value) for value in (0.0, 0.4, 0.5, 1.0, 1.5, 1.6)}
+    assert outside == {0.0: True, 0.4: True, 0.5: False, 1.0: False, 1.5: False, 1.6: True}
 
 
 def test_no_interval_leaves_the_bounds():
