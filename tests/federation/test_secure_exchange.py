@@ -104,6 +104,27 @@ def test_it_is_the_same_bits_with_other_keys_and_with_workers_of_which_some_end(
     assert played(settings, parts) == alone
 
 
+def test_a_client_that_forges_its_keys_is_left_out_and_the_others_are_summed(secure, federate):
+    def break_(parts):
+        carried = parts.engine.exchange
+
+        def exchange(asked):
+            for answer in carried(asked):
+                if asked.action == KEYS and answer.client == 2:
+                    schema = asked.reply_schema
+                    (name,) = (own := decode(answer.data, schema)).tensors
+                    own.tensors[name][-1] ^= 1  # of the signature
+                    answer = Answer(2, encode(own, schema))
+                yield answer
+
+        parts.engine.exchange = exchange
+
+    found = federate(secure(), break_=break_)
+    (record,) = found.records
+    assert record.rejected.keys() == {2}
+    assert "the keys of client 2 are not signed by it" in record.rejected[2]
+
+
 def dropping(action, clients):
     """Have clients not answer an action."""
 
@@ -268,7 +289,7 @@ def asking(**changes):
 def test_an_exchange_that_cannot_be_summed_is_refused(exchange, why):
     server = SecureAggregation("run", 16, 1.0, stochastic=False)
     with pytest.raises(PluginError, match=why):
-        next(server.stages(exchange, 0, {0: 1, 1: 1, 2: 1}, None))
+        next(server.stages(exchange, 0, {0: 1, 1: 1, 2: 1}, None, {}))
 
 
 def test_replies_have_the_mean_that_their_sum_has():

@@ -147,7 +147,9 @@ def test_bytes_are_the_closed_form_of_each_clients_assignment(usual):
             assert 0 <= cost.bytes_up - up < 1000
             sizes.add(down)
             means = [mean + own / 4 for mean, own in zip(means, (down, up), strict=True)]
-        assert (form.down, form.up) == pytest.approx(means, abs=1)  # each expert has as many clients
+        assert (form.down, form.up) == pytest.approx(
+            means, abs=1
+        )  # each expert has as many clients
     assert len(sizes) > 1
 
 

@@ -43,7 +43,7 @@ class Players:
             c: ClientSession(self.context, c, key, registry, secret(f"{self.salt} sum {c}"))
             for c, key in identities.items()
         }
-        self.server = ServerSession(self.context, ELEMENTS)
+        self.server = ServerSession(self.context, ELEMENTS, registry)
 
     def keys(self, away=()):
         for client in self.there(away):
@@ -195,7 +195,7 @@ def test_keys_of_another_round_or_of_a_stranger_are_refused():
     replayed = messages.listed({**own, 1: earlier.clients[1].advertise()})
     with pytest.raises(MessageError, match="client 1 are not signed"):
         players.clients[0].share(replayed)
-    with pytest.raises(MessageError, match="client 9 is not in this client's registry"):
+    with pytest.raises(MessageError, match="client 9 is not in the registry"):
         players.clients[2].share(messages.listed({**own, 9: own[1]}))
 
 
@@ -339,3 +339,22 @@ def test_the_keystream_is_that_of_the_standard():
     """RFC 8439, appendix A.1, test vector 1."""
     expected = "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
     assert primitives.expanded(bytes(32), 32).hex() == expected
+
+
+def test_the_server_leaves_out_who_forges_its_keys_or_its_signature():
+    """Passed on, forged keys would make every other client refuse, and the round would be lost."""
+    players, others = Players(4), Players(4, Context("a run", 3, 0))
+    for client, own in players.clients.items():
+        if client == 1:
+            with pytest.raises(MessageError, match="client 1 are not signed by it") as told:
+                players.server.take_keys(1, others.clients[1].advertise())
+            assert told.value.kind == "forged"
+        else:
+            players.server.take_keys(client, own.advertise())
+    del players.clients[1]
+    players.masked(players.shares(players.server.keys()))
+    other = players.clients[0].confirm(players.server.survivors_list())
+    with pytest.raises(MessageError, match="its signature is not of the list of survivors"):
+        players.server.take_signature(2, other)
+    with pytest.raises(MessageError, match="its signature is not of the list"):
+        players.server.take_signature(2, b"short")

@@ -268,6 +268,10 @@ class SimulationEngine:
         for client in clients:
             self.store.discard(client)
 
+    def signing_keys(self) -> Mapping[int, bytes]:
+        """Return the public keys with which clients sign; none where no sums are asked for."""
+        return self.secure.public_keys() if self.secure is not None else {}
+
     def finish_round(self) -> None:
         """Let what clients have put aside in this round count."""
         self.store.finish_round()

@@ -11,7 +11,7 @@ How workers are reached is a pool's affair (:class:`Pool`): processes of this ma
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -194,6 +194,10 @@ class WorkersEngine:
     def discard(self, clients: Collection[int]) -> None:
         """Forget what these clients have put aside over the last exchange."""
         self.local.discard(clients)
+
+    def signing_keys(self) -> Mapping[int, bytes]:
+        """Return the public keys with which clients sign; none where no sums are asked for."""
+        return self.local.signing_keys()
 
     def finish_round(self) -> None:
         """Let what clients have put aside in this round count."""

@@ -38,6 +38,10 @@ class Engine(Protocol):
         """Return the name of a client in messages."""
         ...
 
+    def signing_keys(self) -> Mapping[int, bytes]:
+        """Return the public keys with which clients sign in secure aggregation."""
+        ...
+
     def exchange(self, exchange: Exchange) -> Iterable[Answer]:
         """Carry requests to clients and yield their answers, in any order."""
         ...

@@ -387,7 +387,8 @@ class _RoundExchanges:
         """Return the sum of the replies to an exchange, which is carried in stages."""
         admission, rows = self.server.admission, self.cohort.presence.rows
         largest = admission.weight_bound(rows).examples
-        stages = secure.stages(exchange, self.sums, rows, largest)
+        signers = self.server.engine.signing_keys()
+        stages = secure.stages(exchange, self.sums, rows, largest, signers)
         self.sums += 1
         counted = False  # once the sum has a reply, it counts, whether or not its client goes on
         stage = next(stages)

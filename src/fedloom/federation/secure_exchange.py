@@ -169,11 +169,15 @@ class SecureClients:
         if client in self.given:
             return self.given[client]
         self._enter(exchange)
-        if not self.registry:
-            self.registry = {own: primitives.identity_of(k) for own, k in self.identities.items()}
         if client not in self._secrets:
             self._secrets[client] = os.urandom(primitives.KEY_BYTES)
-        return ClientKeys(self.identities[client], self.registry, self._secrets[client])
+        return ClientKeys(self.identities[client], self.public_keys(), self._secrets[client])
+
+    def public_keys(self) -> Mapping[int, bytes]:
+        """Return the registry."""
+        if not self.registry:
+            self.registry = {own: primitives.identity_of(k) for own, k in self.identities.items()}
+        return self.registry
 
     def under_way(self, client: int) -> bool:
         """Return whether a client is between two stages of a sum."""
@@ -331,7 +335,12 @@ class SecureAggregation:
         return cls(session_of(run or "", segment), privacy.sum_bits, privacy.sum_bound, stochastic)
 
     def stages(
-        self, exchange: Exchange, number: int, rows: Mapping[int, int], largest: int | None
+        self,
+        exchange: Exchange,
+        number: int,
+        rows: Mapping[int, int],
+        largest: int | None,
+        registry: Mapping[int, bytes],
     ) -> Stages:
         """Yield the stages of an exchange; return what its answers sum to.
 
@@ -340,6 +349,7 @@ class SecureAggregation:
             number: Which of the round's sums it is, from 0.
             rows: Registered rows of each client.
             largest: The most rows that count, if not all do.
+            registry: Public keys with which clients sign.
 
         Raises:
             RoundFailed: Too few clients are left, or what they sent does not fit together.
@@ -355,7 +365,7 @@ class SecureAggregation:
         masking = self._masking_of(exchange, number, [rows[client] for client in clients], largest)
         context = Context(self.run, exchange.round, number)
         most = threshold_of(len(clients))  # of those asked: of fewer, nothing is revealed
-        session = ServerSession(context, elements_of(masking), least=max(LEAST, most))
+        session = ServerSession(context, elements_of(masking), registry, least=max(LEAST, most))
         plain = replace(exchange, masking=masking)
         left = yield _stage(plain, KEYS, dict.fromkeys(clients, b""), session.take_keys)
         keys = session.keys()

@@ -263,6 +263,11 @@ class FlowerEngine:
             else:
                 self._discarded.pop(client, None)  # it has been informed and has answered
 
+    def signing_keys(self) -> Mapping[int, bytes]:
+        """Return the keys that clients had certified by their own when they registered."""
+        peers = self.run_clients.peers
+        return {client: bytes.fromhex(own.signing.public) for client, own in peers.items()}
+
     def finish_round(self) -> None:
         """Do nothing: clients learn from the next round's messages that this round is over."""
 

@@ -97,7 +97,10 @@ class ClientSession:
                 f"a sum of {len(entries)} clients is refused: {max(self.least, graph.LEAST)} are the "
                 "fewest"
             )
-        self._keys = {client: self._verified(client, own) for client, own in entries.items()}
+        self._keys = {
+            client: Keys.verified(own, self.context, client, self.registry)
+            for client, own in entries.items()
+        }
         self._neighbours = graph.neighbours(graph.order_of(entries), self.client)
         holders = sorted((*self._neighbours, self.client))
         places = [holder + 1 for holder in holders]
@@ -206,14 +209,6 @@ class ClientSession:
 
     def _private(self, purpose: str) -> bytes:
         return derived(self.secret, self.context.bound("private", purpose.encode(), self.client))
-
-    def _verified(self, client: int, data: bytes) -> Keys:
-        keys, public = Keys.read(data), self.registry.get(client)
-        if public is None:
-            raise MessageError(f"client {client} is not in this client's registry", "forged")
-        if not primitives.is_signed(public, keys.signature, keys.signed(self.context, client)):
-            raise MessageError(f"the keys of client {client} are not signed by it", "forged")
-        return keys
 
     def _split(self, kind: Secret, places: list[int]) -> dict[int, bytes]:
         threshold = graph.threshold_of(len(places))

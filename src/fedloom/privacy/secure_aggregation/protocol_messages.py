@@ -52,6 +52,22 @@ class Keys:
         own = [data[start : start + KEY_BYTES] for start in range(0, 3 * KEY_BYTES, KEY_BYTES)]
         return cls(own[0], own[1], own[2], data[3 * KEY_BYTES :])
 
+    @classmethod
+    def verified(
+        cls, data: bytes, context: Context, client: int, registry: Mapping[int, bytes]
+    ) -> Keys:
+        """Return a client's keys.
+
+        Raises:
+            MessageError: They are malformed, the client is not in the registry, or has not signed them.
+        """
+        keys, public = cls.read(data), registry.get(client)
+        if public is None:
+            raise MessageError(f"client {client} is not in the registry", "forged")
+        if not primitives.is_signed(public, keys.signature, keys.signed(context, client)):
+            raise MessageError(f"the keys of client {client} are not signed by it", "forged")
+        return keys
+
     def signed(self, context: Context, client: int) -> bytes:
         """Return what the signature is over."""
         return context.bound("keys", client, self.encryption, self.masking, self.commitment)

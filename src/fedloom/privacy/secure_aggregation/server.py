@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,11 +23,14 @@ class ServerSession:
     Attributes:
         context: Run, round and number of the sum.
         elements: d, of each vector.
+        registry: Public Ed25519 keys of the clients, by which it leaves out who forges; clients trust
+            nothing that it has verified and verify for themselves.
         least: Fewest clients of a sum, at least 3.
     """
 
     context: Context
     elements: int
+    registry: Mapping[int, bytes]
     least: int = graph.LEAST
     _keys: dict[int, Keys] = field(default_factory=dict)
     _order: tuple[int, ...] = ()
@@ -44,8 +47,12 @@ class ServerSession:
         return tuple(sorted(self._summed))
 
     def take_keys(self, client: int, data: bytes) -> None:
-        """Take a client's signed keys."""
-        self._keys[client] = Keys.read(data)
+        """Take a client's signed keys.
+
+        Raises:
+            MessageError: They are malformed or not signed by it; sent on, they would end the round.
+        """
+        self._keys[client] = Keys.verified(data, self.context, client, self.registry)
 
     def keys(self) -> bytes:
         """Return all keys, to be sent to each of their clients.
@@ -109,11 +116,14 @@ class ServerSession:
         return messages.ids(self._summed)
 
     def take_signature(self, client: int, data: bytes) -> None:
-        """Take a client's signature over the list; clients verify it, not the server."""
-        if len(data) != primitives.SIGNATURE_BYTES:
-            raise MessageError(
-                f"a signature has {primitives.SIGNATURE_BYTES} bytes, not {len(data)}"
-            )
+        """Take a client's signature over the list of survivors.
+
+        Raises:
+            MessageError: It is none.
+        """
+        signed = messages.survivors_signed(self.context, self.survivors_list())
+        if not primitives.is_signed(self.registry[client], data, signed):
+            raise MessageError("its signature is not of the list of survivors", "forged")
         self._signatures[client] = data
 
     def signatures(self) -> bytes:
