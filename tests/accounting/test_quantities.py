@@ -29,6 +29,8 @@ def test_units():
         "3 min 05 s",
         "2 h 07 min",
     ]
+    ends = {9.99: "9.99 s", 10: "10 s", 59: "59 s", 60: "1 min 00 s", 3599: "59 min 59 s"}
+    assert {x: human_seconds(x) for x in (*ends, 3600)} == {**ends, 3600: "1 h 00 min"}
     assert human_count(12345) == "12\u202f345"
 
 

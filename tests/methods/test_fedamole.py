@@ -307,6 +307,14 @@ def test_newcomers_get_all_experts(experiment):
     assert result.metrics
 
 
+def test_newcomers_hold_no_experts_while_others_train(experiment):
+    """Six experts at two clients each are 12 places: three clients of four have them, two have 8."""
+    more = {**MIXTURE, "federation": {"clients": 5, "rounds": 1}}
+    experiment(method=METHOD, clients={"newcomers": [3, 4], "newcomer_steps": 2}, **more)
+    with pytest.raises(SettingsError, match=r"experts \* clients_per_expert <= max_experts"):
+        experiment(method=METHOD, clients={"newcomers": [2, 3, 4], "newcomer_steps": 2}, **more)
+
+
 class Stop(Silent):
     """Presses Ctrl-C after a number of answers."""
 

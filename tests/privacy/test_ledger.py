@@ -34,6 +34,11 @@ def test_releases_on_one_drawn_cohort_are_one_release_with_less_noise(tmp_path):
     ledger = spent(tmp_path / "l", (1, b"a"), (1, b"b"), (2, b"c"), sampling=0.1)
     z = [own.noise_multiplier for own in ledger.releases]
     assert z == pytest.approx([2 / math.sqrt(2), 2.0])
+    for own, wanted in ((0.5, 0.5 / math.sqrt(2)), (0.0, 0.0)):
+        ledger = PrivacyLedger(tmp_path / f"l{own}", FACTS)
+        for name in (b"a", b"b"):
+            ledger.spend(1, own, 0.1, name, lambda releases: None)
+        assert [one.noise_multiplier for one in ledger.releases] == pytest.approx([wanted])
 
 
 def test_a_line_is_written_before_the_release_is_allowed_or_not(tmp_path):
