@@ -57,8 +57,13 @@ FURTHER = {
     "methods": (REFERENCE,),
     "objectives": (REFERENCE,),
     "evaluation": ("tests/test_by_hand.py",),
+    "methods/contract/checks.py": (
+        "tests/methods/test_aggregation_rules.py",
+        "tests/methods/test_personalised.py",
+        "tests/experiment/test_mistakes.py",
+    ),
 }
-"""Tests of a part beside those of its modules."""
+"""Tests of a part or of a module beside those that :func:`tests_of` finds."""
 
 SLOW_FOLDERS = ("deployment", "security", "recipes", "architectures")
 """Folders of ``tests`` that try a module through processes or whole sweeps: not the tests of a module."""
@@ -252,7 +257,8 @@ def tests_of(part: str, path: Path) -> list[str]:
     naming = [file for file in files if dotted in texts[file]]
     naming += [f for f in files if folder in f.parents and f'"{path.stem}"' in texts[f]]
     rest = [file for file in files if folder in file.parents] if not own + naming else []
-    rest += [ROOT / name for name in FURTHER.get(part, ())]
+    for key in (path.relative_to(SOURCE).as_posix(), part):
+        rest += [ROOT / name for name in FURTHER.get(key, ())]
     return [str(file.relative_to(ROOT)) for file in dict.fromkeys(own[:1] + naming + rest)]
 
 

@@ -132,3 +132,7 @@ def test_a_round_of_activations_by_hand(u_shape, down, up, exchanges):
     traffic = ActivationTraffic(1000, 4, "int8", "fp32", 16, True, u_shape, 2)
     sent = traffic.of_round(Done(5, 3, 20, 7))
     assert (sent.down, sent.up, sent.exchanges) == (down, up, exchanges)
+    if not u_shape:
+        traffic = ActivationTraffic(1000, 4, "fp32", "int8", 16, True, u_shape, 2)
+        sent = traffic.of_round(Done(5, 3, 20, 7))
+        assert (sent.down, sent.up) == (5000, 6284)

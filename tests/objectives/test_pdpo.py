@@ -6,10 +6,12 @@ separate: log(1 + e^-1.5) + 2 log(1 + e^-0.75) = 0.2014132779827525 + 2 * 0.3868
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fedloom.objectives import pdpo
 from fedloom.objectives.dpo import dpo_loss
 from fedloom.objectives.pdpo import PDPO, PDPOSettings, pdpo_loss
 
@@ -32,11 +34,22 @@ def test_separate_losses_by_hand():
 
 def test_either_reward_is_judged_apart():
     ratios = torch.tensor([2.0, -1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])
-    rewards = torch.tensor([-1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 0.0])
+    rewards = torch.tensor([-1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0])
     _, metrics = pdpo_loss(ratios, rewards, beta=0.1, gamma=1.0)
     assert metrics["implicit_accuracy"].item() == pytest.approx(2 / 3)
-    assert metrics["explicit_accuracy"].item() == pytest.approx((0 + 1 + 0.5) / 3)  # a tie is half
-    assert metrics["reward_accuracy"].item() == pytest.approx(2 / 3)  # margins -0.8, 0.9, 0.1
+    assert metrics["explicit_accuracy"].item() == pytest.approx(
+        (0 + 0.5 + 0.5) / 3
+    )  # ties are half
+    assert metrics["reward_accuracy"].item() == pytest.approx(1 / 3)  # margins -0.8, -0.1, 0.1
+
+
+def test_halves_of_a_batch_are_the_chosen_and_the_rejected(monkeypatch):
+    logps, explicit = torch.tensor([2.0, 0.0, -1.0, 0.5]), torch.tensor([0.25, 1.0, -0.5, 3.0])
+    monkeypatch.setattr(pdpo, "completion_rewards", lambda model, sequences: (logps, explicit))
+    batch = SimpleNamespace(sequences=None, reference_logps=torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    found, _ = PDPO(PDPOSettings(beta=0.5, gamma=2.0)).loss(None, batch, None)
+    margins = (0.5 * (1 + 1) + 2 * 0.75, 0.5 * (-1 - 0.5) + 2 * -2.0)
+    assert found.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
