@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fedloom
-from fedloom.errors import ModelError, RoundFailed, SettingsError
+from fedloom.errors import MessageError, ModelError, RoundFailed, SettingsError
 from fedloom.federation.admission import AdmissionSettings
-from fedloom.methods.split import SplitSettings, pack_gradient
+from fedloom.methods.split import SplitSettings, SplitWire, pack_gradient
 from fedloom.models.split_model import ClientPart
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
@@ -204,6 +206,26 @@ def failing(client, action, times, answer):
         parts.engine.exchange = broken
 
     return break_
+
+
+@pytest.mark.parametrize(
+    ("first", "targets", "sound"),
+    [
+        ((1, 1), (0, 4, 2), True),  # a prompt of one token, completions of two and one
+        ((2, 1), (0, 4), True),
+        ((0, 1), (0, 4, 2, 1), False),
+        ((3, 1), (0,), False),  # no completion
+        ((1, 1), (0, 4), False),
+    ],
+)
+def test_prompts_and_completions_that_fill_their_sequences_are_let_in(first, targets, sound):
+    settings, sft = SplitSettings(), SimpleNamespace(head="language model")
+    wire = SplitWire(settings, sft, rows=2, max_length=4, hidden=2, width=5)
+    rows = torch.tensor([[3, first[0]], [2, first[1]]])
+    tensors = {"activations": torch.zeros(5, 2), "rows": rows, "targets": torch.tensor(targets)}
+    step = Payload(tensors, {"waiting": 1.0, "squared_norm": 0.0})
+    with nullcontext() if sound else pytest.raises(MessageError, match="do not add up"):
+        wire.check(step)
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
