@@ -22,6 +22,7 @@ from fedloom.commands import advise
 from fedloom.commands import tune
 from fedloom.commands import export
 from fedloom.commands import merge
+from fedloom.commands import chat
 from fedloom.commands import keys
 from fedloom.commands import members
 from fedloom.commands import server
@@ -41,6 +42,7 @@ COMMANDS = (
     tune,
     export,
     merge,
+    chat,
     keys,
     members,
     server,

@@ -31,11 +31,13 @@ class Ask:
         prompt: Tokens that the model continues, at least one.
         temperature: At least 0; 0 is greedy.
         seed: Of the draws, above a temperature of 0.
+        top_p: Above 0, at most 1; draws are from the fewest tokens whose probabilities add up to it.
     """
 
     prompt: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
 
 
 def load_encoder(
@@ -167,7 +169,7 @@ def _answered(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [rows[i] for i in chosen]
-        output = _batch(model, encoder, own, [asks[i] for i in chosen], length, cached)
+        output = continue_rows(model, encoder, own, [asks[i] for i in chosen], length, cached)
         before = max(map(len, own))
         ends = [_until(row, encoder.stop_ids) for row in output[:, before:].tolist()]
         texts = encoder.tokenizer.batch_decode(ends, skip_special_tokens=True)
@@ -177,15 +179,27 @@ def _answered(
     return answers
 
 
-def _batch(
+def continue_rows(
     model: nn.Module,
     encoder: TextEncoder,
     rows: list[list[int]],
     asks: list[Ask],
     length: int,
     cached: bool,
+    observe: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Return prompts with padding before them, and what follows them."""
+    """Return prompts with padding before them, and what follows them.
+
+    Args:
+        model: A causal model.
+        encoder: Of that model.
+        rows: Token ids of each prompt.
+        asks: How each is answered.
+        length: New tokens at most.
+        cached: Whether the model goes on alike with a cache (:func:`uses_cache`).
+        observe: Called after each token with the rows so far, int64 ``(rows, tokens)``, and their scores;
+            returns which rows end there, bool ``(rows,)``.
+    """
     longest = max(len(row) for row in rows)
     device = next(model.parameters()).device
     pad = int(encoder.tokenizer.pad_token_id)
@@ -205,6 +219,7 @@ def _batch(
             pad_token_id=pad,
             eos_token_id=list(encoder.stop_ids) or None,
             logits_processor=[_Sampler(asks)] if any(ask.temperature for ask in asks) else None,
+            stopping_criteria=None if observe is None else [observe],
         )
     return output.cpu()
 
@@ -225,19 +240,38 @@ class _Sampler:
     """Makes the greedy choice of a row a draw at the row's temperature, from the row's seed."""
 
     def __init__(self, asks: Sequence[Ask]) -> None:
-        self.temperatures = [ask.temperature for ask in asks]
+        self.asks = asks
         self.generators = [torch.Generator().manual_seed(ask.seed) for ask in asks]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        for row, (temperature, rng) in enumerate(
-            zip(self.temperatures, self.generators, strict=True)
-        ):
-            if temperature:
+        for row, (ask, rng) in enumerate(zip(self.asks, self.generators, strict=True)):
+            if ask.temperature:
                 uniform = torch.rand(scores.shape[-1], generator=rng, dtype=torch.float64)
                 gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-                scores[row] = scores[row] / temperature + gumbel.to(scores)
+                scaled = most_probable(scores[row] / ask.temperature, ask.top_p)
+                scores[row] = scaled + gumbel.to(scores)
         return scores
+
+
+def most_probable(scores: Tensor, share: float) -> Tensor:
+    """Return scores with -inf for all tokens but the fewest whose probabilities add up to a share.
+
+    Nucleus sampling (Holtzman et al. 2020, section 3.1).
+
+    Args:
+        scores: Logits of one position, ``(vocabulary,)``.
+        share: Above 0, at most 1; at 1 all are kept.
+    """
+    if share >= 1:
+        return scores
+    ordered, places = scores.sort(descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return scores.masked_fill(
+        torch.zeros_like(before, dtype=torch.bool).scatter(0, places, before >= share),
+        float("-inf"),
+    )
 
 
 def _until(row: list[int], stops: Sequence[int]) -> list[int]:

@@ -127,7 +127,7 @@ def places_of(
         OutputError: It is not a run folder, has no such model, or the target is not empty.
     """
     folder = RunFolder.existing(run)
-    adapter = _adapter_of(folder, client)
+    adapter = adapter_of(folder, client)
     whose = "global" if client is None else f"client-{client:04d}"
     target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -135,7 +135,12 @@ def places_of(
     return adapter, target
 
 
-def _adapter_of(folder: RunFolder, client: int | None) -> Path:
+def adapter_of(folder: RunFolder, client: int | None) -> Path:
+    """Return where a run's global adapter is, or a client's own model.
+
+    Raises:
+        OutputError: There is none.
+    """
     path = folder.adapter if client is None else folder.client(client)
     if path.is_dir():
         return path
