@@ -25,25 +25,74 @@ def export(
     target: Annotated[
         Path | None, typer.Option("--to", help="Folder (default: in the run folder).")
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="merged: for transformers, vLLM; adapter: for PEFT, vLLM; gguf: for llama.cpp."
+        ),
+    ] = "merged",
+    out_type: Annotated[
+        str, typer.Option("--outtype", help="Numbers of a GGUF file: f32, f16, bf16, q8_0.")
+    ] = "f16",
+    hub: Annotated[
+        str | None, typer.Option(help="Upload it as OWNER/NAME to the Hugging Face Hub, private.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let anybody read it on the Hub.")
+    ] = False,
 ) -> None:
-    """Write a model of a run, or a client's own, as a folder that transformers loads."""
+    """Write a model of a run, or a client's own, as a folder that other programs load."""
+    _require_known(format, out_type, hub, public)
     require_place(target, "--to")
-    refuse_early(lambda: _check_export(run, client, target, reward))
+    refuse_early(lambda: _check_export(run, client, target, reward, format, hub))
     begin_loading(quiet=False)
     from fedloom.commands.terminal import make_console, working
+    from fedloom.models.gguf_export import require_gguf
     from fedloom.runs.export import export as write
+    from fedloom.runs.publishing import HubRepository
 
+    if format == "gguf":
+        require_gguf()
+    repository = HubRepository(hub, public=public) if hub is not None else None
     with working(make_console(), f"writing the model of {run}, and reading it again"):
-        written = write(run, client, target, reward=reward)
-    say(
-        f"wrote {written.folder}; load it with transformers:\n  {written.loading}\n{written.verified}"
-    )
+        written = write(
+            run, client, target, reward=reward, published=hub is not None,
+            format=format, out_type=out_type,  # type: ignore[arg-type]
+        )  # fmt: skip
+    say(f"wrote {written.folder}; load it:\n  {written.loading}")
+    if written.verified:
+        say(written.verified)
+    if repository is not None:
+        with working(make_console(), f"uploading {written.folder} as {hub}"):
+            address = repository.upload(written.folder)
+        say(f"uploaded to {address} ({'public' if public else 'private'})")
 
 
-def _check_export(run: Path, client: int | None, target: Path | None, reward: bool) -> None:
+FORMATS, OUT_TYPES = ("merged", "adapter", "gguf"), ("f32", "f16", "bf16", "q8_0")
+
+
+def _require_known(format: str, out_type: str, hub: str | None, public: bool) -> None:
+    """Refuse options that there are not, or that do nothing."""
+    if format not in FORMATS:
+        raise typer.BadParameter(f"--format {format}: it is one of {', '.join(FORMATS)}")
+    if out_type not in OUT_TYPES:
+        raise typer.BadParameter(f"--outtype {out_type}: it is one of {', '.join(OUT_TYPES)}")
+    if out_type != "f16" and format != "gguf":
+        raise typer.BadParameter(f"--outtype {out_type} is of --format gguf")
+    if public and hub is None:
+        raise typer.BadParameter("--public is of --hub OWNER/NAME")
+
+
+def _check_export(
+    run: Path, client: int | None, target: Path | None, reward: bool, format: str, hub: str | None
+) -> None:
     from fedloom.runs.export import places_of
+    from fedloom.runs.publishing import require_online, require_repository_name
 
-    places_of(run, client, target, reward=reward)
+    if hub is not None:
+        require_repository_name(hub)
+        require_online()
+    places_of(run, client, target, reward=reward, format=format)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -23,6 +23,7 @@ from fedloom.commands import tune
 from fedloom.commands import export
 from fedloom.commands import merge
 from fedloom.commands import chat
+from fedloom.commands import serve
 from fedloom.commands import keys
 from fedloom.commands import members
 from fedloom.commands import server
@@ -43,6 +44,7 @@ COMMANDS = (
     export,
     merge,
     chat,
+    serve,
     keys,
     members,
     server,

@@ -165,7 +165,7 @@ def describe(folder: Path, facts: Facts, *, classifier: Any = None) -> None:
         content["base_model"] = base["path"]
         experts.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     kind = kind_of(folder)
-    if classifier is not None and kind != "model":
+    if classifier is not None and kind not in ("model", "gguf"):
         content = classifier.to_dict() | {"use_cache": True}
         content.pop("_name_or_path", None)
         written = json.dumps(content, indent=1, sort_keys=True, default=str) + "\n"
@@ -188,6 +188,8 @@ def loading(facts: Facts, kind: FolderKind) -> str:
     words = f"AutoTokenizer.from_pretrained({where}{pinned})"
     if kind == "experts" or (kind == "own parts" and facts["client"] is not None):
         return f'from fedloom.models.saved import load\nmodel, tokenizer = load(".", base={where})'
+    if kind == "gguf":
+        return "llama-cli -m *.gguf     # or llama-server -m *.gguf, which speaks OpenAI's HTTP API"
     if kind == "model":
         code = ", trust_remote_code=True" if facts.get("own_code") else ""
         words = words if facts.get("tokenizer_of_base") else 'AutoTokenizer.from_pretrained(".")'
@@ -218,7 +220,8 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
         facts: ``base`` (:func:`base_facts`), ``experiment``, ``client`` (whose it is, or null),
             ``objective``, ``method``, ``adapter``, ``rounds``, ``clients``, ``precision``,
             ``quantization``, ``dtype`` to load it in, ``task`` (causal, classification or reward),
-            ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``,
+            ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``, ``data``
+            (``kind``, ``sources`` that are public, ``partition``; not of a run from before),
             ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none),
             ``privacy`` (sentences, where something is promised of it), ``merged`` (how many adapters
             it was merged from, if it was) and with it ``objectives`` (theirs), and of a whole model
@@ -232,12 +235,13 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
         _what(facts, kind),
         "## How to load it",
         f"Within this folder; elsewhere, with its path in place of `.`{beside}:",
-        _fenced(loading(facts, kind), "python"),
+        _fenced(loading(facts, kind), "sh" if kind == "gguf" else "python"),
         *_remarks(facts, kind),
         "## Base model",
         _base(facts),
         "## Prompt format",
         *_prompt(facts),
+        *_data(facts),
     ]
     if facts["classes"]:
         parts += ["## Classes", "In the order of their ids, from 0:"]
@@ -259,7 +263,9 @@ def _front_matter(facts: Facts, kind: FolderKind) -> str:
     if base["hub"]:
         lines.append(f"base_model: {json.dumps(base['name'])}")
     if kind != "experts":
-        lines.append(f"library_name: {'transformers' if kind == 'model' else 'peft'}")
+        libraries = {"model": "transformers", "gguf": "gguf"}
+        lines.append(f"library_name: {libraries.get(kind, 'peft')}")
+    lines += _data_sets(facts)
     if base["licence"]:
         known = (
             bool(LICENCE.fullmatch(base["licence"])) and base["licence"] == base["licence"].lower()
@@ -284,6 +290,7 @@ def _title(facts: Facts) -> str:
 def _what(facts: Facts, kind: FolderKind) -> str:
     what = {
         "model": "A model",
+        "gguf": "A model in llama.cpp's format, GGUF",
         "peft": f"An adapter ({facts['adapter']}, in PEFT's format)",
         "own parts": f"An adapter ({facts['adapter']}, in PEFT's format) and parts at the output layer",
         "experts": "A mixture of LoRA experts",
@@ -307,7 +314,8 @@ def _what(facts: Facts, kind: FolderKind) -> str:
 
 def _remarks(facts: Facts, kind: FolderKind) -> list[str]:
     found = []
-    if not facts["base"]["hub"] and not (kind == "model" and not facts.get("tokenizer_of_base")):
+    whole = kind in ("model", "gguf")
+    if not facts["base"]["hub"] and not (whole and not facts.get("tokenizer_of_base")):
         found.append(
             "The path is that of the machine that trained it; elsewhere, write that of a folder with the "
             "SHA-256 below."
@@ -326,7 +334,7 @@ def _remarks(facts: Facts, kind: FolderKind) -> list[str]:
         )
     if kind == "experts":
         found.append("No other library than fedloom knows such a mixture.")
-    if facts["quantization"] != "none" and kind != "model":
+    if facts["quantization"] != "none" and not whole:
         found.append(
             f"The base was quantised in training ({facts['quantization']}); loaded whole, as here, its "
             "log-probabilities differ by what quantisation rounds away."
@@ -372,6 +380,25 @@ def _prompt(facts: Facts) -> list[str]:
             _fenced(prompt["template"], "jinja"),
         ]
     return parts
+
+
+def _data_sets(facts: Facts) -> list[str]:
+    """Return the lines of front matter that name sets of the Hub."""
+    sources = (facts.get("data") or {}).get("sources") or ()
+    found = [name for name in sources if not name.startswith("builtin:")]
+    return ["datasets:", *(f"- {json.dumps(name)}" for name in found)] if found else []
+
+
+def _data(facts: Facts) -> list[str]:
+    """Return what is said of the rows, which are with their clients: none of them, and no path."""
+    data = facts.get("data")
+    if not data:
+        return []
+    named_sets = ", ".join(_code(name) for name in data["sources"])
+    where = f"from {named_sets}" if named_sets else "which are the clients' own and not named here"
+    divided = f" Divided between clients by `{data['partition']}`." if data["partition"] else ""
+    kind = f"{data['kind']} rows" if data["kind"] else "Rows"
+    return ["## Data", f"{kind[0].upper()}{kind[1:]}, {where}.{divided}"]
 
 
 def _merged_privacy(promises: Sequence[str]) -> list[str]:

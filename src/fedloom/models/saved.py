@@ -5,6 +5,7 @@
 ``peft``              an adapter; ``transformers`` and PEFT alone
 ``own parts``         an adapter with a client's own parts beside it, which PEFT does not know
 ``experts``           mixtures of LoRA experts, which no other library knows
+``gguf``              a whole model in one file; llama.cpp
 ====================  ==================================================================================
 """
 
@@ -25,7 +26,7 @@ from fedloom.models.heads import FILE, attach_personal, load_personal, saved_par
 from fedloom.models.load import load_backbone, load_tokenizer
 from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
 
-FolderKind = Literal["model", "peft", "own parts", "experts"]
+FolderKind = Literal["model", "peft", "own parts", "experts", "gguf"]
 
 FACTS = "fedloom.json"
 """What is known of a saved folder, beside its weights: all that its card says."""
@@ -39,7 +40,7 @@ def kind_of(folder: Path) -> FolderKind:
     if (folder / CONFIG).is_file():
         return "experts"
     if not (folder / "adapter_config.json").is_file():
-        return "model"
+        return "gguf" if any(folder.glob("*.gguf")) else "model"
     return "own parts" if (folder / FILE).is_file() else "peft"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from fedloom.errors import OutputError
+from fedloom.errors import ModelError, OutputError
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.export import export_causal, export_reward
+from fedloom.models.gguf_export import OutType, require_convertible, write_gguf
 from fedloom.models.model_card import Facts, base_facts, describe
 from fedloom.models.saved import FACTS
 from fedloom.objectives import OBJECTIVES
@@ -21,6 +25,11 @@ from fedloom.runs.verification import ExportCheck
 from fedloom.storage import run_folder as names
 from fedloom.storage.run_folder import RunFolder
 
+Format = Literal["merged", "adapter", "gguf"]
+"""A whole model for transformers; the adapter as it was saved, for PEFT; a whole model for llama.cpp."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -32,6 +41,7 @@ class Exported:
         reward: Whether it is a reward model.
         classification: Whether it is a classifier.
         verified: What came of comparing it with the model that was merged, in one line.
+        format: As what it was written.
     """
 
     folder: Path
@@ -39,54 +49,120 @@ class Exported:
     reward: bool
     classification: bool
     verified: str = ""
+    format: Format = "merged"
 
     @property
     def loading(self) -> str:
-        """The line of Python that loads it."""
+        """The line that loads it: of Python, or of a shell."""
+        if self.format == "gguf":
+            return f"llama-cli -m {next(self.folder.glob('*.gguf'))}"
+        if self.format == "adapter":
+            return f'PeftModel.from_pretrained(base, "{self.folder}")'
         task = "SequenceClassification" if self.reward or self.classification else "CausalLM"
         trust = ", trust_remote_code=True" if self.own_code else ""
         return f'AutoModelFor{task}.from_pretrained("{self.folder}"{trust})'
 
 
 def export(
-    run: Path, client: int | None = None, target: Path | None = None, *, reward: bool = False
+    run: Path,
+    client: int | None = None,
+    target: Path | None = None,
+    *,
+    reward: bool = False,
+    format: Format = "merged",
+    out_type: OutType = "f16",
+    published: bool = False,
 ) -> Exported:
-    """Write the global model of a run, or a client's own, as a folder that ``transformers`` loads.
+    """Write the global model of a run, or a client's own, as a folder.
 
     Args:
         run: A run folder.
         client: Whose model (default: the global one).
         target: Where to (default: in the run folder).
         reward: Write the explicit reward head as a model that scores texts instead.
+        format: See :data:`Format`.
+        out_type: Of the matrices of a GGUF file.
+        published: Whether others will read it: it then names no folder of this machine.
 
     Raises:
         OutputError: It is not a run folder, has no such model, or the target is not empty.
-        ModelError: The model cannot be had, or has no such head.
+        ModelError: The model cannot be had, has no such head, or cannot be written in this format.
         VerificationError: What was written, loaded again, is not the model that was merged.
     """
-    adapter, target = places_of(run, client, target, reward=reward)
+    adapter, target = places_of(run, client, target, reward=reward, format=format)
     folder = RunFolder(run)
     experiment = Experiment.from_toml(folder.path / names.EXPERIMENT)
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
     classes = _classes(folder, experiment) if classification else ()
+    facts = _facts(folder, adapter, experiment, client, classes, reward)
+    if published and not facts["base"]["hub"]:
+        facts = {**facts, "base": {**facts["base"], "path": facts["base"]["name"]}}
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if format == "adapter":
+            shutil.copytree(adapter, target, dirs_exist_ok=True)
+            describe(target, facts)
+            return Exported(target, False, False, classification, format=format)
+        if format == "merged":
+            return _merged(experiment, adapter, target, facts, classes, reward=reward)
+        if classes:
+            raise ModelError(
+                "GGUF is written of models that answer in words, and this is a classifier"
+            )
+        require_convertible(_base_path(experiment, client), experiment.model.revision)
+        return _converted(experiment, adapter, target, facts, classes, out_type)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _merged(
+    experiment: Experiment,
+    adapter: Path,
+    target: Path,
+    facts: Facts,
+    classes: tuple[str, ...],
+    *,
+    reward: bool = False,
+) -> Exported:
+    """Write a whole model for transformers, and compare it with the one that was merged."""
     encoder, model = load_saved(experiment, classes, adapter)
     tokenizer = encoder.tokenizer
     check = ExportCheck(experiment, model, reward=reward) if experiment.output.verify else None
-    try:
-        if reward:
-            export_reward(model, tokenizer, target)
-            own_code = True
-        else:
-            own_code = export_causal(model, tokenizer, target)
-        describe(target, _facts(folder, adapter, experiment, client, classes, reward, own_code))
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    if reward:
+        export_reward(model, tokenizer, target)
+        own_code = True
+    else:
+        own_code = export_causal(model, tokenizer, target)
+    describe(target, {**facts, "own_code": own_code, "tokenizer_of_base": False})
     del model  # it is merged, and of no more use
     outcome: dict[str, Any] = {"left_out": "output.verify = false"}
     if check is not None:
         del check.model
-        outcome = check.verify(target, sequence=reward or classification)
-    return Exported(target, own_code, reward, classification, verified_sentence(outcome))
+        outcome = check.verify(target, sequence=reward or bool(classes))
+    return Exported(target, own_code, reward, bool(classes), verified_sentence(outcome))
+
+
+def _converted(
+    experiment: Experiment,
+    adapter: Path,
+    target: Path,
+    facts: Facts,
+    classes: tuple[str, ...],
+    out_type: OutType,
+) -> Exported:
+    """Write a whole model for llama.cpp, by way of one for transformers that is deleted again."""
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=target.parent) as place:
+        merged = _merged(experiment, adapter, Path(place) / "merged", facts, classes)
+        if merged.own_code:
+            raise ModelError(
+                "a client's bottleneck adapter is part of no architecture that llama.cpp knows: export "
+                "it with --format merged"
+            )
+        target.mkdir(exist_ok=True)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment.name).strip("-.") or "model"
+        write_gguf(merged.folder, target / f"{stem}-{out_type}.gguf", out_type, experiment.name)
+    describe(target, {**facts, "own_code": False, "tokenizer_of_base": False})
+    return Exported(target, False, False, bool(classes), merged.verified, "gguf")
 
 
 def _classes(folder: RunFolder, experiment: Experiment) -> tuple[str, ...]:
@@ -102,24 +178,32 @@ def _facts(
     client: int | None,
     classes: tuple[str, ...],
     reward: bool,
-    own_code: bool,
 ) -> Facts:
     """Return the facts of an export: those of the adapter, or what a run from before has of them."""
     known = RunFolder(adapter).read_json(FACTS)
     if known is None:
-        path = (
-            of_server(experiment).model.path if client is None else client_base(experiment, client)
-        )
-        base = base_facts(model_folder(path), experiment.model.revision)
+        path = _base_path(experiment, client)
+        base = base_facts(path, experiment.model.revision)
         known = facts_of(experiment, client, base, UNKNOWN_PROMPT, classes)
         test = (folder.read_json(names.RUN) or {}).get("data", {}).get("global_held_out", 0)
         known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
     task = "reward" if reward else known["task"]
-    return {**known, "task": task, "own_code": own_code, "tokenizer_of_base": False}
+    return {**known, "task": task}
+
+
+def _base_path(experiment: Experiment, client: int | None) -> str:
+    """Return folder or Hub name of the base model of a client, or of the global model."""
+    own = of_server(experiment).model.path if client is None else client_base(experiment, client)
+    return model_folder(own)
 
 
 def places_of(
-    run: Path, client: int | None, target: Path | None, *, reward: bool
+    run: Path,
+    client: int | None,
+    target: Path | None,
+    *,
+    reward: bool,
+    format: Format = "merged",
 ) -> tuple[Path, Path]:
     """Return the adapter that is meant, and the folder that the model goes to; see :func:`export`.
 
@@ -128,8 +212,14 @@ def places_of(
     """
     folder = RunFolder.existing(run)
     adapter = adapter_of(folder, client)
+    if reward and format != "merged":
+        raise OutputError(
+            f"--format {format} is not for --reward, which is a whole model: leave one out"
+        )
     whose = "global" if client is None else f"client-{client:04d}"
-    target = target or folder.path / "exported" / (f"{whose}-reward" if reward else whose)
+    kind = "reward" if reward else format
+    name = whose if kind == "merged" else f"{whose}-{kind}"
+    target = target or folder.path / "exported" / name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} is not empty; give another folder with --to, in Python to=")
     return adapter, target

@@ -72,6 +72,8 @@ def locate(path: Path, client: int | None = None, base: str | None = None) -> Lo
     if not folder.is_dir():
         raise OutputError(f"there is no folder {folder}: give a run folder, or a saved adapter")
     kind = kind_of(folder)
+    if kind == "gguf":
+        raise ModelError(f"{folder} is for llama.cpp, which loads it: llama-server -m FILE.gguf")
     if kind == "model" and not (folder / "config.json").is_file():
         raise OutputError(
             f"{folder} is neither a run folder (it has no {names.EXPERIMENT}) nor a saved adapter or "
