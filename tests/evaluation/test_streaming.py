@@ -14,6 +14,16 @@ def tokenizer(model_folder):
     return load_tokenizer(str(model_folder))
 
 
+@pytest.fixture(scope="module")
+def encoder(model_folder):
+    return load_encoder(str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def model(model_folder, tokenizer):
+    return load_backbone(str(model_folder), pad_token_id=tokenizer.pad_token_id).eval()
+
+
 TEXTS = (
     "Where is the red cup?",
     "  two  blanks\n\nand lines ",
@@ -74,9 +84,7 @@ def test_as_transformers_has_them():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_stream_is_the_answer(model_folder, tokenizer, temperature):
-    encoder = load_encoder(str(model_folder))
-    model = load_backbone(str(model_folder), pad_token_id=tokenizer.pad_token_id).eval()
+def test_a_stream_is_the_answer(model, encoder, temperature):
     ask = Ask(tuple(encoder.prompt("Ada asks where")), temperature, seed=3, top_p=0.9)
     told = []
     answer = stream(model, encoder, ask, 12, told.append, cached=True)
@@ -89,9 +97,7 @@ def test_a_stream_is_the_answer(model_folder, tokenizer, temperature):
     assert short.reason == "stop" and short.tokens < 12 and answer.text.startswith(short.text)
 
 
-def test_what_is_raised_while_it_is_told_ends_an_answer(model_folder, tokenizer):
-    encoder = load_encoder(str(model_folder))
-    model = load_backbone(str(model_folder), pad_token_id=tokenizer.pad_token_id).eval()
+def test_what_is_raised_while_it_is_told_ends_an_answer(model, encoder):
     told = []
 
     def tell(piece):

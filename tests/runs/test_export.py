@@ -120,6 +120,61 @@ def test_a_plain_run_exports_its_global_model(run, strange):
         export(result.folder, target=result.folder / "reward", reward=True)
 
 
+GREEDY = """
+import json, sys, torch, transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+transformers.logging.set_verbosity_error()
+assert "fedloom" not in sys.modules
+base, adapter, merged, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+ids = tokenizer(text, return_tensors="pt").input_ids
+plain = AutoModelForCausalLM.from_pretrained(base)
+options = {"max_new_tokens": 24, "do_sample": False}
+said = [plain.generate(input_ids=ids, **options)]
+said.append(PeftModel.from_pretrained(plain, adapter).generate(input_ids=ids, **options))
+assert AutoTokenizer.from_pretrained(merged)(text, return_tensors="pt").input_ids.equal(ids)
+said.append(AutoModelForCausalLM.from_pretrained(merged).generate(input_ids=ids, **options))
+print(json.dumps([rows[0, ids.shape[1]:].tolist() for rows in said]))
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_and_a_merged_model_say_the_same_in_plain_transformers(experiment, model_folder):
+    """And neither what their base says; of an adapter as it is written for the Hub."""
+    own = experiment(
+        objective={"name": "sft"}, data={"source": "builtin:instructions"},
+        federation={"clients": 1, "rounds": 1}, training={"learning_rate": 0.05},
+    )  # fmt: skip
+    run = fedloom.run(own).folder
+    merged, adapter = export(run), export(run, format="adapter", published=True)
+    words = [str(model_folder), str(adapter.folder), str(merged.folder), TEXTS[0]]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GREEDY, *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    base, with_adapter, whole = json.loads(done.stdout)
+    assert with_adapter == whole != base and len(whole) == 24
+
+
+@pytest.mark.slow
+def test_what_others_will_read_names_no_folder_of_this_machine(run):
+    result = run({"name": "fedavg"}, "dpo")
+    for form in ("adapter", "merged"):
+        written = export(result.folder, format=form, published=True)
+        texts = [
+            path.read_text() for path in written.folder.iterdir() if path.suffix != ".safetensors"
+        ]
+        assert len(texts) > 2
+        base = Experiment.from_toml(result.folder / "experiment.toml").model.path
+        assert not any(base in text or str(result.folder) in text for text in texts), form
+        assert (
+            "Preference rows, from `builtin:opposed`. Divided between clients by `column`."
+            in (written.folder / "README.md").read_text()
+        )
+    assert base in (result.folder / "adapter" / "adapter_config.json").read_text()  # it could be
+
+
 def test_who_there_is_is_said(run):
     result = run({"name": "ditto"}, "dpo")
     with pytest.raises(
