@@ -26,8 +26,9 @@ from fedloom.storage.run_folder import RESULTS, RunFolder
 from fedloom.training.results import OnStep
 
 if TYPE_CHECKING:
+    from fedloom.models.gguf_export import OutType
     from fedloom.runs.adapter_scores import HeldOutScores
-    from fedloom.runs.export import Exported
+    from fedloom.runs.export import Exported, Format
 
 OnRound = Callable[[RoundRecord], object]
 OnEvaluation = Callable[[int, Evaluation], object]
@@ -257,14 +258,19 @@ def export(
     client: int | None = None,
     reward: bool = False,
     to: str | Path | None = None,
+    format: Format = "merged",
+    out_type: OutType = "f16",
 ) -> Exported:
-    """Write a model of a run, adapter merged, as a folder that ``transformers`` loads by itself.
+    """Write a model of a run as a folder that other programs load.
 
     Args:
         folder: The run folder.
         client: Whose model (default: the global one).
         reward: Write the explicit reward head, as a model that scores texts, instead.
         to: A new or empty folder (default: in the run folder).
+        format: ``"merged"``: a whole model for transformers; ``"adapter"``: for PEFT, with its card;
+            ``"gguf"``: a whole model for llama.cpp (an extra).
+        out_type: Of the matrices of a GGUF file: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"q8_0"``.
 
     Returns:
         Where it is (``folder``), the line that loads it (``loading``), and what came of loading it again
@@ -272,14 +278,14 @@ def export(
 
     Raises:
         OutputError: It is no run folder, has no such model, or the target is not empty.
-        ModelError: The model cannot be had, or has no such head.
+        ModelError: The model cannot be had, has no such head, or cannot be written in this format.
         VerificationError: What was written, loaded again, is not the model that was merged.
     """
     from fedloom.runs.export import export as export_run
 
     target = Path(to) if to is not None else None
     require_place(target, "to=")
-    return export_run(Path(folder), client, target, reward=reward)
+    return export_run(Path(folder), client, target, reward=reward, format=format, out_type=out_type)
 
 
 def report(*folders: str | Path, to: str | Path | None = None) -> Path:
