@@ -55,6 +55,7 @@ TERMS = {
 }
 
 FORMATS = {
+    ("address_family", "http_server.py"): "an attribute that the standard library reads",
     ("address_family", "metrics.py"): "an attribute that the standard library reads",
     ("family", "network_exposure.py"): "of addresses, as in the module socket",
     ("family", "gateway.py"): "of addresses, as in the module socket",

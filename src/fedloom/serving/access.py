@@ -9,8 +9,9 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from fedloom.display.untrusted_text import short
 from fedloom.serving.requests import RequestError
@@ -19,6 +20,13 @@ HOST = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?:
 """Of a header: a name or an address, with or without a port."""
 
 BEARER = "bearer "
+
+
+class Headers(Protocol):
+    """Headers of a request by name, whatever the case of its letters."""
+
+    def get(self, name: str, /) -> Any:
+        """Return the first one of a name, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,11 @@ class Access:
     hosts: Collection[str] = ()
     origins: Collection[str] = ()
 
-    def check(self, headers: Mapping[str, str], address: str, *, preflight: bool = False) -> None:
+    def check(self, headers: Headers, address: str, *, preflight: bool = False) -> None:
         """Check the headers of a request.
 
         Args:
-            headers: By name, whatever its letters' case.
+            headers: Of the request.
             address: The server's own address in this connection.
             preflight: Whether a browser asks what it may ask; that has no key.
 

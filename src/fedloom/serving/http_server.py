@@ -73,8 +73,8 @@ class ModelServer(ThreadingHTTPServer):
         self.answers, self.access, self.log = answers, access, log
         self.stopping = threading.Event()
         self._free = threading.Semaphore(CONNECTIONS)
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self.address_family = family
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.address_family, address = found[0], found[4]
         super().__init__(address[:2], Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
@@ -219,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(413, f"the body has {length} bytes; at most {LARGEST} are read")
         content, until = bytearray(), time.monotonic() + SILENCE
         while len(content) < int(length):
-            piece = self.rfile.read1(int(length) - len(content))  # type: ignore[attr-defined]
+            piece = self.rfile.read1(int(length) - len(content))
             if not piece:
                 raise ClientGone
             content += piece
