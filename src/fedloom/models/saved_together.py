@@ -14,7 +14,7 @@ import peft
 import torch
 from torch import nn
 
-from fedloom.models.load import load_backbone, load_tokenizer
+from fedloom.models.load import load_backbone
 from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
 from fedloom.models.saved import FolderKind, put_on
 
@@ -103,9 +103,12 @@ class SavedTogether:
 
 
 def _backbone(one: OnBase, device: torch.device) -> nn.Module:
-    pad = int(load_tokenizer(one.base, one.revision).pad_token_id)
     return load_backbone(
-        one.base, revision=one.revision, dtype=one.dtype, pad_token_id=pad, device=device
+        one.base,
+        revision=one.revision,
+        dtype=one.dtype,
+        pad_token_id=0,  # read of classifiers alone
+        device=device,
     )
 
 

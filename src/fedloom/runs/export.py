@@ -57,7 +57,7 @@ class Exported:
         if self.format == "gguf":
             return f"llama-cli -m {next(self.folder.glob('*.gguf'))}"
         if self.format == "adapter":
-            return f'PeftModel.from_pretrained(base, "{self.folder}")'
+            return f"as {self.folder / 'README.md'} says"
         task = "SequenceClassification" if self.reward or self.classification else "CausalLM"
         trust = ", trust_remote_code=True" if self.own_code else ""
         return f'AutoModelFor{task}.from_pretrained("{self.folder}"{trust})'

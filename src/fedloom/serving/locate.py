@@ -37,6 +37,7 @@ class Located:
         kind: What the folder holds.
         base: Folder or Hub name of the base model; of a whole model, the folder.
         revision: Of the base on the Hub.
+        tokenizer: Where its tokenizer is, and that one's revision.
         precise: Whether it is loaded in float32, not bfloat16.
         prompt: ``format``, ``example`` and ``template`` of its prompts, as its card has them.
     """
@@ -46,6 +47,7 @@ class Located:
     kind: FolderKind
     base: str
     revision: str | None
+    tokenizer: tuple[str, str | None]
     precise: bool
     prompt: Mapping[str, Any]
 
@@ -93,6 +95,7 @@ def locate(path: Path, client: int | None = None, base: str | None = None) -> Lo
         kind,
         where,
         revision,
+        _tokenizer_of(folder, kind, facts) or (where, revision),
         precise=facts is None or facts["precision"] != "bf16",
         prompt={"format": "unknown"} if facts is None else facts["prompt"],
     )
@@ -108,7 +111,7 @@ def base_alone(of: Located) -> Located:
         raise ModelError(
             f"{of.name} is a whole model: name its base model's folder instead of {BASE}"
         )
-    return Located(BASE, None, "model", of.base, of.revision, of.precise, of.prompt)
+    return Located(BASE, None, "model", of.base, of.revision, of.tokenizer, of.precise, of.prompt)
 
 
 def _facts(folder: Path) -> dict[str, Any] | None:
@@ -132,6 +135,15 @@ def _require_known(folder: Path) -> None:
         )
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ModelError(f"{folder} has no {WEIGHTS[0]}: save the adapter with safetensors")
+
+
+def _tokenizer_of(
+    folder: Path, kind: FolderKind, facts: Mapping[str, Any] | None
+) -> tuple[str, str | None] | None:
+    """Return where the tokenizer of a whole model is, if that was saved without one."""
+    if kind != "model" or facts is None or (folder / "tokenizer_config.json").is_file():
+        return None
+    return facts["base"]["path"], facts["base"]["revision"]
 
 
 def _base_of(

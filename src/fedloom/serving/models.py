@@ -80,7 +80,8 @@ class ReadyModels:
             self.all.append(self._ready(number, one, base))
 
     def _ready(self, number: int, one: Located, base: str) -> ReadyModel:
-        encoder = load_encoder(base, one.revision)
+        words, revision = one.tokenizer
+        encoder = load_encoder(base if words == one.base else words, revision)
         pad = int(encoder.tokenizer.pad_token_id)
         with self._together.active(number) as model:
             require_tokens(model, encoder.tokenizer, base)
