@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from fedloom.models.load import configuration_of, load_tokenizer, stop_tokens
 
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 """Types of the matrices; vectors are always float32. Names are llama.cpp's."""
-
-OUT_TYPES: tuple[OutType, ...] = get_args(OutType)
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"

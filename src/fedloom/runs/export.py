@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fedloom.errors import ModelError, OutputError
 from fedloom.experiment.experiment import Experiment
@@ -27,8 +27,6 @@ from fedloom.storage.run_folder import RunFolder
 
 Format = Literal["merged", "adapter", "gguf"]
 """A whole model for transformers; the adapter as it was saved, for PEFT; a whole model for llama.cpp."""
-
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
