@@ -106,5 +106,5 @@ def test_offline_is_one_error_before_anything_is_loaded(call, experiment, tmp_pa
     assert code == 2 and "--public is of --hub" in out
     code, out = call("export", run, "--outtype", "q8_0")
     assert code == 2 and "is of --format gguf" in out
-    code, out = call("export", run, "--format", "gguf", "--reward")
+    code, out = call("export", run, "--format", "adapter", "--reward")
     assert code != 0 and "leave one out" in out
