@@ -11,12 +11,8 @@ from fedloom.aggregation.soft_labels import likeliest
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
-from fedloom.methods.distillation import (
-    DistillationSettings,
-    SoftLabelWire,
-    answers,
-    index_dtype,
-)
+from fedloom.methods.bases.logit_wire import SoftLabelWire, answers, index_dtype
+from fedloom.methods.distillation import DistillationSettings
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble

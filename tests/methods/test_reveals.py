@@ -9,7 +9,7 @@ from fedloom.errors import PolicyError
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods import METHODS, make_method
-from fedloom.methods.distillation import COUNTS, INDICES, VALUES
+from fedloom.methods.bases.logit_wire import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
 from fedloom.methods.regmean import PRODUCTS
@@ -111,7 +111,7 @@ MOST = {
     "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1),
     "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
     "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
-    "apfl": ({}, 2), "fedala": ({"first_passes": 2}, 3),
+    "apfl": ({}, 2), "feddat": ({}, 2), "fedala": ({"first_passes": 2}, 3),
     "lora_a2": ({}, 2),
 }  # fmt: skip
 """Methods whose requests go over the work more than once: settings, and how often."""

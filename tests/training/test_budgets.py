@@ -32,7 +32,7 @@ NEEDED = {
 }
 """Sections without which a method cannot run, or trains once only."""
 
-TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala"]  # fmt: skip
+TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala", "feddat"]  # fmt: skip
 """Methods that train several models in a round, or step several times on a batch."""
 
 

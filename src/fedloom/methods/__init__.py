@@ -22,6 +22,7 @@ from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedawa import FedAWA, FedAWASettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
+from fedloom.methods.feddat import FedDAT, FedDATSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
@@ -90,6 +91,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "apfl": (APFLSettings, APFL),
     "fedala": (FedALASettings, FedALA),
     "fedmap": (FedMAPSettings, FedMAP),
+    "feddat": (FedDATSettings, FedDAT),
     "feddpa": (FedDPASettings, FedDPA),
     "fdlora": (FDLoRASettings, FDLoRA),
     "fedsa_lora": (FedSALoRASettings, FedSALoRA),

@@ -33,6 +33,19 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence
 
 
+def divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return ``(positions,)``: T^2 KL(softmax(teacher / T) || softmax(student / T)) at each position.
+
+    Args are those of :func:`distillation_loss`; where widths differ, as a vocabulary may be padded, the
+    entries that both have are compared.
+    """
+    width = min(student.shape[-1], teacher.shape[-1])
+    wanted = (teacher[:, :width].float() / temperature).log_softmax(-1)
+    given = (student[:, :width].float() / temperature).log_softmax(-1)
+    divergence = F.kl_div(given, wanted, reduction="none", log_target=True)
+    return temperature**2 * divergence.sum(-1)
+
+
 def scored_logits(model: Model, batch: Batch, head: Head) -> tuple[Tensor, Tensor | None]:
     """Return the logits that knowledge is about, and what is true there.
 
