@@ -38,6 +38,8 @@ METHODS = [
     {"name": "random_projection"},
     {"name": "regmean"},
     {"name": "fedmap"},
+    {"name": "feddat"},
+    {"name": "fed_et", "encoding": "fp16", "top_k": 3},
     {"name": "fedkseed", "candidates": 500},
     {"name": "fedkseed", "candidates": 500, "sampling": "weighted"},
     *({"name": "distillation", "encoding": e} for e in ("fp32", "bf16", "fp16", "int8")),

@@ -43,7 +43,7 @@ def suited(experiment, mixture_folder):
         if method == "fedmoe":
             sections["adapter"] = {"kind": "submixture", "rank": 8}
             sections["model"] = {"path": str(mixture_folder)}
-        if method in ("distillation", "split"):
+        if method in ("distillation", "fed_et", "split"):
             sections["objective"] = {"name": "classification"}
             sections["data"] = {"source": "builtin:labelled", "builtin_rows": 60}
             sections["public"] = {"rows": 8}
@@ -108,7 +108,7 @@ def test_labels_at_the_client_are_not_revealed(suited, federate):
 
 
 MOST = {
-    "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1),
+    "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1), "fed_et": ({"server_epochs": 1}, 1),
     "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
     "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
     "apfl": ({}, 2), "feddat": ({}, 2), "fedala": ({"first_passes": 2}, 3),
@@ -136,7 +136,7 @@ def test_no_request_takes_more_batches_than_it_says(suited, federate, method, mo
     monkeypatch.setattr(Allowance, "step", counted)
     federate(own)
     # five epochs of one batch of public rows; three mixtures on two batches each; four for a likelihood
-    other = {"distillation": 5, "fdlora": 6, "fedmap": 3 + 4}.get(method, 0)
+    other = {"distillation": 5, "fed_et": 5, "fdlora": 6, "fedmap": 3 + 4}.get(method, 0)
     first = {"fedala": 3}  # its only round here has nothing to mix
     assert max(taken) == first.get(method, max(3 * times, other))
 

@@ -27,12 +27,13 @@ LABELLED = {"objective": {"name": "classification"}, "data": {"source": "builtin
 NEEDED = {
     "fedamole": {"adapter": {"kind": "experts", "experts": 4}},
     "distillation": {**LABELLED, "public": {"rows": 8}},
+    "fed_et": {**LABELLED, "public": {"rows": 8}},
     "split": {**LABELLED, "evaluation": {"per_client": False}},
     "fedpdpo": {"method": {"name": "fedpdpo", "schedule": "alternating"}},
 }
 """Sections without which a method cannot run, or trains once only."""
 
-TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala", "feddat"]  # fmt: skip
+TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala", "feddat", "fed_et"]  # fmt: skip
 """Methods that train several models in a round, or step several times on a batch."""
 
 

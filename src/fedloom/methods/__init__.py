@@ -14,6 +14,7 @@ from fedloom.methods.declaration import Declaration
 from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.methods.ditto import Ditto, DittoSettings
 from fedloom.methods.fdlora import FDLoRA, FDLoRASettings
+from fedloom.methods.fed_et import FedET, FedETSettings
 from fedloom.methods.fed_sb import FedSB, FedSBSettings
 from fedloom.methods.fedala import FedALA, FedALASettings
 from fedloom.methods.fedamole import FedAMoLE, FedAMoLESettings
@@ -113,6 +114,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedamole": (FedAMoLESettings, FedAMoLE),
     "fedmoe": (FedMoESettings, FedMoE),
     "distillation": (DistillationSettings, DistillationMethod),
+    "fed_et": (FedETSettings, FedET),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),
     "local_only": (LocalOnlySettings, LocalOnly),

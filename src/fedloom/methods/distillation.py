@@ -29,11 +29,13 @@ from fedloom.methods.bases.logit_exchange import (
     LogitExchange,
 )
 from fedloom.methods.bases.logit_wire import LogitSettings, texts_of, true_entries
+from fedloom.methods.contract.averaging import weights_of
 from fedloom.methods.contract.checks import TASKS
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Reveal, Variant
 from fedloom.methods.declaration import Declaration
 from fedloom.settings.schema import NamedSettings
+from fedloom.wire.messages import Reply
 
 
 class DistillationSettings(LogitSettings):
@@ -89,7 +91,7 @@ class DistillationMethod(LogitExchange):
     def lesson(
         self,
         answers: Sequence[SoftLabels],
-        weights: Sequence[float],
+        replies: Sequence[Reply],
         public: PublicRows,
         cohort: Cohort,
     ) -> Lesson:
@@ -97,7 +99,7 @@ class DistillationMethod(LogitExchange):
         head = self.server.objective.head
         consensus = combine(
             answers,
-            weights,
+            weights_of(replies, by_rows=True),
             self.rule,
             labels=true_entries(public, head),
             groups=texts_of(public.share),

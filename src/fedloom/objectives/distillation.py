@@ -108,3 +108,32 @@ class Distillation(Objective):
         if self.share < 1 and targets is not None:
             loss = self.share * loss + (1 - self.share) * F.cross_entropy(logits.float(), targets)
         return loss, metrics
+
+
+class EnsembleDistillation(Objective):
+    """``CE(student, label) + weight KL(those who disagree || student)``, the mean over positions.
+
+    Source: Fed-ET (``aggregation/ensemble.py``). The divergence is 0 where nobody disagrees. Its examples
+    carry what ``EnsembleLabels.at`` returns (``batch.teacher``).
+    """
+
+    reported = (score("loss"), score("divergence"), fraction("agreement"))
+
+    def __init__(self, head: Head, diversity: float) -> None:
+        """Take the head of the models and the weight of the divergence, at least 0."""
+        self.head, self.diversity = head, diversity
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of positions."""
+        return float(len(batch) if self.head == "classification" else batch.completion_tokens)
+
+    def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
+        """Return the mean over positions, and how often the student says the label."""
+        assert batch.teacher is not None, "examples to distil from carry a teacher's answers"
+        labels, disagreed = batch.teacher[:, 0].long(), batch.teacher[:, 1]
+        diverse = batch.teacher[:, 2:]
+        logits = scored_logits(model, batch, self.head)[0][:, : diverse.shape[1]].float()
+        apart = (disagreed * divergences(logits, diverse, 1.0)).mean()
+        agreed = (logits.detach().argmax(-1) == labels).float().mean()
+        loss = F.cross_entropy(logits, labels) + self.diversity * apart
+        return loss, {"divergence": apart.detach(), "agreement": agreed}

@@ -39,7 +39,7 @@ from fedloom.tensors import State, Tensors
 from fedloom.training.results import reported
 from fedloom.training.settings import Part, Work
 from fedloom.training.steps import train_locally
-from fedloom.wire.messages import Exchange, Payload
+from fedloom.wire.messages import Exchange, Payload, Reply
 from fedloom.wire.schema import Schema, prefixed
 
 DISTIL = "distil_"
@@ -102,7 +102,7 @@ class LogitExchange(Method):
     def lesson(
         self,
         answers: Sequence[SoftLabels],
-        weights: Sequence[float],
+        replies: Sequence[Reply],
         public: PublicRows,
         cohort: Cohort,
     ) -> Lesson:
@@ -110,12 +110,12 @@ class LogitExchange(Method):
 
         Args:
             answers: What clients say about the round's public rows, one each.
-            weights: Their rows.
+            replies: The clients' replies, in the same order.
             public: The rows.
             cohort: Takes notes.
         """
         raise TypeError(
-            f"{type(self).__name__} must define lesson(answers, weights, public, cohort)"
+            f"{type(self).__name__} must define lesson(answers, replies, public, cohort)"
         )
 
     @classmethod
@@ -173,7 +173,7 @@ class LogitExchange(Method):
             before = server.model.flops
             lesson = self.lesson(
                 [wire.unpack(reply.payload.tensors) for reply in replies],
-                [reply.payload.numbers["examples"] for reply in replies],
+                replies,
                 public,
                 cohort,
             )
