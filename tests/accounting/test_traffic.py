@@ -39,6 +39,7 @@ METHODS = [
     {"name": "regmean"},
     {"name": "fedmap"},
     {"name": "feddat"},
+    {"name": "fedspallm"},
     {"name": "fed_et", "encoding": "fp16", "top_k": 3},
     {"name": "fedkseed", "candidates": 500},
     {"name": "fedkseed", "candidates": 500, "sampling": "weighted"},

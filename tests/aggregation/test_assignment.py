@@ -11,6 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from fedloom.aggregation.assignment import (
     assign_experts,
     infeasible,
+    most_by_rows,
     relevance_of,
     similarity,
     softmax,
@@ -132,3 +133,28 @@ def test_similarity_by_hand():
     found = similarity(tokens, torch.tensor([1, 1, 0]))
     assert torch.allclose(found, torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]]))
     assert not similarity(tokens, torch.zeros(3)).any()
+
+
+def test_numbers_of_experts_follow_rows_by_hand():
+    """12 placements. Rows 10, 20, 30: shares 2, 4 and 6. Rows 1, 1, 58: 0.2, 0.2 and 11.6, at least 2 and
+    at most 5, which leaves 3 places: they go, one by one, to the first and the second, who are equal."""
+    assert most_by_rows([10, 20, 30], 6, 2, 6, 2) == [2, 4, 6]
+    assert most_by_rows([1, 1, 58], 6, 2, 5, 2) == [4, 3, 5]
+    assert most_by_rows([0, 0, 0], 6, 2, 4, 2) == [4, 4, 4]  # nobody has told of any
+
+
+def test_largest_numbers_of_each_client_can_always_be_kept():
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        experts, clients = (int(own) for own in rng.integers(2, 9, 2))
+        holders = int(rng.integers(1, clients + 1))
+        most, least = int(rng.integers(1, experts + 1)), int(rng.integers(0, 3))
+        if infeasible(experts, clients, holders, most, least):
+            continue
+        rows = rng.integers(0, 100, clients).tolist()
+        largest = most_by_rows(rows, experts, holders, most, least)
+        held = assign_experts(rng.random((experts, clients)), holders, largest, least)
+        assert (held.sum(1) == holders).all() and (held.sum(0) >= least).all()
+        assert (held.sum(0) <= largest).all() and max(largest) <= most
+        ordered = sorted(zip(rows, largest, strict=True))
+        assert all(one[1] <= other[1] + 1 for one, other in itertools.pairwise(ordered))

@@ -298,7 +298,7 @@ def test_when_everybody_offends_the_run_stops(experiment, monkeypatch):
         sorted(
             METHODS.keys()
             - {"distillation", "fed_et", "split", "fedamole", "fedmoe", "fedkseed", "centralised"}
-            - {"lora_a2", "fednova"}
+            - {"lora_a2", "fednova", "fedspallm"}
         ),
     ),
 )

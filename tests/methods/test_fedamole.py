@@ -172,6 +172,21 @@ def test_homogeneous_clients_hold_equally_many(experiment, federate, messages):
         assert set(request.tensors[HELD_EXPERTS].sum(1).tolist()) == {3}
 
 
+@pytest.mark.slow
+def test_who_has_more_rows_may_hold_more_experts(experiment, federate, messages):
+    sizes = {"kind": "size", "sizes": [1.0, 1.0, 1.0, 5.0], "client_test_fraction": 0.0}
+    sections = {**MIXTURE, "partition": sizes}
+    method = {**METHOD, "experts_by": "rows", "max_experts_per_client": 6}
+    federate(experiment(method=method, **sections))
+    for _, client, request, _ in messages:
+        counts = set(request.tensors[HELD_EXPERTS].sum(1).tolist())
+        assert counts <= (
+            {2} if client < 3 else {6}
+        )  # 12 placements, of which 7.5 are the last one's
+    with pytest.raises(SettingsError, match="leave one of both out"):
+        experiment(method={**METHOD, "experts_by": "rows", "homogeneous": True}, **MIXTURE)
+
+
 def test_absent_clients_are_assigned_by_what_they_last_sent(experiment, federate, messages):
     some = {**MIXTURE, "federation": {"clients": 4, "rounds": 3, "clients_per_round": 2}}
     found = federate(experiment(method=METHOD, **some))

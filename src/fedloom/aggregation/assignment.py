@@ -14,6 +14,7 @@ in a vertex, so no integer programming is needed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -77,10 +78,39 @@ def nearest_limits(
     return holders, most, min(min_experts_per_client, placed // clients)
 
 
+def most_by_rows(
+    rows: Sequence[int],
+    experts: int,
+    clients_per_expert: int,
+    max_experts_per_client: int,
+    min_experts_per_client: int = 2,
+) -> list[int]:
+    """Return how many experts each client may hold at most, in proportion to its rows.
+
+    A client's share of all placements, rounded up, within the limits; where that leaves too few places,
+    those get one more whose share is furthest above what they may hold, of equal ones the first.
+
+    Args:
+        rows: Of each client, at least 0.
+        experts: E.
+        clients_per_expert: k_c.
+        max_experts_per_client: b_max; with it all limits can be kept (:func:`infeasible`).
+        min_experts_per_client: Of each client.
+    """
+    placed, most = experts * clients_per_expert, min(max_experts_per_client, experts)
+    total = max(1, sum(rows))
+    shares = [placed * own / total for own in rows]
+    found = [min(most, max(min_experts_per_client, math.ceil(own))) for own in shares]
+    while sum(found) < placed:
+        room = [client for client, own in enumerate(found) if own < most]
+        found[max(room, key=lambda client: (shares[client] - found[client], -client))] += 1
+    return found
+
+
 def assign_experts(
     relevance: NDArray[np.float64],
     clients_per_expert: int,
-    max_experts_per_client: int,
+    max_experts_per_client: int | Sequence[int],
     min_experts_per_client: int = 2,
 ) -> NDArray[np.bool_]:
     """Return who holds which expert, with the largest sum of relevances.
@@ -88,7 +118,7 @@ def assign_experts(
     Args:
         relevance: ``(experts, clients)``, finite.
         clients_per_expert: k_c, holders of each expert.
-        max_experts_per_client: b_max.
+        max_experts_per_client: b_max, or one for each client (:func:`most_by_rows`).
         min_experts_per_client: Of each client.
 
     Returns:
@@ -103,7 +133,8 @@ def assign_experts(
     from scipy.sparse import eye_array, kron, vstack
 
     experts, clients = relevance.shape
-    limits = (clients_per_expert, max_experts_per_client, min_experts_per_client)
+    most = np.broadcast_to(np.asarray(max_experts_per_client, np.float64), clients)
+    limits = (clients_per_expert, int(most.max()), min_experts_per_client)
     if not np.isfinite(relevance).all():
         raise ValueError(f"{(~np.isfinite(relevance)).sum()} relevances are not finite")
     violated = infeasible(experts, clients, *limits)
@@ -114,7 +145,7 @@ def assign_experts(
     found = linprog(
         -relevance.ravel(),
         A_ub=vstack([held, -held], format="csr"),
-        b_ub=np.repeat([float(max_experts_per_client), -float(min_experts_per_client)], clients),
+        b_ub=np.concatenate([most, np.full(clients, -float(min_experts_per_client))]),
         A_eq=placed.tocsr(),
         b_eq=np.full(experts, float(clients_per_expert)),
         bounds=(0, 1),

@@ -46,6 +46,7 @@ from fedloom.methods.fedprox import FedProx, FedProxSettings
 from fedloom.methods.fedptr import FedPTR, FedPTRSettings
 from fedloom.methods.fedrot_lora import FedRotLoRA, FedRotLoRASettings
 from fedloom.methods.fedsa_lora import FedSALoRA, FedSALoRASettings, FFALoRA, FFALoRASettings
+from fedloom.methods.fedspallm import FedSpaLLM, FedSpaLLMSettings
 from fedloom.methods.fedsvd import FedSVD, FedSVDSettings
 from fedloom.methods.flexlora import FlexLoRA, FlexLoRASettings
 from fedloom.methods.flora import FLoRA, FLoRASettings
@@ -102,6 +103,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedrot_lora": (FedRotLoRASettings, FedRotLoRA),
     "hilora": (HiLoRASettings, HiLoRA),
     "lora_a2": (LoRAA2Settings, LoRAA2),
+    "fedspallm": (FedSpaLLMSettings, FedSpaLLM),
     "fed_sb": (FedSBSettings, FedSB),
     "ravan": (RavanSettings, Ravan),
     "fedkseed": (FedKSeedSettings, FedKSeed),

@@ -39,6 +39,7 @@ from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.assignment import (
     assign_experts,
     infeasible,
+    most_by_rows,
     nearest_limits,
     relevance_of,
     similarity,
@@ -110,6 +111,10 @@ class FedAMoLESettings(NamedSettings):
     """And at least (the authors: 2, the top-k)."""
     assignment: Literal["relevance", "random", "static"] = "relevance"
     """relevance: by similarity, in every round. Ablations: random in every round; static, drawn once."""
+    experts_by: Literal["relevance", "rows"] = "relevance"
+    """What decides how many experts a client holds. relevance: what its experts' relevances add up to,
+    within the limits. rows: no more than its share of the rows, too, so that who has few holds few (our
+    own; the paper leaves numbers to relevance)."""
     homogeneous: bool = False
     """Ablation: every client holds equally many experts, to within one."""
     embedding_fraction: float = Field(default=0.05, gt=0, lt=1)
@@ -141,6 +146,11 @@ class FedAMoLESettings(NamedSettings):
             f"method.name = 'fedamole' needs {text} (experts: adapter.experts; clients: that train)"
             for text in violated
         ]
+        if self.homogeneous and self.experts_by == "rows":
+            found.append(
+                'method.experts_by = "rows" lets clients hold unlike numbers of experts, '
+                "method.homogeneous = true like ones: leave one of both out"
+            )
         owners = dict.fromkeys(("epsilon", "delta", "embedding_clip"), "gaussian")
         for name, kind in {**owners, "eta": "ad_hoc"}.items():
             given = getattr(self, name) != type(self).model_fields[name].default
@@ -199,6 +209,7 @@ class FedAMoLE(OwnMixture):
         "max_experts_per_client",
         "min_experts_per_client",
         "assignment",
+        "experts_by",
         "homogeneous",
         "embedding_fraction",
         "embedding_rows",
@@ -444,13 +455,18 @@ class FedAMoLE(OwnMixture):
         drawn = rng.random((len(self.layers), self.experts, len(enrolled)))
         drawn = drawn[:, :, [enrolled.index(client) for client in members]]
         tokens, sent = self._stacked(known, members)
-        limits = self._limits(cohort)
+        holders, most, least = self._limits(cohort)
+        largest: int | list[int] = most
+        if self.settings.experts_by == "rows":
+            rows = [cohort.presence.rows.get(client, 0) for client in members]
+            largest = most_by_rows(rows, self.experts, holders, most, least)
         layers = []
         for layer, relevance in enumerate(drawn):
             if self.settings.assignment == "relevance":
                 own = relevance_of(known.projected[layer], tokens[layer])
                 relevance = np.where(sent.numpy()[None], own, relevance)
-            layers.append(torch.from_numpy(assign_experts(softmax(relevance), *limits)))
+            chosen = assign_experts(softmax(relevance), holders, largest, least)
+            layers.append(torch.from_numpy(chosen))
         columns = torch.stack(layers).to(torch.uint8).unbind(2)
         return dict(zip(members, columns, strict=True))
 
