@@ -249,7 +249,7 @@ def suited(table, mixture_folder):
         own = {**table, "adapter": {**table["adapter"], **ADAPTERS.get(method, {})}}
         if method == "fedmoe":
             own |= {"adapter": {"kind": "submixture"}, "model": {"path": str(mixture_folder)}}
-        if method in ("distillation", "fed_et", "split"):
+        if method in ("distillation", "fed_et", "feddm", "split"):
             own |= {"objective": {"name": "classification"}}
             own |= {
                 "data": {"source": "builtin:labelled"},

@@ -14,6 +14,10 @@ PUBLIC = {**SFT, "public": {"rows": 12}}
 SECTIONS = {
     "distillation": {**PUBLIC, "method": {"server_epochs": 1, "client_epochs": 1}},
     "fed_et": {**PUBLIC, "method": {"server_epochs": 1, "client_epochs": 1}},
+    "feddm": {
+        "data": {"source": "builtin:labelled", "builtin_rows": 60},
+        "objective": {"name": "classification"},
+    },
     "split": SFT,
     "fedpdpo": {"objective": {"name": "pdpo"}},
     "fedamole": {

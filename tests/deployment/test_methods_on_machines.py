@@ -47,7 +47,7 @@ def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path)
     }
     if method == "fedmoe":
         table["model"] = {"path": str(mixture_folder)}
-    if method in ("distillation", "fed_et", "split"):
+    if method in ("distillation", "fed_et", "feddm", "split"):
         table |= {
             "data": {"source": "builtin:labelled", "builtin_rows": 90},
             "objective": {"name": "classification"}, "public": {"rows": 16},

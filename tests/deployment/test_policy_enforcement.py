@@ -487,7 +487,16 @@ def test_models_of_groups_and_servers_are_checked_where_they_are_loaded(own):
 
 def test_by_default_replies_hold_adapters_and_control_variates(own):
     allowed = set(open_methods(own(SHARED)))
-    closed = {"centralised", "fedamole", "fedmoe", "regmean", "distillation", "fed_et", "split"}
+    closed = {
+        "centralised",
+        "fedamole",
+        "fedmoe",
+        "regmean",
+        "distillation",
+        "fed_et",
+        "feddm",
+        "split",
+    }
     assert allowed == METHODS.keys() - closed
     assert set(open_methods(own(SHARED, **OPEN))) == METHODS.keys() - {"centralised"}
     assert set(open_methods(own(SHARED, activations=True))) - allowed == {"split"}
@@ -501,7 +510,7 @@ ADAPTERS = {"fedamole": {"kind": "experts"}, "fedmoe": {"kind": "submixture"}}
 def test_each_method_needs_the_lines_that_it_says(own, method):
     asked = {"method": {"name": method}, "adapter": ADAPTERS.get(method, {})}
     table = SHARED
-    if method in ("distillation", "fed_et", "split"):
+    if method in ("distillation", "fed_et", "feddm", "split"):
         asked |= distilling(
             rows=8,
         ) | {"method": {"name": method}}
@@ -509,7 +518,7 @@ def test_each_method_needs_the_lines_that_it_says(own, method):
     if method == "fedamole":
         asked["federation"] = {"clients": 4}
     needed = {
-        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "regmean": ["inner_products"], "distillation": ["logits"], "fed_et": ["logits"],
+        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "regmean": ["inner_products"], "distillation": ["logits"], "fed_et": ["logits"], "feddm": ["embeddings"],
         "split": ["activations", "targets"], "centralised": ["methods"],
     }.get(method, [])  # fmt: skip
     assert lines(ask(own(table), **asked)) == [f"policy.{name}" for name in needed]

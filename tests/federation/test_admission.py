@@ -297,7 +297,16 @@ def test_when_everybody_offends_the_run_stops(experiment, monkeypatch):
         3,
         sorted(
             METHODS.keys()
-            - {"distillation", "fed_et", "split", "fedamole", "fedmoe", "fedkseed", "centralised"}
+            - {
+                "distillation",
+                "fed_et",
+                "feddm",
+                "split",
+                "fedamole",
+                "fedmoe",
+                "fedkseed",
+                "centralised",
+            }
             - {"lora_a2", "fednova", "fedspallm"}
         ),
     ),

@@ -9,6 +9,7 @@ from fedloom.errors import PolicyError
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods import METHODS, make_method
+from fedloom.methods.bases.distribution_matching import CLASSES
 from fedloom.methods.bases.logit_wire import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
 from fedloom.methods.fedmoe import USED
@@ -18,13 +19,14 @@ from fedloom.methods.split import ROWS, TARGETS, SplitSettings
 from fedloom.models.request_limits import Allowance
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
+from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS
 from fedloom.wire.messages import Reply, decode
 from sampling import every
 
 HOLDS = {
     VALUES: "logits", INDICES: "logits", COUNTS: "logits",
     TOKENS: "embeddings", PROJECTED: "embeddings", SHARES: "embeddings",
-    USED: "expert_probes", "activations": "activations", "gradient": "activations",
+    SYNTHETIC_INPUTS: "embeddings", CLASSES: "embeddings",     USED: "expert_probes", "activations": "activations", "gradient": "activations",
     ROWS: "activations", TARGETS: "targets",
 }  # fmt: skip
 """Names of tensors in replies; all others are adapters' or, after ``control/``, control variates."""
@@ -43,7 +45,7 @@ def suited(experiment, mixture_folder):
         if method == "fedmoe":
             sections["adapter"] = {"kind": "submixture", "rank": 8}
             sections["model"] = {"path": str(mixture_folder)}
-        if method in ("distillation", "fed_et", "split"):
+        if method in ("distillation", "fed_et", "feddm", "split"):
             sections["objective"] = {"name": "classification"}
             sections["data"] = {"source": "builtin:labelled", "builtin_rows": 60}
             sections["public"] = {"rows": 8}
@@ -108,7 +110,7 @@ def test_labels_at_the_client_are_not_revealed(suited, federate):
 
 
 MOST = {
-    "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1), "fed_et": ({"server_epochs": 1}, 1),
+    "fdlora": ({"budget": 3, "batches": 2}, 1), "distillation": ({"server_epochs": 1}, 1), "fed_et": ({"server_epochs": 1}, 1), "feddm": ({"server_steps": 1}, 1),
     "ditto": ({}, 2), "feddpa": ({}, 2), "fedrep": ({}, 2), "pfedme": ({"steps": 3}, 3),
     "fedavg_ft": ({"passes": 4}, 4), "fedpdpo": ({"schedule": "alternating"}, 2),
     "apfl": ({}, 2), "feddat": ({}, 2), "fedala": ({"first_passes": 2}, 3),
@@ -136,7 +138,9 @@ def test_no_request_takes_more_batches_than_it_says(suited, federate, method, mo
     monkeypatch.setattr(Allowance, "step", counted)
     federate(own)
     # five epochs of one batch of public rows; three mixtures on two batches each; four for a likelihood
-    other = {"distillation": 5, "fed_et": 5, "fdlora": 6, "fedmap": 3 + 4}.get(method, 0)
+    other = {"distillation": 5, "fed_et": 5, "feddm": 4, "fdlora": 6, "fedmap": 3 + 4}.get(
+        method, 0
+    )
     first = {"fedala": 3}  # its only round here has nothing to mix
     assert max(taken) == first.get(method, max(3 * times, other))
 

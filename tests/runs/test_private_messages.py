@@ -115,7 +115,7 @@ def played(experiment, tmp_path):
         }
         if "unit" not in privacy:
             sections["privacy"] = privacy
-        if method in ("distillation", "fed_et"):
+        if method in ("distillation", "fed_et", "feddm"):
             sections["objective"] = {"name": "classification"}
             sections["data"] = {"source": "builtin:labelled", "builtin_rows": 60}
             sections["public"] = {"rows": 8}

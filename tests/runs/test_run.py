@@ -70,7 +70,7 @@ SETS = {
 
 FEW = ("dpo", "kto", "sft", "classification")
 
-SHARED_LOSS = {"distillation", "fed_et", "split"}
+SHARED_LOSS = {"distillation", "fed_et", "feddm", "split"}
 """Methods for losses that several parties share; tests/methods has them."""
 
 CLASSIC = ["centralised", "local_only"]

@@ -28,6 +28,7 @@ NEEDED = {
     "fedamole": {"adapter": {"kind": "experts", "experts": 4}},
     "distillation": {**LABELLED, "public": {"rows": 8}},
     "fed_et": {**LABELLED, "public": {"rows": 8}},
+    "feddm": LABELLED,
     "split": {**LABELLED, "evaluation": {"per_client": False}},
     "fedpdpo": {"method": {"name": "fedpdpo", "schedule": "alternating"}},
 }

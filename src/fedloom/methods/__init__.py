@@ -24,6 +24,7 @@ from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedawa import FedAWA, FedAWASettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddat import FedDAT, FedDATSettings
+from fedloom.methods.feddm import FedDM, FedDMSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
@@ -117,6 +118,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedmoe": (FedMoESettings, FedMoE),
     "distillation": (DistillationSettings, DistillationMethod),
     "fed_et": (FedETSettings, FedET),
+    "feddm": (FedDMSettings, FedDM),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),
     "local_only": (LocalOnlySettings, LocalOnly),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedloom.evaluation.privacy_audit.span import (
     Candidates,
     distances,
+    recover_from_inputs,
     recover_tokens,
     row_space,
 )
@@ -145,3 +146,17 @@ def test_noise_of_differential_privacy_hides_them(embeddings: Tensor) -> None:
         assert much.recovered <= 2 and (much.auc or 0) - 0.5 < 4 * much.deviation
         aucs.append(much.auc or 0.0)
     assert 0.4 < sum(aucs) / len(aucs) < 0.6
+
+
+def test_tokens_are_read_from_inputs_that_are_near_their_embeddings():
+    drawn = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(50, 16, generator=drawn)
+    near = embeddings[[3, 7, 7, 11]] + 0.1 * torch.randn(4, 16, generator=drawn)
+    found = recover_from_inputs(near, embeddings, [3, 7, 11], {1: 5.0, 3: 4.0, 2: 3.0, 7: 1.0})
+    assert (found.recovered, found.share, found.auc) == (3, 1.0, 1.0)
+    assert found.guessed == 1 and found.compared == 3 and not found.from_rank
+    noise = torch.randn(4, 16, generator=drawn)
+    lost = recover_from_inputs(noise, embeddings, list(range(0, 50, 2)), {})
+    assert abs(lost.auc - lost.noise_auc) < 4 * lost.deviation
+    with pytest.raises(ValueError, match="16 wide"):
+        recover_from_inputs(noise, embeddings[:, :8], [1], {})

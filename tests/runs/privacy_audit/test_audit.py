@@ -34,6 +34,21 @@ def audited(experiment, table):
     return audit
 
 
+@pytest.mark.slow
+def test_synthetic_inputs_that_begin_as_rows_give_their_tokens_away(audited):
+    """The first tokens of real rows stand in them; after as many steps from noise nothing is found."""
+    labelled = {"data": {"source": "builtin:labelled"}, "objective": {"name": "classification"}}
+    found = {}
+    for start in ("rows", "noise"):
+        method = {"name": "feddm", "start": start, "server_steps": 4}
+        record = audited(**labelled, method=method, training={"local_steps": 4, "batch_size": 8})
+        (first, *_) = record["tokens"]["rounds"]
+        assert (first["layer"], first["tensor"]) == ("input embeddings", "nearest")
+        found[start] = first
+        assert "input embeddings" in render(record)
+    assert found["rows"]["excess"] > 4 > found["noise"]["excess"]
+
+
 def test_tokens_of_a_step_are_read_from_updates(audited):
     """One SGD step on a row, rank 32: dB tells nearly all tokens from round 1, dA none while B is 0."""
     record = audited(

@@ -269,6 +269,57 @@ def recover_tokens(
     )
 
 
+def recover_from_inputs(
+    inputs: Tensor, embeddings: Tensor, trained: Sequence[int], frequencies: Mapping[int, float]
+) -> TokenRecovery:
+    """Rank the vocabulary by nearness to input embeddings that were sent, and count what that finds.
+
+    A token is as near as the largest cosine between its embedding and one that was sent, both less the
+    mean of the vocabulary. Noise is as many normal vectors.
+
+    Args:
+        inputs: ``(n, width)``, one each position.
+        embeddings: ``(vocabulary, width)``, what the model reads for each token.
+        trained: Distinct tokens of the client's rows: the truth.
+        frequencies: How common tokens are elsewhere, for the guess.
+
+    Raises:
+        ValueError: Widths differ.
+    """
+    vocabulary, width = embeddings.shape
+    if inputs.shape[1] != width:
+        raise ValueError(f"inputs are {inputs.shape[1]} wide and embeddings {width}")
+    middle = embeddings.double().mean(0)
+    directions = torch.nn.functional.normalize(embeddings.double() - middle, dim=1)
+
+    def apart(sent: Tensor) -> Tensor:
+        own = torch.nn.functional.normalize(sent.double() - middle, dim=1)
+        return 1 - torch.cat([part @ own.T for part in directions.split(CHUNK)]).amax(1)
+
+    space, truth = row_space(inputs), torch.tensor(sorted(set(trained)), dtype=torch.long)
+    count, rng = min(len(truth), vocabulary), generator(0, "inputs of noise")
+    found, scale = apart(inputs), float(embeddings.double().std())
+    drawn = (
+        _auc(apart(middle + scale * torch.from_numpy(rng.standard_normal(inputs.shape))), truth)
+        for _ in range(DRAWS)
+    )
+    noise = torch.tensor([own for own in drawn if own is not None], dtype=torch.float64)
+    commonest = sorted(frequencies, key=lambda token: (-frequencies[token], token))[:count]
+    return TokenRecovery(
+        len(truth),
+        space.rank,
+        space.limit,
+        count,
+        int(torch.isin(nearest(found, count), truth).sum()),
+        len(set(commonest) & set(truth.tolist())),
+        count * len(truth) / vocabulary,
+        _auc(found, truth),
+        False,
+        float(noise.mean()) if len(noise) else 0.5,
+        max(_deviation(len(truth), vocabulary), float(noise.std()) if len(noise) > 1 else 0.0),
+    )
+
+
 def _deviation(tokens: int, vocabulary: int) -> float:
     """Return the standard deviation of an AUC of scores that are independent (Mann and Whitney 1947)."""
     others = vocabulary - tokens

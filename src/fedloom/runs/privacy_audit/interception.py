@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from fedloom.federation.engine import Engine
 from fedloom.federation.protocol import EVALUATE
 from fedloom.models.adapters import AdapterModel
 from fedloom.tensors import Tensors
+from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS
 from fedloom.wire.messages import Answer, Exchange
 
 CLIENTS_A_ROUND = 4
@@ -60,7 +61,7 @@ class InterceptingEngine:
 
     engine: Engine
     local: SimulationEngine
-    wanted: Collection[str]
+    wanted: Set[str]
     updates: list[Update] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
 
@@ -109,10 +110,15 @@ class InterceptingEngine:
                 for own in self.local.ledger.costs
                 if (own.round, own.client, own.phase) == (exchange.round, client, exchange.action)
             )
-            tokens = self._truth(client, read)
+            whole_rows = SYNTHETIC_INPUTS in changes
+            tokens = self._of_rows(client) if whole_rows else self._truth(client, read)
             self.updates.append(
                 Update(exchange.round, client, exchange.action, changes, received, tokens, steps)
             )
+
+    def _of_rows(self, client: int) -> frozenset[int]:
+        """Return the tokens of all rows of a client, of which synthetic inputs are made."""
+        return frozenset(self.local.shares[client].tokens.tokens.tolist())
 
     def _truth(self, client: int, read: frozenset[int]) -> frozenset[int]:
         """Return the tokens that were read, without those that a row of the client only ends with.

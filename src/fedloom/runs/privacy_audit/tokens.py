@@ -13,6 +13,7 @@ from fedloom.evaluation.privacy_audit.span import (
     DRAWS,
     Candidates,
     TokenRecovery,
+    recover_from_inputs,
     recover_tokens,
     rounding_of,
 )
@@ -31,6 +32,7 @@ from fedloom.runs.privacy_audit.first_block import (
 from fedloom.runs.privacy_audit.interception import InterceptingEngine, Update, frequencies
 from fedloom.runs.privacy_audit.planting import AuditRows, plant
 from fedloom.storage.run_folder import Record
+from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of
 
 LEAK = 4.0
 """Standard deviations above noise from which on an AUC of tokens is a leak: many are looked at."""
@@ -63,7 +65,7 @@ class PlantedRun:
     def intercepting(self, parts: RunComponents) -> Engine:
         """Return the run's engine, of which updates are kept."""
         self.parts = parts
-        wanted = set()
+        wanted = {SYNTHETIC_INPUTS}
         for own in parts.local.resources.values():
             for view in self.views_of(own.model):
                 wanted |= {n for n in own.model.parameters if layer_of(n) in view.layers}
@@ -86,6 +88,7 @@ class PlantedRun:
             if not update.tokens:  # no row was drawn
                 continue
             own = local.resources[update.client]
+            found += self._of_inputs(update, own.model, common[update.client])
             for view in self.views_of(own.model):
                 for title, change, candidates, rounding in changes(update, view, own.initial):
                     recovered = recover_tokens(
@@ -97,6 +100,19 @@ class PlantedRun:
                     )
                     found.append(_token_record(update, title, recovered))
         return found
+
+    def _of_inputs(
+        self, update: Update, model: AdapterModel, common: Mapping[int, float]
+    ) -> list[Record]:
+        """Return what synthetic inputs tell, where any were sent; those that are 0 stand for none."""
+        sent = update.changes.get(SYNTHETIC_INPUTS)
+        if sent is None:
+            return []
+        embeddings = embeddings_of(model).float().cpu()
+        rows = sent.reshape(-1, sent.shape[-1])
+        rows = rows[rows.any(1)]
+        recovered = recover_from_inputs(rows, embeddings, sorted(update.tokens), common)
+        return [_token_record(update, ("input embeddings", "nearest"), recovered)]
 
 
 View = tuple[tuple[str, str], Tensor, Candidates, float]
@@ -156,7 +172,7 @@ def _token_record(update: Update, title: tuple[str, str], own: TokenRecovery) ->
 def tokens_record(planted: PlantedRun) -> Record:
     """Return what all updates tell of tokens, or why nothing could be looked at."""
     assert planted.parts is not None and planted.engine is not None
-    if not planted.engine.wanted:
+    if planted.engine.wanted <= {SYNTHETIC_INPUTS} and not planted.engine.updates:
         why = (
             "no trained layer reads something that depends on a token alone: nothing in the first "
             "block's attention is trained (adapter.kind, targets, layers)"
@@ -189,7 +205,7 @@ def tokens_record(planted: PlantedRun) -> Record:
         "places": max(
             (own.candidates.inputs.shape[1] for own in read if own.by_place), default=None
         ),
-        "vocabulary": max(len(own.candidates.inputs) for own in read),
+        "vocabulary": max((len(own.candidates.inputs) for own in read), default=None),
         "leak": bool(leaks),
         "worst": max(rounds, key=lambda own: own["share"]),
     }

@@ -1,0 +1,116 @@
+"""FedDM: what clients send, how far the server goes, and what both learn."""
+
+import math
+
+import pytest
+import torch
+
+from fedloom.errors import MessageError, SettingsError
+from fedloom.methods.bases.distribution_matching import CLASSES, MATCHING, Edge, together
+from fedloom.tensors import part_of
+from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of
+from fedloom.wire.messages import Payload, Reply
+
+LABELLED = {
+    "data": {"source": "builtin:labelled", "builtin_rows": 60},
+    "objective": {"name": "classification"},
+}
+
+
+@pytest.fixture
+def matched(experiment):
+    def make(rounds=1, steps=3, **method):
+        return experiment(
+            **LABELLED,
+            federation={"rounds": rounds, "clients": 2},
+            training={"local_steps": steps, "learning_rate": 1e-2},
+            method={"name": "feddm", "server_steps": 6, **method},
+        )
+
+    return make
+
+
+def watching(seen):
+    def watch(parts):
+        exchange = parts.engine.exchange
+
+        def watched(asked):
+            for answer in exchange(asked):
+                found = asked.read_reply(answer.client, answer.data)
+                seen.append((asked, answer.client, found))
+                yield answer
+
+        parts.engine.exchange = watched
+
+    return watch
+
+
+def test_synthetic_rows_are_sent_and_the_server_stays_within_the_radius(matched, federate):
+    seen = []
+    found = federate(matched(radius=0.05), watching(seen))
+    moved = [(found.adapter[n] - t).square().sum() for n, t in found.parts.initial.items()]
+    assert math.sqrt(sum(moved)) == pytest.approx(0.05, rel=1e-3)
+    width = embeddings_of(found.parts.model).shape[1]
+    for _, _, reply in seen:
+        assert reply.tensors.keys() == {SYNTHETIC_INPUTS, CLASSES}
+        inputs, held = reply.tensors[SYNTHETIC_INPUTS], reply.tensors[CLASSES].bool()
+        assert inputs.shape == (len(held), 2, 8, width) and not inputs[~held].any()
+        assert reply.metrics[MATCHING] > 0
+        assert not part_of(reply.tensors, "adapter")
+    asked, client, reply = seen[0]
+    for bad in (torch.full_like(reply.tensors[CLASSES], 2), reply.tensors[CLASSES] * 0):
+        with pytest.raises(MessageError, match="classes"):
+            asked.check(client, Payload({**reply.tensors, CLASSES: bad}))
+
+
+@pytest.mark.slow
+def test_synthetic_rows_come_nearer_to_the_rows_and_teach_the_model(matched, federate):
+    seen = []
+    federate(matched(rounds=6, steps=10), watching(seen))
+    losses = [[r.metrics[MATCHING] for _, c, r in seen if c == client] for client in (0, 1)]
+    assert all(own[-1] < 0.7 * own[0] for own in losses)
+    entropies = [r.metrics["loss"] for _, c, r in seen if c == 0]
+    assert entropies[-1] < entropies[0]
+
+
+def test_a_training_ends_where_it_reaches_the_edge():
+    start = {"w": torch.zeros(2)}
+    edge, w = Edge(start, 5.0), {"w": torch.nn.Parameter(torch.tensor([1.0, 1.0]))}
+    batches = edge.until_reached(iter([["a"], ["b"], ["c"]]), 3)
+    assert next(batches) == ["a"]
+    edge.keep_within(w)
+    assert w["w"].tolist() == [1.0, 1.0] and next(batches) == ["b"]
+    with torch.no_grad():
+        w["w"].copy_(torch.tensor([6.0, 8.0]))
+    edge.keep_within(w)
+    assert w["w"].tolist() == pytest.approx([3.0, 4.0])
+    assert list(batches) == []
+    assert len(list(Edge(start, 5.0).until_reached(iter([["a"]] * 9), 4))) == 4
+
+
+def test_each_client_counts_by_its_rows():
+    inputs = torch.arange(24.0).view(3, 2, 2, 2)
+    one, other = (torch.tensor(own, dtype=torch.uint8) for own in ([1, 0, 1], [0, 1, 0]))
+    replies = [
+        Reply(0, Payload({SYNTHETIC_INPUTS: inputs, CLASSES: one}, {"examples": 8})),
+        Reply(4, Payload({SYNTHETIC_INPUTS: -inputs, CLASSES: other}, {"examples": 30})),
+    ]
+    rows = together(replies)
+    assert rows.labels.tolist() == [0, 0, 2, 2, 1, 1]
+    assert rows.weights.tolist() == [2.0] * 4 + [15.0] * 2
+    assert torch.equal(rows.inputs[2:4], inputs[2]) and torch.equal(rows.inputs[4:], -inputs[1])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"name": "sft"}, "data": {"source": "builtin:instructions"}}, 'use objective.name = "classification", not \'sft\''),
+        ({**LABELLED, "adapter": {"kind": "full"}}, 'with "lora" or "ia3"'),
+        ({**LABELLED, "admission": {"max_change": 1.0}}, "do not travel"),
+        ({**LABELLED, "method": {"name": "feddm", "radius": 0.0}}, "method.radius"),
+    ],
+)  # fmt: skip
+def test_what_it_does_not_go_with_is_said(experiment, sections, message):
+    with pytest.raises(SettingsError) as error:
+        experiment(**{"method": {"name": "feddm"}, **sections})
+    assert message in str(error.value)
