@@ -62,9 +62,8 @@ def read_inputs(model: AdapterModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
     if inputs.requires_grad:
         shape = model_shape(model.model, gradient_enters=True)
         model.allowance.check()
-        model.flops += forward_flops(shape, rows, length, 1) + backward_flops(
-            shape, rows, length, 1
-        )
+        model.flops += forward_flops(shape, rows, length, length)
+        model.flops += backward_flops(shape, rows, length, length)
     else:
         model.count(rows, length, length)
     mask = torch.ones(rows, length, dtype=torch.int64, device=inputs.device)
