@@ -19,11 +19,11 @@ LABELLED = {
 
 @pytest.fixture
 def matched(experiment):
-    def make(rounds=1, steps=3, **method):
+    def make(rounds=1, steps=3, batch=8, **method):
         return experiment(
             **LABELLED,
             federation={"rounds": rounds, "clients": 2},
-            training={"local_steps": steps, "learning_rate": 1e-2},
+            training={"local_steps": steps, "learning_rate": 1e-2, "batch_size": batch},
             method={"name": "feddm", "server_steps": 6, **method},
         )
 
@@ -65,10 +65,12 @@ def test_synthetic_rows_are_sent_and_the_server_stays_within_the_radius(matched,
 
 @pytest.mark.slow
 def test_synthetic_rows_come_nearer_to_the_rows(matched, federate):
+    """With all rows in each batch and models next to the received one, what is minimised falls."""
     seen = []
-    federate(matched(rounds=4, steps=8), watching(seen))
+    few = {"radius": 1e-3, "input_rate": 0.05, "server_steps": 1}
+    federate(matched(rounds=3, steps=8, batch=64, **few), watching(seen))
     losses = [[r.metrics[MATCHING] for _, c, r in seen if c == client] for client in (0, 1)]
-    assert all(own[-1] < 0.8 * own[0] for own in losses), losses
+    assert all(own[2] < own[1] < own[0] and own[2] < 0.5 * own[0] for own in losses), losses
 
 
 def test_a_training_ends_where_it_reaches_the_edge():

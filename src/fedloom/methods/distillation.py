@@ -22,18 +22,16 @@ from fedloom.aggregation.soft_labels import Rule, SoftLabels, combine
 from fedloom.data.public import PublicRows
 from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.logit_exchange import (
-    IN_THE_TEACHER,
-    KNOWN_LOGITS,
     TAKEN,
     Lesson,
     LogitExchange,
+    exchanging_logits,
 )
 from fedloom.methods.bases.logit_wire import LogitSettings, texts_of, true_entries
 from fedloom.methods.contract.averaging import weights_of
 from fedloom.methods.contract.checks import TASKS
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import Reveal, Variant
-from fedloom.methods.declaration import Declaration
 from fedloom.settings.schema import NamedSettings
 from fedloom.wire.messages import Reply
 
@@ -51,16 +49,11 @@ class DistillationSettings(LogitSettings):
 class DistillationMethod(LogitExchange):
     """Logits travel: up what clients say, down what the server's model has learnt from it."""
 
-    declares = Declaration(
+    declares = exchanging_logits(
         "KD-FedLLM",
         "https://arxiv.org/abs/2501.04436",
         "reconstructed",
         "rules of FedMKT (2406.02224)",
-        "KD-FedLLM",
-        "logits on public rows, up and down",
-        "an adapter of its own",
-        absence=IN_THE_TEACHER,
-        **KNOWN_LOGITS,
     )
     reveals: frozenset[Reveal] = frozenset({"logits"})
     taken = ("rule", *TAKEN)

@@ -32,15 +32,13 @@ from fedloom.aggregation.soft_labels import SoftLabels
 from fedloom.data.public import PublicRows
 from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.logit_exchange import (
-    IN_THE_TEACHER,
-    KNOWN_LOGITS,
     TAKEN,
     Lesson,
     LogitExchange,
+    exchanging_logits,
 )
 from fedloom.methods.bases.logit_wire import LogitSettings
 from fedloom.methods.contract.method import Reveal
-from fedloom.methods.declaration import Declaration
 from fedloom.objectives.distillation import EnsembleDistillation
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.wire.messages import Reply
@@ -62,16 +60,11 @@ class FedETSettings(LogitSettings):
 class FedET(LogitExchange):
     """The server's model learns what sure clients say, and something of what the others do."""
 
-    declares = Declaration(
+    declares = exchanging_logits(
         "Fed-ET",
         "https://arxiv.org/abs/2204.12703",
         "reconstructed",
         "logits in place of small models; clients learn from the server's logits, no layer is shared",
-        "KD-FedLLM",
-        "logits on public rows, up and down",
-        "an adapter of its own",
-        absence=IN_THE_TEACHER,
-        **KNOWN_LOGITS,
     )
     reveals: frozenset[Reveal] = frozenset({"logits"})
     taken = ("diversity", *TAKEN)

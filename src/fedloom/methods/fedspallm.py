@@ -243,7 +243,7 @@ def unpacked(mask: Tensor, adapter: Tensors) -> Tensors:
     """Return the mask of each factor by name, in the order of :func:`factor_names`."""
     bits = torch.from_numpy(np.unpackbits(mask.numpy())).bool()
     sizes = [adapter[name].numel() for name in factor_names(adapter)]
-    parts = bits[: sum(sizes)].split(sizes)
+    parts = torch.split(bits[: sum(sizes)], sizes)
     return {
         name: part.view(adapter[name].shape)
         for name, part in zip(factor_names(adapter), parts, strict=True)

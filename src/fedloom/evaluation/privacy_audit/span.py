@@ -294,7 +294,7 @@ def recover_from_inputs(
 
     def apart(sent: Tensor) -> Tensor:
         own = torch.nn.functional.normalize(sent.double() - middle, dim=1)
-        return 1 - torch.cat([part @ own.T for part in directions.split(CHUNK)]).amax(1)
+        return 1 - torch.cat([part @ own.T for part in torch.split(directions, CHUNK)]).amax(1)
 
     space, truth = row_space(inputs), torch.tensor(sorted(set(trained)), dtype=torch.long)
     count, rng = min(len(truth), vocabulary), generator(0, "inputs of noise")

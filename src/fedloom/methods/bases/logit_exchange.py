@@ -31,7 +31,7 @@ from fedloom.methods.contract.checks import tasks_only
 from fedloom.methods.contract.client import Client, Handler
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import FirstRound, Method, ModelSpec
-from fedloom.methods.declaration import TOGETHER, Absence, no, yes
+from fedloom.methods.declaration import TOGETHER, Absence, Declaration, Fidelity, no, yes
 from fedloom.objectives.base import Head, Objective
 from fedloom.objectives.distillation import Distillation
 from fedloom.randomness import generator
@@ -45,21 +45,6 @@ from fedloom.wire.schema import Schema, prefixed
 DISTIL = "distil_"
 """Before the names of what clients report of learning from the server."""
 
-KNOWN_LOGITS = {
-    "secure_aggregation": no("answers are put together text by text"),
-    "client_privacy": no("an answer is not a change of parameters"),
-    "row_privacy": yes("logits are those of a model that private steps made"),
-    "asynchronous": TOGETHER,
-    "compression": no("logits have an encoding of their own: method.encoding"),
-}
-"""What methods that exchange logits declare alike."""
-
-IN_THE_TEACHER = Absence(
-    "the teacher is made of those that answered",
-    "learns from the next round's teacher, with its own adapter as it was",
-    "is in no teacher",
-)
-
 TAKEN = (
     "temperature",
     "teacher_share",
@@ -71,6 +56,29 @@ TAKEN = (
     "server_epochs",
 )
 """Settings of all of them that clients take over."""
+
+
+def exchanging_logits(title: str, paper: str, fidelity: Fidelity, difference: str) -> Declaration:
+    """Return what a method is whose parties learn from each other's logits on public rows."""
+    return Declaration(
+        title,
+        paper,
+        fidelity,
+        difference,
+        "KD-FedLLM",
+        "logits on public rows, up and down",
+        "an adapter of its own",
+        secure_aggregation=no("answers are put together text by text"),
+        client_privacy=no("an answer is not a change of parameters"),
+        row_privacy=yes("logits are those of a model that private steps made"),
+        asynchronous=TOGETHER,
+        compression=no("logits have an encoding of their own: method.encoding"),
+        absence=Absence(
+            "the teacher is made of those that answered",
+            "learns from the next round's teacher, with its own adapter as it was",
+            "is in no teacher",
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -116,5 +116,6 @@ class RememberingModel(AdapterModel):
             self.count(1, 0, len(found.states))  # the output layer once more
             return found.logits(found.states).float()
         if head == "classification" and found is not None and asked is batch.sequences.input_ids:
-            return found
+            logits: Tensor = found
+            return logits
         return scored_logits(self, batch, head)[0]
