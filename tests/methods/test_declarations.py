@@ -94,8 +94,8 @@ def test_clients_that_average_have_one_model_and_rank(name, kind):
         "clients": {"groups": {"small": {"clients": [1], "rank": 2}}},
     }
     words = (
-        "same model and rank; flora, flexlora and hetlora allow different ranks, distillation and "
-        "local_only both"
+        "same model and rank; flora, flexlora and hetlora allow different ranks, distillation, "
+        "fed_et and local_only both"
     )
     with pytest.raises(SettingsError, match=words):
         Experiment.from_table(table)

@@ -274,8 +274,8 @@ def recover_from_inputs(
 ) -> TokenRecovery:
     """Rank the vocabulary by nearness to input embeddings that were sent, and count what that finds.
 
-    A token is as near as the largest cosine between its embedding and one that was sent, both less the
-    mean of the vocabulary. Noise is as many normal vectors.
+    A token is as near as the largest cosine between its embedding and one that was sent, both after the
+    whitening of :class:`Candidates`. Noise is as many normal vectors around 0, as large as embeddings.
 
     Args:
         inputs: ``(n, width)``, one each position.
@@ -289,18 +289,18 @@ def recover_from_inputs(
     vocabulary, width = embeddings.shape
     if inputs.shape[1] != width:
         raise ValueError(f"inputs are {inputs.shape[1]} wide and embeddings {width}")
-    middle = embeddings.double().mean(0)
-    directions = torch.nn.functional.normalize(embeddings.double() - middle, dim=1)
+    whitening = Candidates(embeddings.unsqueeze(1)).whitening
+    directions = torch.nn.functional.normalize(embeddings.double() @ whitening, dim=1)
 
     def apart(sent: Tensor) -> Tensor:
-        own = torch.nn.functional.normalize(sent.double() - middle, dim=1)
+        own = torch.nn.functional.normalize(sent.double() @ whitening, dim=1)
         return 1 - torch.cat([part @ own.T for part in torch.split(directions, CHUNK)]).amax(1)
 
     space, truth = row_space(inputs), torch.tensor(sorted(set(trained)), dtype=torch.long)
     count, rng = min(len(truth), vocabulary), generator(0, "inputs of noise")
     found, scale = apart(inputs), float(embeddings.double().std())
     drawn = (
-        _auc(apart(middle + scale * torch.from_numpy(rng.standard_normal(inputs.shape))), truth)
+        _auc(apart(scale * torch.from_numpy(rng.standard_normal(inputs.shape))), truth)
         for _ in range(DRAWS)
     )
     noise = torch.tensor([own for own in drawn if own is not None], dtype=torch.float64)
