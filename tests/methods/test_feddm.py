@@ -106,7 +106,7 @@ def test_each_client_counts_by_its_rows():
     [
         ({"objective": {"name": "sft"}, "data": {"source": "builtin:instructions"}}, 'use objective.name = "classification", not \'sft\''),
         ({**LABELLED, "adapter": {"kind": "full"}}, 'with "lora" or "ia3"'),
-        ({**LABELLED, "admission": {"max_change": 1.0}}, "do not travel"),
+        ({**LABELLED, "admission": {"max_change": 1.0}}, "use admission.max_value"),
         ({**LABELLED, "method": {"name": "feddm", "radius": 0.0}}, "method.radius"),
     ],
 )  # fmt: skip

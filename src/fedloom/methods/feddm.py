@@ -107,7 +107,6 @@ class FedDM(Method):
     reveals: frozenset[Reveal] = frozenset({"embeddings"})
     taken = ("input_rate", "radius", "server_steps", "start")
     bounded = MappingProxyType({"per_class": "max_batch", "length": "max_tokens"})
-    shares_parameters = False
 
     def __init__(self, settings: FedDMSettings) -> None:
         """Keep the settings."""
@@ -122,6 +121,11 @@ class FedDM(Method):
             yield (
                 f"method.name = {view.name!r} matches rows class by class: use objective.name = "
                 f'"classification", not {view.objective_name!r}'
+            )
+        if view.admission is not None and view.admission.max_change is not None:
+            yield (
+                f"admission.max_change bounds changes of parameters, and clients of method.name = "
+                f"{view.name!r} send synthetic rows: use admission.max_value"
             )
         if view.adapter is not None and view.adapter.kind not in ("lora", "ia3"):
             yield (
