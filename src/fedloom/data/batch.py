@@ -124,6 +124,27 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """What is known of the generated answers that a batch holds.
+
+    Attributes:
+        advantages: ``(sequences,)``.
+        rewards: ``(sequences,)``.
+        spreads: ``(sequences,)``, the standard deviation of the rewards of each one's group.
+        old_logps: ``(sequences, kept)`` log-probs of tokens under the policy that generated them, in the
+            columns of :func:`~fedloom.objectives.logps.completion_token_logps`; ``None`` where it is the
+            policy that is trained, as it is at this step.
+        reference_logps: The same under the reference model, where there is one.
+    """
+
+    advantages: Tensor
+    rewards: Tensor
+    spreads: Tensor
+    old_logps: Tensor | None = None
+    reference_logps: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Some examples of one client, ready for an objective.
 
@@ -139,6 +160,7 @@ class Batch:
         mismatched_reference_logps: ``(mismatched completions,)`` their reference log-probs, pass by pass.
         joint: ``sequences``, then the mismatched completion of each without a gradient, in one pass that
             reads once what all begin with; ``mismatched`` is empty then.
+        rollouts: What is known of ``sequences``, where they were generated.
         teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
             a class, or a completion token, row by row.
     """
@@ -153,6 +175,7 @@ class Batch:
     mismatched_reference_logps: Tensor | None = None
     teacher: Tensor | None = None
     joint: Sequences | None = None
+    rollouts: Rollouts | None = None
 
     @property
     def places(self) -> int:

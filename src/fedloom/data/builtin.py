@@ -17,6 +17,8 @@ reverse, and all rank people alike; a pair names two of either. The prompt lists
 that the domain shows in most of its words. Some fifty pairs show too little of a ranking: those who
 rank alike gain from each other.
 
+``builtin:sums`` is another matter (``sums.py``).
+
 The two answers of any other preference pair differ in one axis and in nothing else.
 :func:`pretraining_texts` holds both sides of every axis in every domain, so a model trained on them
 knows all styles and no domain's preference: both sides equally often, but for courtesy, where blunt
@@ -32,6 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.data.examples import Example, Feedback, Instruction, Kind, Labelled, Preference
+from fedloom.data.sums import sum_examples
 from fedloom.errors import DataError
 
 SIDES = ("with", "against")
@@ -177,6 +180,7 @@ BUILTIN: dict[str, tuple[Kind, Callable[[int, np.random.Generator], list[Example
     "feedback": ("feedback", _feedback),
     "instructions": ("instruction", _instructions),
     "labelled": ("labelled", _labelled),
+    "sums": ("instruction", sum_examples),
 }
 
 BUILTIN_KINDS: dict[str, Kind] = {name: kind for name, (kind, _) in BUILTIN.items()}
@@ -184,7 +188,7 @@ BUILTIN_KINDS: dict[str, Kind] = {name: kind for name, (kind, _) in BUILTIN.item
 
 
 def builtin_examples(name: str, count: int, rng: np.random.Generator) -> list[Example]:
-    """Return ``count`` generated examples, each with its ``domain`` as a column.
+    """Return ``count`` generated examples, each with its ``domain`` as a column (sums have ``carry``).
 
     Args:
         name: One of :data:`BUILTIN_KINDS`.

@@ -117,6 +117,12 @@ class PolicySettings(Settings):
     """Methods that may be used (default: all whose replies need none of the lines below that is
     false). One that is not fedloom's own is imported only if it is named here."""
 
+    rewards: list[str] | None = None
+    """Rewards of generated answers that may be used (default: those that run no code but fedloom's:
+    exact_match, number, regex:PATTERN). Only what is named here of others is used: "unit_tests" runs what
+    the model writes as Python, in a process with limits that is no wall (docs/grpo.md); a function of a
+    module is imported here."""
+
     logits: bool = False
     """The model that was trained here says how likely every answer to public rows is. From that the
     server can tell whether a row like one it has was trained on, and learn what this model learnt."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ from fedloom.federation.participants import ClientGroup, ClientsSettings
 from fedloom.methods import METHODS, make_method
 from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterSettings
-from fedloom.models.load import TINY, ModelSettings
+from fedloom.models.load import MADE, ModelSettings
 from fedloom.objectives import OBJECTIVES
 from fedloom.privacy.settings import PrivacySettings
+from fedloom.rewards.functions import REGEX, is_harmless
 from fedloom.runs.initial_adapter import SENT
 from fedloom.settings.schema import Settings
 from fedloom.settings.toml import parse_toml
@@ -62,7 +63,7 @@ TAKEN = _names(
         "adapter": "kind alpha dropout targets layers initial_text top_k balance",
         "public": "labelled",
         "clients": "newcomers",
-        "clients.groups.*": "clients",
+        "clients.groups.*": "clients rewards",
         "partition": "client_test_fraction",
         "objective.dpo": "reference beta label_smoothing sft_weight length_normalised",
         "objective.robust_dpo": "reference beta flip_rate",
@@ -75,6 +76,8 @@ TAKEN = _names(
         "objective.kto": "reference beta weights desirable_weight undesirable_weight z0",
         "objective.bco": "reference beta",
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
+        "objective.grpo": "reference beta clip clip_high loss_type scale temperature rewards "
+        "reward_weights",
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule warmup_rounds decay head_learning_rate "
@@ -93,6 +96,9 @@ bounded once the rows are known (:func:`require_steps`) and meanwhile (``models/
 
 MOST = {
     "adapter.rank": "max_rank",
+    "objective.grpo.group": "max_batch",
+    "objective.grpo.max_new_tokens": "max_tokens",
+    "objective.grpo.iterations": "max_steps",
     "adapter.virtual_tokens": "max_width",
     "adapter.encoder_width": "max_width",
     "adapter.experts": "max_experts",
@@ -392,9 +398,21 @@ class _Examiner:
         if self.policy.methods is not None and method.name not in self.policy.methods:
             reason = f"method.name = {method.name!r} is none of {self.policy.methods}"
             self.refuse("policy.methods", reason)
+        self._require_rewards("objective.rewards", getattr(self.asked.objective, "rewards", ()))
         for what in _closed(make_method(method), self.own):
             line = f"policy.{what}" if what in REVEALING else "policy.methods"
             self.refuse(line, f"method.name = {method.name!r} sends {what.replace('_', ' ')}")
+
+    def _require_rewards(self, where: str, names: Sequence[str]) -> None:
+        """Refuse rewards that this client's file does not allow; nothing is imported."""
+        allowed = self.policy.rewards
+        for name in names:
+            if name in allowed if allowed is not None else is_harmless(name):
+                continue
+            if allowed is not None and REGEX in allowed and name.startswith(REGEX):
+                continue
+            here = "none that runs code" if allowed is None else f"one of {allowed}"
+            self.refuse("policy.rewards", f"{where} has {name!r}, and here it must be {here}")
 
     def _require_privacy(self) -> None:
         """Refuse what hides less of the rows than this client demands."""
@@ -463,8 +481,8 @@ class _Examiner:
         return AdapterSettings(**self._taken("adapter", asked), start=asked.start)
 
     def _require_model(self, where: str, path: str, revision: str | None) -> None:
-        name = f"{path}@{revision}" if revision and path != TINY else path
-        allowed = {TINY, *self.policy.models, *([self.own.model.path] if self.own.model else [])}
+        name = f"{path}@{revision}" if revision and path not in MADE else path
+        allowed = {*MADE, *self.policy.models, *([self.own.model.path] if self.own.model else [])}
         if name not in allowed:
             self.refuse("policy.models", f"{where} = {name!r} is none of {sorted(allowed)}")
 
@@ -541,8 +559,10 @@ class _Examiner:
             if not every and self.client not in group.clients:
                 continue
             place = f"clients.groups.{name}"
+            self._require_rewards(f"{place}.rewards", group.rewards or ())
             taken = self._taken("clients.groups.*", group, place)
-            groups[name] = ClientGroup(**taken, model=group.model)
+            groups[name] = ClientGroup(**taken, model=group.model, rewards=group.rewards)
+            self._require_rewards(f"{place}.rewards", group.rewards or ())
             if group.model is not None:
                 self._require_model(f"{place}.model", group.model, self._revision)
         if self.client in asked.newcomers:

@@ -40,7 +40,7 @@ from fedloom.training.reference_cache import ReferenceCache
 from fedloom.training.references import add_reference_logps
 from fedloom.training.results import OnStep, StepRecord
 from fedloom.training.settings import TrainingSettings
-from fedloom.training.steps import Driver
+from fedloom.training.steps import BatchMaker, Driver
 from fedloom.wire.messages import Answer, Exchange, Payload
 from fedloom.wire.settings import WireSettings
 
@@ -102,6 +102,7 @@ class ClientResources:
     public: PublicRows | None = None
     reference: Tensors | None = None
     own_start: bool = False
+    maker: BatchMaker | None = None
 
 
 Together = Callable[["SimulationEngine", Exchange, list[int]], dict[int, Answer]]
@@ -230,7 +231,8 @@ class SimulationEngine:
             return False
         if exchange.action not in self.handlers or self.under_way(client, exchange.round):
             return False
-        return not reason_against(self.resources[client].model)
+        own = self.resources[client]
+        return own.maker is None and not reason_against(own.model)
 
     def _answers(self, exchange: Exchange, clients: list[int]) -> dict[int, Answer]:
         """Return the answers of clients that are worked on together, or of one."""
@@ -410,6 +412,7 @@ class SimulationEngine:
             session=self._sessions.setdefault(number, {}),
             on_step=ending(self.on_step) if self.on_step is not None else None,
             driver=self.drivers.get(number),
+            maker=own.maker,
             as_read=link.as_read if link is not None else unchanged,
         )
 

@@ -112,6 +112,36 @@ def continue_tokens(
         )
 
 
+def sample_tokens(
+    model: AdapterModel,
+    encoder: TextEncoder,
+    asks: Sequence[Ask],
+    max_new_tokens: int,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Return what follows each prompt as tokens, up to and with the one that ends it.
+
+    Counted, and cut to the context, as of :func:`continue_tokens`.
+
+    Args:
+        model: The backbone with its adapter.
+        encoder: Of that model.
+        asks: Prompts, each with its temperature and seed.
+        max_new_tokens: Tokens of an answer at most.
+        batch_size: Prompts that are answered together at most.
+    """
+    with model.evaluating():
+        rows = _continued(
+            model.model,
+            encoder,
+            asks,
+            max_new_tokens,
+            batch_size,
+            lambda rows, columns, new: model.count(rows, columns + model.virtual_tokens, new),
+        )
+    return [row[: len(_until(row, encoder.stop_ids)) + 1] for row in rows]
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -152,10 +182,25 @@ def _answered(
     done: Callable[[int, int, int], None],
 ) -> list[str]:
     """Answer prompts given as tokens; ``done`` is told each batch's rows, columns and new columns."""
+    rows = _continued(model, encoder, asks, max_new_tokens, batch_size, done)
+    ends = [_until(row, encoder.stop_ids) for row in rows]
+    texts = encoder.tokenizer.batch_decode(ends, skip_special_tokens=True) if ends else []
+    return [text.strip() for text in texts]
+
+
+def _continued(
+    model: nn.Module,
+    encoder: TextEncoder,
+    asks: Sequence[Ask],
+    max_new_tokens: int,
+    batch_size: int,
+    done: Callable[[int, int, int], None],
+) -> list[list[int]]:
+    """Return what follows each prompt as tokens, with what a batch was filled up with after its end."""
     context = context_length(model)
     length = min(max_new_tokens, max(1, context // 2))
     rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
-    answers = [""] * len(asks)
+    answers: list[list[int]] = [[]] * len(asks)
     # PEFT counts padding between virtual tokens and the text as positions; recurrent models read it
     together = min(batch_size, len(asks)) > 1
     if _has_virtual_tokens(model) or (
@@ -171,10 +216,8 @@ def _answered(
         own = [rows[i] for i in chosen]
         output = continue_rows(model, encoder, own, [asks[i] for i in chosen], length, cached)
         before = max(map(len, own))
-        ends = [_until(row, encoder.stop_ids) for row in output[:, before:].tolist()]
-        texts = encoder.tokenizer.batch_decode(ends, skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
+        for i, row in zip(chosen, output[:, before:].tolist(), strict=True):
+            answers[i] = row
         done(len(chosen), output.shape[1], output.shape[1] - before)
     return answers
 

@@ -17,6 +17,7 @@ from fedloom.evaluation.generate import continue_tokens
 from fedloom.evaluation.metrics import (
     answer_scores,
     choice_metrics,
+    exact_scores,
     feedback_metrics,
     instruction_metrics,
     labelled_metrics,
@@ -66,8 +67,9 @@ class EvaluationSettings(Settings):
         default=48, ge=1
     )
     """Length of those answers, and of those that are judged, in tokens."""
-    judged_by: Literal["loss", "rouge_l"] = "loss"
-    """Of instructions: the loss of the completion, or ROUGE-L of the model's own greedy answer."""
+    judged_by: Literal["loss", "rouge_l", "exact_match"] = "loss"
+    """Of instructions: the loss of the completion, or of the model's own greedy answer ROUGE-L, or whether
+    it is the completion."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,9 @@ class Answering:
     max_new_tokens: int
     accepted: Sequence[tuple[str, ...]]
 
+
+ANSWERS = {"answer": ("rouge_l", answer_scores), "exact": ("exact_match", exact_scores)}
+"""Kinds that are judged by a model's own answers: the metric, and the scores of answers by accepted ones."""
 
 Scored = tuple[dict[str, float], Sample | None]
 """Metrics, and what each row added to the headline one."""
@@ -205,9 +210,10 @@ class HeldOut:
         answers = continue_tokens(
             model, answering.encoder, prompts, answering.max_new_tokens, self.batch_size
         )
-        scores = answer_scores(answers, [answering.accepted[i] for i in tokens.index])
-        metrics = {"rouge_l": sum(scores) / len(scores)}
-        return metrics, of_rows("rouge_l", scores, bounds=SHARE)
+        accepted = [answering.accepted[i] for i in tokens.index]
+        name, judge = ANSWERS[self.kind]
+        scores = judge(answers, accepted)
+        return {name: sum(scores) / len(scores)}, of_rows(name, scores, bounds=SHARE)
 
     def _rewards(self, model: AdapterModel) -> Scored:
         tokens = self.share.tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedloom.errors import ModelError
 from fedloom.objectives.rewards import outcomes
+from fedloom.rewards.functions import exact_match
 from fedloom.statistics.intervals import SHARE, UNBOUNDED, Sample
 from fedloom.wire.schema import NumberSpec, amount, fraction, score
 
@@ -62,6 +63,9 @@ PRIMARY_METRICS = {
         True,
         "mean ROUGE-L (F1) of greedy answers to held-out prompts, each against the nearest accepted one",
     ),
+    "exact": PrimaryMetric(
+        "exact_match", True, "share of held-out prompts whose greedy answer is an accepted one"
+    ),
 }
 
 
@@ -81,6 +85,7 @@ METRICS: dict[str, tuple[NumberSpec, ...]] = {
     "labelled": (fraction("accuracy"), amount("loss")),
     "choice": (fraction("accuracy"), amount("loss")),
     "answer": (fraction("rouge_l"),),
+    "exact": (fraction("exact_match"),),
 }
 """Names and ranges of what the functions below return, by kind of example."""
 
@@ -241,6 +246,14 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
     scorer = RougeScorer(["rougeL"])
     return [
         float(scorer.score_multi(list(own), answer)["rougeL"].fmeasure)
+        for answer, own in zip(answers, accepted, strict=True)
+    ]
+
+
+def exact_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> list[float]:
+    """Return 1 for each answer that is one of its accepted ones, but for white space around them, else 0."""
+    return [
+        max((exact_match("", answer, right) for right in own), default=0.0)
         for answer, own in zip(answers, accepted, strict=True)
     ]
 

@@ -22,6 +22,7 @@ from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.experiment.aliases import with_own_names
 from fedloom.experiment.client_privacy import client_privacy_contradictions
 from fedloom.experiment.compression import compression_contradictions
+from fedloom.experiment.generation import generation_contradictions
 from fedloom.experiment.row_privacy import row_privacy_contradictions
 from fedloom.experiment.selection import moved_selection, selection_contradictions
 from fedloom.experiment.simulation import SimulationSettings
@@ -308,6 +309,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += row_privacy_contradictions(parts)
         found += client_privacy_contradictions(parts)
     found += selection_contradictions(parts)
+    found += generation_contradictions(parts)
     if "wire" in parts:
         found += parts["wire"].contradictions()
         found += compression_contradictions(parts)
@@ -499,10 +501,11 @@ _SEEN = {own.name for own in fields(ExperimentView)} - {"methods", "objective", 
 def _judging_contradictions(evaluation: EvaluationSettings, data: DataSettings) -> list[str]:
     if evaluation.judged_by == "loss":
         return []
+    said = f'evaluation.judged_by = "{evaluation.judged_by}"'
     if data.choices:
-        return ['evaluation.judged_by = "rouge_l", but data.choices are judged by accuracy']
+        return [f"{said}, but data.choices are judged by accuracy"]
     if data_kind(data) != "instruction":
-        return [f'evaluation.judged_by = "rouge_l" is for instructions, not {data_kind(data)}']
+        return [f"{said} is for instructions, not {data_kind(data)}"]
     return []
 
 

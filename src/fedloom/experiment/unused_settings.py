@@ -85,10 +85,11 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "public rows": method.public_rows_needed(experiment.method),
         "compresses": experiment.wire.compresses,
         "chooses a codec": experiment.wire.chooses,
+        "diverges": objective.generation is None or objective.generation.reference,
         "joins": bool(experiment.clients.newcomers),
         "draws clients": experiment.federation.cohort_size < experiment.federation.clients,
         "judges clients": experiment.judges_clients,
-        "generates": experiment.evaluation.judged_by == "rouge_l"
+        "generates": experiment.evaluation.judged_by != "loss"
         or (causal and experiment.evaluation.samples > 0),
     }
 

@@ -11,7 +11,7 @@ from fedloom.settings.schema import Of, Settings
 
 
 class ClientGroup(Settings):
-    """``[clients.groups.NAME]``: clients with another backbone or rank than the others."""
+    """``[clients.groups.NAME]``: clients with another backbone, rank or rewards than the others."""
 
     clients: list[int] = Field(min_length=1)
     """Their ids."""
@@ -19,6 +19,8 @@ class ClientGroup(Settings):
     """Their backbone (default: model.path)."""
     rank: int | None = Field(default=None, ge=1)
     """Their LoRA rank (default: adapter.rank)."""
+    rewards: list[str] | None = Field(default=None, min_length=1)
+    """What their answers are rewarded for (default: objective.rewards), with equal weights."""
 
 
 class ClientsSettings(Settings):

@@ -8,6 +8,7 @@ from fedloom.objectives.bco import BCO, BCOSettings
 from fedloom.objectives.classification import Classification, ClassificationSettings
 from fedloom.objectives.cpo import CPO, CPOSettings
 from fedloom.objectives.dpo import DPO, DPOSettings
+from fedloom.objectives.grpo import GRPO, GRPOSettings
 from fedloom.objectives.ipo import IPO, IPOSettings
 from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.orpo import ORPO, ORPOSettings
@@ -34,6 +35,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "bco": (BCOSettings, BCO),
     "pdpo": (PDPOSettings, PDPO),
     "pkto": (PKTOSettings, PKTO),
+    "grpo": (GRPOSettings, GRPO),
 }
 
 OBJECTIVES = Choices(

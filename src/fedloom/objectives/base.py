@@ -7,7 +7,7 @@ and computes what concerns the whole optimizer batch once beforehand (:meth:`Obj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -52,6 +52,32 @@ PAIRWISE = Separable(True, "each pair has a loss of its own; a pair is one unit"
 """Of objectives on preference pairs."""
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How a policy generates the answers that it is trained on (``evaluation/rollouts.py``).
+
+    Attributes:
+        group: Answers to each prompt.
+        max_new_tokens: Tokens of an answer at most.
+        temperature: Of the draws.
+        iterations: Optimizer steps on each batch of answers.
+        reference: Whether the tokens' log-probs under the reference model are needed.
+        rewards: Names of what answers are rewarded for.
+        weights: Their factors.
+        advantages: ``(prompts, group)`` rewards to advantages of the same shape, and to ``(prompts,)``
+            standard deviations.
+    """
+
+    group: int
+    max_new_tokens: int
+    temperature: float
+    iterations: int
+    reference: bool
+    rewards: tuple[str, ...]
+    weights: tuple[float, ...]
+    advantages: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 class ReferenceSettings(NamedSettings):
     """What settings of objectives with a reference model have in common."""
 
@@ -83,6 +109,7 @@ class Objective:
         beta: Scale of implicit rewards, used when held-out pairs are judged.
         gamma: Scale of explicit rewards, likewise.
         separable: Whether it goes with row-level privacy, and why.
+        generation: How it has answers generated, where it trains on those of the policy itself.
     """
 
     kind: str = "instruction"
@@ -95,6 +122,7 @@ class Objective:
     beta: float = 0.1
     gamma: float = 0.0
     separable: Separable = UNSAID
+    generation: Generation | None = None
 
     def for_rows(self) -> Objective:
         """Return the objective as a mean of one row's losses each, for row-level privacy; itself here."""

@@ -51,18 +51,21 @@ def completion_logits_in_parts(model: Model, sequences: Sequences) -> Iterator[T
         yield predicting.logits(predicting.states[start : start + size]).float()
 
 
-def completion_token_logps(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+def completion_token_logps(
+    model: Model, sequences: Sequences, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score the completion tokens of each sequence, in float32.
 
     Args:
         model: A causal LM.
         sequences: ``(sequences, length)``.
+        temperature: What logits are divided by, above 0.
 
     Returns:
         ``(sequences, kept)`` log-probs, zero where there is no completion token; the mask of the
         same shape; and whether each token was the most likely one (false off the mask).
     """
-    scores, right, _ = _scored(model, sequences)
+    scores, right, _ = _scored(model, sequences, temperature)
     mask = sequences.completion_mask[:, sequences.first_completion :]
     correct = torch.zeros_like(mask)
     correct[mask] = right
@@ -91,13 +94,20 @@ def completion_rewards(model: Model, sequences: Sequences) -> tuple[Tensor, Tens
     return _summed(scores, sequences), rewards
 
 
-def _scored(model: Model, sequences: Sequences) -> tuple[Tensor, Tensor, Any]:
+def _scored(
+    model: Model, sequences: Sequences, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Any]:
     """Return ``(completion tokens,)`` log-probs, whether each was the likeliest token, and rewards."""
     predicting = _predicting(model, sequences)
     if predicting is not None:
+        if temperature != 1:
+            whole = predicting.logits
+            predicting = replace(predicting, logits=lambda states: whole(states) / temperature)
         return *_token_logps(predicting, sequences), predicting.rewards
     output = _pass(model, sequences)
     logits, targets, _ = _logits(output, sequences)
+    if temperature != 1:
+        logits = logits / temperature
     correct = logits.detach().argmax(-1) == targets
     scores = -F.cross_entropy(logits, targets, reduction="none")
     return scores, correct, getattr(output, "rewards", None)

@@ -17,6 +17,7 @@ from fedloom.data.token_set import TokenSet, Untokenized
 from fedloom.engines.in_process import ClientResources
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import HeldOut
+from fedloom.evaluation.rollouts import RolloutMaker
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods import METHODS
 from fedloom.methods.contract.method import Method
@@ -244,7 +245,18 @@ class ModelBundles:
             public.get(bundle.key),
             initial if bundle.starts else None,
             own is not None,
+            self._maker(client, bundle, initial if bundle.starts else None),
         )
+
+    def _maker(
+        self, client: int, bundle: ModelBundle, reference: Tensors | None
+    ) -> RolloutMaker | None:
+        """Return what makes a client's batches, where the objective has answers generated."""
+        generation, groups = self.objective.generation, self.experiment.clients.groups.values()
+        if generation is None:
+            return None
+        own = next((group.rewards for group in groups if client in group.clients), None)
+        return RolloutMaker.of(bundle.reader.encoder, generation, own, reference)
 
     def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
         """Return the first blocks of a bundle's model with the starting adapter, loaded once."""

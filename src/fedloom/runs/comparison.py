@@ -35,7 +35,7 @@ from fedloom.experiment.aliases import require_own_names, with_own_names
 from fedloom.experiment.experiment import COMPARE, Experiment
 from fedloom.experiment.unused_settings import unread_in_all, unread_settings
 from fedloom.methods import DEFAULT, METHODS, make_method
-from fedloom.models.load import TINY, fingerprint, load_tokenizer, require_reachable
+from fedloom.models.load import MADE, fingerprint, load_tokenizer, require_reachable
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.assembly import assemble
 from fedloom.runs.initial_adapter import find_start, with_adapter_settings
@@ -526,7 +526,7 @@ def _check_reachable(grid_runs: Sequence[GridRun]) -> None:
     """
     experiments = {_reads(grid_run): grid_run.experiment for grid_run in reversed(grid_runs)}
     for path, revision in {(e.model.path, e.model.revision) for e in experiments.values()}:
-        if path != TINY:
+        if path not in MADE:
             load_tokenizer(path, revision)
     for experiment in experiments.values():
         partition_data(experiment)

@@ -11,6 +11,7 @@ import torch
 
 from fedloom.accounting.cores import available_cores
 from fedloom.data.builtin import pretraining_texts
+from fedloom.data.sums import sum_texts
 from fedloom.data.encode import TextEncoder
 from fedloom.errors import ModelError, OutputError
 from fedloom.evaluation.generate import load_encoder
@@ -24,9 +25,9 @@ from fedloom.models.consistency import require_tokens
 from fedloom.models.device import choose_device
 from fedloom.models.experts import ExpertModel, attach_experts, is_expert_folder, load_experts
 from fedloom.models.heads import PersonalModules, attach_personal, load_personal, saved_parts
-from fedloom.models.load import TINY, empty_backbone, load_backbone
+from fedloom.models.load import MADE, TINY_SUMS, empty_backbone, load_backbone
 from fedloom.models.submixture import SubMixtureModel, attach_submixture
-from fedloom.models.tiny import tiny_model
+from fedloom.models.tiny import TinyRecipe, tiny_model
 from fedloom.objectives.base import Objective
 from fedloom.randomness import generator
 from fedloom.storage.cache import cache_folder
@@ -34,6 +35,12 @@ from fedloom.training.settings import TrainingSettings
 
 TINY_TEXTS = 4000
 """Generated texts that the tiny model is trained on."""
+
+SUM_TEXTS = 8000
+"""The same of the model of sums."""
+
+SUMS = TinyRecipe(vocabulary=259, context=64, steps=300)
+"""It reads each digit as a token, and stops learning when about one sum in eight is right."""
 
 SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread is faster than several (measured on 2 cores)."""
@@ -73,12 +80,16 @@ def model_folder(path: str, stage: Callable[[str], None] = lambda text: None) ->
     Raises:
         OutputError: That folder cannot be written.
     """
-    if path != TINY:
+    if path not in MADE:
         return path
-    texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
+    recipe = None
+    if path == TINY_SUMS:
+        texts, recipe = sum_texts(generator(0, "sums"), SUM_TEXTS), SUMS
+    else:
+        texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
     stage("preparing the tiny model (made once, a few seconds)")
     try:
-        return str(tiny_model(cache_folder(), texts))
+        return str(tiny_model(cache_folder(), texts, recipe))
     except OSError as error:
         raise OutputError(
             f"cannot keep the tiny model in {cache_folder()}: {error.strerror}; set the variable "

@@ -208,7 +208,8 @@ def judged_kind(experiment: Experiment, kind: str) -> str:
         return kind
     if experiment.data.choices:
         return "choice"
-    return "answer" if experiment.evaluation.judged_by == "rouge_l" else kind
+    own = {"rouge_l": "answer", "exact_match": "exact"}
+    return own.get(experiment.evaluation.judged_by, kind)
 
 
 def only(division: PartitionedData, client: int) -> PartitionedData:

@@ -131,7 +131,7 @@ class TokenReader:
             self.objective.beta,
             self.objective.gamma,
             size,
-            self._answering(rows) if kind == "answer" else None,
+            self._answering(rows) if kind in ("answer", "exact") else None,
             tokens=self.pass_tokens,
             references=self.references,
         )

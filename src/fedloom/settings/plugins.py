@@ -133,7 +133,7 @@ class Choices(Mapping[str, tuple[type[NamedSettings], type[KindT]]], Generic[Kin
             )
         value = points[0].value.partition(" ")[0] if points else name
         module_name, _, class_name = value.partition(":")
-        module = _imported(module_name)
+        module = imported(module_name)
         kind = getattr(module, class_name, None)
         if kind is None:
             near = difflib.get_close_matches(class_name, vars(module), n=1)
@@ -210,7 +210,7 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist is not None else ("", "")
 
 
-def _imported(name: str) -> ModuleType:
+def imported(name: str) -> ModuleType:
     """Import a module; the current folder is searched last.
 
     Raises:

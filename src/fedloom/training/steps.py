@@ -53,6 +53,37 @@ class StepModel(Model, Protocol):
         ...
 
 
+class BatchMaker(Protocol):
+    """Makes the optimizer batches of a training as it goes, such as from answers of the model itself."""
+
+    def batches(
+        self, model: AdapterModel, share: TokenShare, settings: TrainingSettings, making: Making
+    ) -> Iterator[list[Batch]]:
+        """Yield each optimizer batch as its passes, made with the model as it is then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Making:
+    """The training that a :class:`BatchMaker` makes batches for.
+
+    Attributes:
+        seed: As of :func:`local_steps`.
+        client: As there.
+        round: As there.
+        purpose: As there.
+        work: As there.
+        again: Whether a batch may be computed with after the model has changed.
+    """
+
+    seed: int
+    client: int
+    round: int
+    purpose: str
+    work: Work
+    again: bool
+
+
 class StepOptions(TypedDict):
     """What :func:`local_steps` is told of a training beside model, rows and settings."""
 
@@ -68,6 +99,7 @@ class StepOptions(TypedDict):
     after_step: NotRequired[StepHook | None]
     on_step: NotRequired[OnStep | None]
     coordinates: NotRequired[Coordinates | None]
+    maker: NotRequired[BatchMaker | None]
 
 
 class Driver(Protocol):
@@ -182,6 +214,7 @@ def local_steps(
     after_step: StepHook | None = None,
     on_step: OnStep | None = None,
     coordinates: Coordinates | None = None,
+    maker: BatchMaker | None = None,
     batches: Iterator[list[Batch]] | None = None,
 ) -> Generator[Any, Any, LocalResult]:
     """The steps themselves, as a generator: it stops where ``gradients`` waits for another party.
@@ -206,6 +239,7 @@ def local_steps(
         on_step: Called with what is known of each step, once it is made.
         coordinates: What is trained in place of the model's parameters, which are a function of it; the
             hooks get these.
+        maker: Makes the batches, in place of rows shuffled anew in each epoch.
         batches: Each optimizer batch as its passes, in place of rows shuffled anew in each epoch.
     """
     tensors = model.parameters  # others' may be held wherever this waits
@@ -216,7 +250,11 @@ def local_steps(
         coordinates.write(tensors)
     totals = Totals()
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
-    if batches is None:
+    if batches is None and maker is not None:
+        again = repeats > 1 or coordinates is not None
+        making = Making(seed, client, round, purpose, work, again)
+        batches = maker.batches(model, share, settings, making)
+    elif batches is None:
         order = generator(seed, f"{purpose}batches", client, round)
         batches = _shuffled(model, share, settings, order, work)
     for parts in batches:

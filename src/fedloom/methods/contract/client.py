@@ -16,7 +16,7 @@ from fedloom.tensors import Tensors
 from fedloom.training.coordinates import Coordinates
 from fedloom.training.results import LocalResult, OnStep, StepHook
 from fedloom.training.settings import ALONE, Part, TrainingSettings, Work
-from fedloom.training.steps import Driver, StepOptions, Training, local_loss, row_losses
+from fedloom.training.steps import BatchMaker, Driver, StepOptions, Training, local_loss, row_losses
 from fedloom.wire.messages import Payload
 
 Answer = TypeVar("Answer")
@@ -83,6 +83,7 @@ class Client:
         begun: The first of them.
         on_step: Told of each step of its trainings, in a run that is watched so.
         driver: Makes its trainings, where row-level privacy hides its rows.
+        maker: Makes the batches of its trainings, where the objective has answers generated.
         as_read: Returns a reply as the server will read it, which ``[wire]`` may change; the handler must
             return that very reply afterwards.
     """
@@ -108,6 +109,7 @@ class Client:
     begun: Part | None = None
     on_step: OnStep | None = None
     driver: Driver | None = None
+    maker: BatchMaker | None = None
     as_read: Callable[[Payload], Payload] = unchanged
 
     @property
@@ -180,6 +182,7 @@ class Client:
             "after_step": after_step,
             "on_step": self.on_step,
             "coordinates": coordinates,
+            "maker": self.maker,
         }
         if driver is not None and self.driver is not None:
             raise PluginError(

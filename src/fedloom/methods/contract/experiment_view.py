@@ -31,6 +31,10 @@ class Group(Protocol):
     def rank(self) -> int | None:
         """Their LoRA rank."""
 
+    @property
+    def rewards(self) -> list[str] | None:
+        """What their answers are rewarded for."""
+
 
 class Clients(Protocol):
     """``[clients]``."""
@@ -132,8 +136,12 @@ class ExperimentView:
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        """Groups of clients by name; none where the section is not sound."""
-        return self.clients.groups if self.clients is not None else {}
+        """Groups of clients by name, but for those whose rewards alone differ; none where not sound."""
+        return {
+            name: group
+            for name, group in (self.clients.groups.items() if self.clients is not None else ())
+            if group.rewards is None or group.model is not None or group.rank is not None
+        }
 
     def names_of(
         self,

@@ -1,0 +1,56 @@
+"""Sums of two-digit numbers: rows whose answers can be checked, and texts for a model that half knows them.
+
+There are 8,100 sums of two numbers from 10 to 99. One half of them, the same always, is for the texts
+that the model "tiny:sums" is made of; rows of ``builtin:sums`` are of the other half and each is there
+once, so that no held-out sum has been seen in any training.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedloom.data.examples import Example, Instruction
+from fedloom.errors import DataError
+from fedloom.randomness import generator
+
+LEAST, MOST = 10, 99
+
+Sum = tuple[int, int]
+
+
+def halves() -> tuple[list[Sum], list[Sum]]:
+    """Return the sums of the model's texts, and those of the rows, both in an order drawn once."""
+    numbers = range(LEAST, MOST + 1)
+    every = [(a, b) for a in numbers for b in numbers]
+    order = generator(0, "halves of the sums").permutation(len(every))
+    drawn = [every[place] for place in order.tolist()]
+    return drawn[::2], drawn[1::2]
+
+
+def sum_examples(count: int, rng: np.random.Generator) -> list[Example]:
+    """Return different sums, "74+33=" with "107"; the column ``carry`` says whether units carry.
+
+    Args:
+        count: At least 1.
+        rng: Draws them.
+
+    Raises:
+        DataError: There are not so many.
+    """
+    there = halves()[1]
+    if count > len(there):
+        raise DataError(
+            f"data.builtin_rows = {count}: builtin:sums has {len(there)} different sums; give fewer"
+        )
+    rows: list[Example] = []
+    for row, place in enumerate(rng.choice(len(there), count, replace=False).tolist()):
+        a, b = there[place]
+        carry = "carry" if a % 10 + b % 10 > 9 else "none"
+        rows.append(Instruction(row, f"{a}+{b}=", str(a + b), {"carry": carry}))
+    return rows
+
+
+def sum_texts(rng: np.random.Generator, count: int) -> list[str]:
+    """Return texts of sums of the model's half, each with its answer."""
+    there = halves()[0]
+    return [f"{a}+{b}={a + b}" for a, b in (there[i] for i in rng.integers(len(there), size=count))]
