@@ -97,6 +97,38 @@ def test_compressed_rounds_are_the_same_between_machines(
     assert costs(one) == costs(two)
 
 
+@pytest.mark.slow
+def test_generated_answers_and_their_rewards_are_the_same_between_machines(
+    suited, loopback, tmp_path
+):
+    """GRPO with a divergence, batches that are used twice, and a client with a reward of its own."""
+    table = {
+        **suited("fedavg"),
+        "data": {"source": "builtin:instructions", "builtin_rows": 60},
+        "objective": {
+            "name": "grpo",
+            "rewards": ["regex:[a-m]", "exact_match"],
+            "group": 3,
+            "max_new_tokens": 5,
+            "iterations": 2,
+            "beta": 0.1,
+        },
+        "clients": {"groups": {"own": {"clients": [1], "rewards": ["regex:[n-z]"]}}},
+        "federation": {"rounds": 2, "clients": 3},
+        "training": {"learning_rate": 1e-2, "batch_size": 4, "local_steps": 4},
+    }
+    here = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "here")}})
+    there = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "there")}})
+    fedloom.run(here)
+    federation = loopback(3)
+    mail = federation.mail(source=table["data"]["source"])
+    run_experiment(there, observer=Silent(), remote=federation.engine(there, mail))
+    one, two = tmp_path / "here", tmp_path / "there"
+    assert states(one) == states(two) and len(set(states(one))) == 3
+    assert rounds(one) == rounds(two)
+    assert costs(one) == costs(two)
+
+
 @pytest.mark.parametrize(
     ("method", "noise"),
     [

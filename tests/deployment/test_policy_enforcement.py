@@ -124,7 +124,7 @@ def test_every_bound_is_a_line_of_the_policy():
     beyond = {"max_seconds", "max_bytes", "max_runs_a_day", "max_rounds_a_day"}  # asked for later
     assert {*MOST.values(), *METHODS_OWN.values()} - {""} == bounds - beyond
     assert descriptions(PolicySettings).keys() == policy.keys()  # what `fedloom client check` says
-    others = {"objectives", "methods", "models", "privacy", "approve"}
+    others = {"objectives", "methods", "rewards", "models", "privacy", "approve"}
     assert set(REVEALING) | bounds | others == policy.keys()
 
 

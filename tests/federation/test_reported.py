@@ -36,6 +36,7 @@ RUNS = {
     **{name: {**FEEDBACK, "objective": {"name": name}} for name in ("kto", "bco")},
     "pdpo": {**PAIRS, **OWN, "objective": {"name": "pdpo", "sft_weight": 0.5}},
     "pkto": {**FEEDBACK, **OWN, "objective": {"name": "pkto"}},
+    "grpo": {**TEXTS, "objective": {"name": "grpo", "beta": 0.1, "group": 2, "max_new_tokens": 3}},
     "balance": {**PAIRS, **MIXTURE, "method": {"name": "fedavg"}},
     "distil": {**LABELLED, "method": {"name": "distillation"}, "public": {"source": "builtin:labelled", "rows": 12}},
     "mix": {**PAIRS, "method": {"name": "fdlora"}},

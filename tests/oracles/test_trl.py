@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.utils import nanstd
 
 from fedloom.objectives.apo import apo_down_loss, apo_zero_loss
 from fedloom.objectives.cpo import cpo_loss
 from fedloom.objectives.dpo import dpo_loss
+from fedloom.objectives.grpo import averaged, divergence, group_advantages, token_losses
 from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
@@ -247,3 +250,66 @@ def test_simpo():
     assert metrics["token_reward_margin"].item() == pytest.approx(
         2.0 * (means[:6] - means[6:]).mean().item()
     )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_grpo(loss_type, beta):
+    """Loss, gradient, divergence and share of clipped tokens, of policies far apart."""
+    torch.manual_seed(4)
+    rows, length, longest = 8, 6, 9
+    policy = (-3 * torch.rand(rows, length)).requires_grad_()
+    old, reference = policy.detach() + 0.4 * torch.randn(2, rows, length)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1))
+    rewards = torch.randint(0, 3, (2, 4)).float()
+    expected_advantages = rewards - rewards.mean(1, keepdim=True)
+    spread = torch.stack([nanstd(own) for own in rewards])[:, None]
+    expected_advantages = (expected_advantages / (spread + 1e-4)).flatten()
+    advantages = group_advantages(rewards)[0].flatten()
+    torch.testing.assert_close(advantages, expected_advantages, **TOLERANCE)
+    self = trainer(
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.3,
+        max_completion_length=longest,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        use_vllm=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            policy,
+            torch.zeros_like(policy),
+            None,
+        ),
+    )
+    self.accelerator.num_processes = 1
+    self.accelerator.reduce = lambda tensor, reduction: tensor
+    inputs = {
+        "prompt_ids": torch.ones(rows, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
+        "completion_ids": torch.ones(rows, length, dtype=torch.long),
+        "completion_mask": mask.long(),
+        "advantages": expected_advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": reference,
+        "num_items_in_batch": mask.sum(),
+    }
+    expected = GRPOTrainer._compute_loss(self, self.model, inputs)
+    (expected_gradient,) = torch.autograd.grad(expected, policy, retain_graph=True)
+
+    losses, clipped = token_losses(policy, old, advantages, 0.2, 0.3)
+    divergences = divergence(policy, reference)
+    loss = averaged(losses + beta * divergences, mask, loss_type, longest)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
+    recorded = self._metrics["train"]
+    share = float((clipped & mask).sum() / mask.sum())
+    assert share == pytest.approx(recorded["clip_ratio/region_mean"][0]) and share > 0
+    if beta:
+        mean = float((divergences.detach() * mask).sum() / mask.sum())
+        assert mean == pytest.approx(recorded["kl"][0])

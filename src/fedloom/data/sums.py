@@ -1,4 +1,4 @@
-"""Sums of two-digit numbers: rows whose answers can be checked, and texts for a model that half knows them.
+"""Sums of two-digit numbers: rows whose answers can be checked, and texts to train a model on beforehand.
 
 There are 8,100 sums of two numbers from 10 to 99. One half of them, the same always, is for the texts
 that the model "tiny:sums" is made of; rows of ``builtin:sums`` are of the other half and each is there

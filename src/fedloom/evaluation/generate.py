@@ -24,6 +24,28 @@ from fedloom.models.load import context_length, load_tokenizer, stop_tokens
 
 
 @dataclass(frozen=True)
+class BatchSupport:
+    """What a model answers alike with as without; see ``models/architecture.py``.
+
+    Attributes:
+        together: Whether prompts of a batch may be padded on the left.
+        cached: Whether it may go on with a cache of what it has read.
+    """
+
+    together: bool
+    cached: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, encoder: TextEncoder, *, several: bool) -> BatchSupport:
+        """Ask a model, with some passes; ``several`` says whether batches have more than one prompt."""
+        pad = int(encoder.tokenizer.pad_token_id)
+        # PEFT counts padding between virtual tokens and the text as positions; recurrent models read it
+        together = several and not _has_virtual_tokens(model) and pads_left(model, pad)
+        with _without_warnings():
+            return cls(together, uses_cache(model, pad, batched=together))
+
+
+@dataclass(frozen=True)
 class Ask:
     """A prompt and how it is to be answered.
 
@@ -118,6 +140,7 @@ def sample_tokens(
     asks: Sequence[Ask],
     max_new_tokens: int,
     batch_size: int = 32,
+    support: BatchSupport | None = None,
 ) -> list[list[int]]:
     """Return what follows each prompt as tokens, up to and with the one that ends it.
 
@@ -129,6 +152,7 @@ def sample_tokens(
         asks: Prompts, each with its temperature and seed.
         max_new_tokens: Tokens of an answer at most.
         batch_size: Prompts that are answered together at most.
+        support: What the model supports (default: it is asked).
     """
     with model.evaluating():
         rows = _continued(
@@ -138,6 +162,7 @@ def sample_tokens(
             max_new_tokens,
             batch_size,
             lambda rows, columns, new: model.count(rows, columns + model.virtual_tokens, new),
+            support,
         )
     return [row[: len(_until(row, encoder.stop_ids)) + 1] for row in rows]
 
@@ -195,21 +220,18 @@ def _continued(
     max_new_tokens: int,
     batch_size: int,
     done: Callable[[int, int, int], None],
+    support: BatchSupport | None = None,
 ) -> list[list[int]]:
     """Return what follows each prompt as tokens, with what a batch was filled up with after its end."""
     context = context_length(model)
     length = min(max_new_tokens, max(1, context // 2))
     rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
     answers: list[list[int]] = [[]] * len(asks)
-    # PEFT counts padding between virtual tokens and the text as positions; recurrent models read it
-    together = min(batch_size, len(asks)) > 1
-    if _has_virtual_tokens(model) or (
-        together and not pads_left(model, int(encoder.tokenizer.pad_token_id))
-    ):
+    if asks and support is None:
+        support = BatchSupport.of(model, encoder, several=min(batch_size, len(asks)) > 1)
+    if support is None or not support.together:
         batch_size = 1
-    with _without_warnings():
-        pad = int(encoder.tokenizer.pad_token_id)
-        cached = not asks or uses_cache(model, pad, batched=batch_size > 1)
+    cached = support is None or support.cached
     order = sorted(range(len(asks)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -288,12 +310,14 @@ class _Sampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        for row, (ask, rng) in enumerate(zip(self.asks, self.generators, strict=True)):
-            if ask.temperature:
-                uniform = torch.rand(scores.shape[-1], generator=rng, dtype=torch.float64)
-                gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
-                scaled = most_probable(scores[row] / ask.temperature, ask.top_p)
-                scores[row] = scaled + gumbel.to(scores)
+        drawn = [row for row, ask in enumerate(self.asks) if ask.temperature]
+        uniform = torch.empty(len(drawn), scores.shape[-1], dtype=torch.float64)
+        for place, row in enumerate(drawn):
+            torch.rand(scores.shape[-1], generator=self.generators[row], out=uniform[place])
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        for row, noise in zip(drawn, gumbel.to(scores), strict=True):
+            ask = self.asks[row]
+            scores[row] = most_probable(scores[row] / ask.temperature, ask.top_p) + noise
         return scores
 
 

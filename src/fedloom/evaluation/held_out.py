@@ -68,8 +68,8 @@ class EvaluationSettings(Settings):
     )
     """Length of those answers, and of those that are judged, in tokens."""
     judged_by: Literal["loss", "rouge_l", "exact_match"] = "loss"
-    """Of instructions: the loss of the completion, or of the model's own greedy answer ROUGE-L, or whether
-    it is the completion."""
+    """Of instructions: the loss of the completion, or of the model's own greedy answer ROUGE-L, or
+    whether it is the completion."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Answering:
 
 
 ANSWERS = {"answer": ("rouge_l", answer_scores), "exact": ("exact_match", exact_scores)}
-"""Kinds that are judged by a model's own answers: the metric, and the scores of answers by accepted ones."""
+"""Kinds that are judged by a model's own answers: the metric, and what scores them by accepted ones."""
 
 Scored = tuple[dict[str, float], Sample | None]
 """Metrics, and what each row added to the headline one."""

@@ -251,7 +251,7 @@ def answer_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> 
 
 
 def exact_scores(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> list[float]:
-    """Return 1 for each answer that is one of its accepted ones, but for white space around them, else 0."""
+    """Return 1 for each answer that is an accepted one, but for white space around them, else 0."""
     return [
         max((exact_match("", answer, right) for right in own), default=0.0)
         for answer, own in zip(answers, accepted, strict=True)

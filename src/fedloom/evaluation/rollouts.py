@@ -1,7 +1,7 @@
 """Batches of answers that a policy generates and that are rewarded: what GRPO trains on.
 
-Prompts are drawn as rows are for any training, and each optimizer batch is generated when it is due, by the
-model as it is then. Each answer's draws have a seed of their own, of (seed, purpose, client, round), the
+Prompts are drawn as rows are for any training, and each optimizer batch is generated when it is due, by
+the model as it is then. Each answer has draws of its own, from (seed, purpose, client, round), the
 step and its place, so it depends on no other answer. In the passes of training a prompt is read once for
 its group, where the model allows that.
 """
@@ -21,7 +21,7 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.token_set import TokenSet
-from fedloom.evaluation.generate import Ask, sample_tokens
+from fedloom.evaluation.generate import Ask, BatchSupport, sample_tokens
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.load import context_length
 from fedloom.objectives.base import Generation
@@ -89,9 +89,11 @@ class RolloutMaker:
         drawn = epoch_batches(
             len(share), settings.batch_size, order, epochs=work.epochs, steps=left
         )
+        with model.evaluating():
+            support = BatchSupport.of(model.model, self.encoder, several=True)
         made = 0
         for step, indices in enumerate(drawn, 1):
-            parts = self._batch(model, share, settings, making, indices, step)
+            parts = self._batch(model, share, settings, making, indices, step, support)
             for _ in range(iterations):
                 if work.steps is not None and made >= work.steps:
                     return
@@ -106,6 +108,7 @@ class RolloutMaker:
         making: Making,
         indices: Indices,
         step: int,
+        support: BatchSupport,
     ) -> list[Batch]:
         """Return the passes over the answers to the prompts at ``indices``."""
         own, size = self.generation, self.generation.group
@@ -117,12 +120,10 @@ class RolloutMaker:
             for place, prompt in enumerate(prompts)
             for k in range(size)
         ]
-        answers = sample_tokens(model, self.encoder, asks, own.max_new_tokens, TOGETHER)
+        answers = sample_tokens(model, self.encoder, asks, own.max_new_tokens, TOGETHER, support)
         rewards = torch.tensor(self._rewarded(read, prompts, answers)).view(-1, size)
         advantages, spreads = own.advantages(rewards)
-        known = Rollouts(
-            advantages.flatten(), rewards.flatten(), spreads.repeat_interleave(size)
-        )
+        known = Rollouts(advantages.flatten(), rewards.flatten(), spreads.repeat_interleave(size))
         rows = np.repeat(share.tokens.rows[indices], size)
         tokens = _token_set(rows, [list(ask.prompt) for ask in asks], answers)
         layout = Layout(model, TokenShare(tokens), budget_of(settings, model))
@@ -182,7 +183,7 @@ def _with(part: Batch, known: Rollouts, groups: Sequence[Indices]) -> Batch:
 
 def _knowing(part: Batch, **logps: Tensor) -> Batch:
     assert part.rollouts is not None, "they are generated"
-    return replace(part, rollouts=replace(part.rollouts, **logps))  # type: ignore[arg-type]
+    return replace(part, rollouts=replace(part.rollouts, **logps))
 
 
 def _token_set(

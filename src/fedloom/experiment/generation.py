@@ -38,8 +38,8 @@ def generation_contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += [f"clients.groups.{name}.rewards: {text}" for text in map(fault_of, own) if text]
     if "method" in parts and METHODS[parts["method"].name][1].pools_data and rewarded:
         found.append(
-            f"clients.groups.{min(rewarded)}.rewards: method.name = {parts['method'].name!r} puts all rows "
-            "together, which have objective.rewards then: leave it out"
+            f"clients.groups.{min(rewarded)}.rewards: method.name = {parts['method'].name!r} puts all "
+            "rows together, which have objective.rewards then: leave it out"
         )
     if "training" in parts:
         training = parts["training"]

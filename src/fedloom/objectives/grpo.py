@@ -1,7 +1,7 @@
 """GRPO: policy gradients from rewards of answers that the policy itself generates.
 
-Shao et al. 2024, "DeepSeekMath" (https://arxiv.org/abs/2402.03300), equation 3. Of each prompt a group of G
-answers is drawn; an answer's advantage is its reward against those of its group (equation 4's outcome
+Shao et al. 2024, "DeepSeekMath" (https://arxiv.org/abs/2402.03300), equation 3. Of each prompt a group of
+G answers is drawn; an answer's advantage is its reward against those of its group (equation 4's outcome
 supervision), and every token of it is made more or less likely by the clipped ratio of PPO. There is no
 value model. The divergence from a reference model is estimated at each token by
 exp(d) - d - 1, d = log pi_ref - log pi (Schulman 2020, "k3"; their equation 4).
@@ -171,7 +171,8 @@ class GRPO(Objective):
         amount("answer_tokens"),
     )
     separable = Separable(
-        False, "an answer's advantage follows from the other answers, and what is generated from all rows"
+        False,
+        "an answer's advantage follows from the other answers, and what is generated from all rows",
     )
 
     def __init__(self, settings: GRPOSettings | None = None) -> None:

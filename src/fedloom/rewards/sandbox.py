@@ -83,7 +83,7 @@ exec(compile(code[1], "tests", "exec"), names)
 success()
 os._exit(0)
 """
-"""What runs in the process: limits first, then the answer, its tests, and the number that tells success."""
+"""What runs in the process: limits, then the answer, its tests, and the number that tells success."""
 
 
 def passes_tests(code: str, tests: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:

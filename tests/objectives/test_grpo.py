@@ -1,0 +1,75 @@
+"""GRPO by hand.
+
+Rewards 1, 0, 1, 1: mean 0.75, sample standard deviation 0.5, advantages 0.5, -1.5, 0.5, 0.5 (the spec's).
+"""
+
+import math
+
+import pytest
+import torch
+
+from fedloom.objectives.grpo import averaged, divergence, group_advantages, token_losses
+
+REWARDS = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+
+
+def test_advantages_by_hand():
+    found, spreads = group_advantages(REWARDS)
+    assert spreads.tolist() == [0.5]
+    expected = [0.25 / 0.5001, -0.75 / 0.5001, 0.25 / 0.5001, 0.25 / 0.5001]
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert group_advantages(REWARDS, "none")[0][0].tolist() == [0.25, -0.75, 0.25, 0.25]
+
+
+def test_a_group_of_equal_rewards_teaches_nothing():
+    for scale in ("group", "batch", "none"):
+        rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 3.0]])
+        assert group_advantages(rewards, scale)[0][0].tolist() == [0, 0, 0]
+
+
+def test_advantages_do_not_follow_shift_and_scale_of_a_group():
+    one = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        group_advantages(one * 1000)[0], group_advantages(one * 2000 + 7)[0], rtol=1e-5, atol=1e-6
+    )
+    whole = group_advantages(one, "batch")[0]
+    expected = (one - one.mean(1, keepdim=True)) / (one.flatten().std() + 1e-4)
+    torch.testing.assert_close(whole, expected)
+
+
+def test_clipping_by_hand():
+    """Ratios 1.5 and 0.5 beside a clip of 0.2 to 0.3, for both signs of the advantage."""
+    old = torch.zeros(2, 2)
+    logps = torch.log(torch.tensor([[1.5, 0.5], [1.5, 0.5]])).requires_grad_()
+    losses, clipped = token_losses(logps, old, torch.tensor([2.0, -2.0]), 0.2, 0.3)
+    assert losses[0].tolist() == pytest.approx([-2.6, -1.0])  # min(3, 2.6), min(1, 1.6)
+    assert losses[1].tolist() == pytest.approx([3.0, 1.6])  # min(-3, -2.6), min(-1, -1.6)
+    assert clipped.tolist() == [[True, False], [False, True]]
+    losses.sum().backward()
+    assert logps.grad[0, 0] == 0 and logps.grad[1, 1] == 0  # what is clipped is not learnt from
+
+
+def test_divergence_by_hand():
+    found = divergence(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -3.0, -2.0]))
+    assert found.tolist() == pytest.approx([0, math.exp(-1), math.e - 2])
+
+
+def test_means_by_hand():
+    losses = torch.tensor([[1.0, 3.0, 9.0], [5.0, 7.0, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert averaged(losses, mask, "grpo", 4) == (2 + 5) / 2
+    assert averaged(losses, mask, "dapo", 4) == 9 / 3
+    assert averaged(losses, mask, "dr_grpo", 4) == 9 / 8
+
+
+def test_on_policy_it_is_the_policy_gradient():
+    """With the policy that generated, the gradient is that of -A log pi, averaged in the same way."""
+    rng = torch.Generator().manual_seed(1)
+    logps = (-torch.rand(4, 5, generator=rng)).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [2], [1], [4]])
+    advantages = torch.randn(4, generator=rng)
+    losses, _ = token_losses(logps, logps.detach(), advantages, 0.2, 0.2)
+    for kind in ("grpo", "dapo", "dr_grpo"):
+        (found,) = torch.autograd.grad(averaged(losses, mask, kind, 6), logps, retain_graph=True)
+        plain = averaged(-advantages[:, None] * logps, mask, kind, 6)
+        torch.testing.assert_close(found, torch.autograd.grad(plain, logps)[0])
