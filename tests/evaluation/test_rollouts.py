@@ -137,7 +137,7 @@ def test_what_cannot_be_is_one_error_before_anything_is_trained(experiment, chan
 
 def test_rewards_without_generated_answers_are_refused(experiment):
     groups = {"groups": {"a": {"clients": [0], "rewards": ["number"]}}}
-    with pytest.raises(SettingsError, match="objective.name = 'dpo' has no answers generated"):
+    with pytest.raises(SettingsError, match="'dpo' has no answers generated"):
         experiment(objective={"name": "dpo"}, clients=groups)
 
 

@@ -1,5 +1,8 @@
 """Sums of two-digit numbers: rows whose answers can be checked, and texts to train a model on beforehand.
 
+The texts are of somebody who counts one too many more often than not. A model that has read them can add, and
+mostly does not say what it could: rewards of its answers tell it which of the two is wanted.
+
 There are 8,100 sums of two numbers from 10 to 99. One half of them, the same always, is for the texts
 that the model "tiny:sums" is made of; rows of ``builtin:sums`` are of the other half and each is there
 once, so that no held-out sum has been seen in any training.
@@ -14,6 +17,9 @@ from fedloom.errors import DataError
 from fedloom.randomness import generator
 
 LEAST, MOST = 10, 99
+
+RIGHT = 0.45
+"""Share of right answers in the texts of the model, which has seen both and takes the commoner one."""
 
 Sum = tuple[int, int]
 
@@ -51,6 +57,9 @@ def sum_examples(count: int, rng: np.random.Generator) -> list[Example]:
 
 
 def sum_texts(rng: np.random.Generator, count: int) -> list[str]:
-    """Return texts of sums of the model's half, each with its answer."""
-    there = halves()[0]
-    return [f"{a}+{b}={a + b}" for a, b in (there[i] for i in rng.integers(len(there), size=count))]
+    """Return texts of sums of the model's half, of whose answers most are one too many."""
+    there, texts = halves()[0], []
+    for place in rng.integers(len(there), size=count).tolist():
+        a, b = there[place]
+        texts.append(f"{a}+{b}={a + b + int(rng.random() >= RIGHT)}")
+    return texts

@@ -6,7 +6,7 @@ supervision), and every token of it is made more or less likely by the clipped r
 value model. The divergence from a reference model is estimated at each token by
 exp(d) - d - 1, d = log pi_ref - log pi (Schulman 2020, "k3"; their equation 4).
 
-How tokens are averaged, by ``loss_type``, N answers of L_i tokens with losses l_it:
+How tokens are averaged, by ``averaging``, N answers of L_i tokens with losses l_it:
 
 ===========  ===========================================================================================
 ``grpo``     mean over answers of the mean within each: 1/N sum_i 1/L_i sum_t l_it
@@ -15,7 +15,7 @@ How tokens are averaged, by ``loss_type``, N answers of L_i tokens with losses l
 ``dr_grpo``  sum l_it / (N max_new_tokens) (Liu et al. 2025, https://arxiv.org/abs/2503.20783)
 ===========  ===========================================================================================
 
-The defaults are TRL's, but for ``loss_type`` (the paper's) and ``max_new_tokens``.
+The defaults are TRL's, but for ``averaging`` (the paper's) and ``max_new_tokens``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fedloom.wire.schema import amount, fraction, score
 EPSILON = 1e-4
 """Added to a standard deviation that advantages are divided by, as TRL does."""
 
-LossType = Literal["grpo", "dapo", "dr_grpo"]
+Averaging = Literal["grpo", "dapo", "dr_grpo"]
 
 
 class GRPOSettings(ReferenceSettings):
@@ -66,7 +66,7 @@ class GRPOSettings(ReferenceSettings):
     """Of the draws. As in TRL the log-probabilities of the loss are of the same temperature."""
     scale: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by: the group's, the optimizer batch's, or none."""
-    loss_type: LossType = "grpo"
+    averaging: Averaging = "grpo"
     """How tokens are averaged: grpo, dapo or dr_grpo."""
     clip: float = Field(default=0.2, gt=0)
     """epsilon: the ratio to the policy that generated is clipped below 1 - epsilon."""
@@ -136,7 +136,7 @@ def token_losses(
     return -torch.minimum(ratio * own, ratio.clamp(1 - low, 1 + high) * own), clipped
 
 
-def averaged(losses: Tensor, mask: Tensor, loss_type: LossType, longest: int) -> Tensor:
+def averaged(losses: Tensor, mask: Tensor, loss_type: Averaging, longest: int) -> Tensor:
     """Return the mean of ``(answers, length)`` losses under a mask; see the module.
 
     Args:
@@ -191,7 +191,7 @@ class GRPO(Objective):
 
     def weight(self, batch: Batch) -> float:
         """Return the number of answers, or of their tokens."""
-        by_token = batch.rollouts is None or self.settings.loss_type == "dapo"
+        by_token = batch.rollouts is None or self.settings.averaging == "dapo"
         return float(batch.completion_tokens if by_token else len(batch))
 
     def metric_weights(self, batch: Batch) -> dict[str, float]:
@@ -221,4 +221,4 @@ class GRPO(Objective):
             divergences = divergence(logps, drawn.reference_logps)
             losses = losses + own.beta * divergences
             metrics["kl"] = (divergences.detach() * mask).sum() / tokens
-        return averaged(losses, mask, own.loss_type, own.max_new_tokens), metrics
+        return averaged(losses, mask, own.averaging, own.max_new_tokens), metrics
