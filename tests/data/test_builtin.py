@@ -14,6 +14,7 @@ from fedloom.data.builtin import (
     liking,
     preferred_style,
 )
+from fedloom.data.sums import sum_texts
 from fedloom.errors import DataError
 
 
@@ -22,7 +23,9 @@ def test_same_generator_same_examples(name):
     first, again = (builtin_examples(name, 50, np.random.default_rng(7)) for _ in range(2))
     other = builtin_examples(name, 50, np.random.default_rng(8))
     assert first == again != other
-    assert {e.columns["domain"] for e in first} == set(DOMAINS)
+    sums = name == "sums"
+    column, values = ("carry", {"carry", "none"}) if sums else ("domain", set(DOMAINS))
+    assert {e.columns[column] for e in first} == values
     assert [e.row for e in first] == list(range(50))
 
 
@@ -82,3 +85,19 @@ def test_the_prompt_of_a_taste_names_the_domain_and_its_things():
     for pair in builtin_examples("tastes", 50, np.random.default_rng(0)):
         domain = pair.columns["domain"]
         assert domain in pair.prompt and all(t in pair.prompt for t in DOMAINS[domain].things)
+
+
+def test_no_sum_is_there_twice_nor_in_the_texts_of_the_model():
+    rows = builtin_examples("sums", 4050, np.random.default_rng(0))
+    asked = {row.prompt for row in rows}
+    assert len(asked) == 4050
+    texts = sum_texts(np.random.default_rng(1), 6000)
+    assert not asked & {text.partition("=")[0] + "=" for text in texts}
+    for row in rows[:200]:
+        a, b = map(int, row.prompt.removesuffix("=").split("+"))
+        assert row.completion == f"{a + b:03d}" and min(a, b) >= 10 and max(a, b) <= 99
+        assert (row.columns["carry"] == "carry") == (a % 10 + b % 10 >= 10)
+    excess = [int(s.split("=")[1]) - sum(map(int, s.split("=")[0].split("+"))) for s in texts]
+    assert set(excess) == {0, 1} and 0.5 < sum(excess) / len(excess) < 0.6
+    with pytest.raises(DataError, match="has 4050 different sums"):
+        builtin_examples("sums", 4051, np.random.default_rng(0))

@@ -1,7 +1,7 @@
 """Sums of two-digit numbers: rows whose answers can be checked, and texts to train a model on beforehand.
 
-The texts are of somebody who counts one too many more often than not. A model that has read them can add, and
-mostly does not say what it could: rewards of its answers tell it which of the two is wanted.
+The texts are of somebody who counts one too many more often than not. A model that has read them can add,
+and mostly does not say what it could: rewards of its answers tell it which of the two is wanted.
 
 There are 8,100 sums of two numbers from 10 to 99. One half of them, the same always, is for the texts
 that the model "tiny:sums" is made of; rows of ``builtin:sums`` are of the other half and each is there
@@ -34,7 +34,7 @@ def halves() -> tuple[list[Sum], list[Sum]]:
 
 
 def sum_examples(count: int, rng: np.random.Generator) -> list[Example]:
-    """Return different sums, "74+33=" with "107"; the column ``carry`` says whether units carry.
+    """Return different sums, "12+33=" with "045"; the column ``carry`` says whether units carry.
 
     Args:
         count: At least 1.
@@ -52,7 +52,7 @@ def sum_examples(count: int, rng: np.random.Generator) -> list[Example]:
     for row, place in enumerate(rng.choice(len(there), count, replace=False).tolist()):
         a, b = there[place]
         carry = "carry" if a % 10 + b % 10 > 9 else "none"
-        rows.append(Instruction(row, f"{a}+{b}=", str(a + b), {"carry": carry}))
+        rows.append(Instruction(row, f"{a}+{b}=", f"{a + b:03d}", {"carry": carry}))
     return rows
 
 
@@ -61,5 +61,5 @@ def sum_texts(rng: np.random.Generator, count: int) -> list[str]:
     there, texts = halves()[0], []
     for place in rng.integers(len(there), size=count).tolist():
         a, b = there[place]
-        texts.append(f"{a}+{b}={a + b + int(rng.random() >= RIGHT)}")
+        texts.append(f"{a}+{b}={a + b + int(rng.random() >= RIGHT):03d}")
     return texts
