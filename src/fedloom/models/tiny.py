@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class TinyRecipe:
     batch: int = 32
     learning_rate: float = 4e-3
     seed: int = 0
+    after: str = field(default="", repr=False)  # folders keep their names
+    """Token behind which alone tokens are trained on; all are where it is empty."""
 
 
 def tiny_model(cache: Path, texts: Sequence[str], recipe: TinyRecipe | None = None) -> Path:
@@ -147,6 +149,8 @@ def _train(model: Any, rows: list[list[int]], tokenizer: Any, recipe: TinyRecipe
         ids, mask = _padded([[*rows[i], tokenizer.eos_token_id] for i in drawn], tokenizer)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         kept = mask[:, 1:].bool()
+        if recipe.after:
+            kept &= (ids[:, :-1] == tokenizer.convert_tokens_to_ids(recipe.after)).cumsum(1) > 0
         loss: Any = F.cross_entropy(logits[kept], ids[:, 1:][kept])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
