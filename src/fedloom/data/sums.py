@@ -18,7 +18,7 @@ from fedloom.randomness import generator
 
 LEAST, MOST = 10, 99
 
-RIGHT = 0.4
+RIGHT = 0.31
 """Share of right answers in the texts of the model, which has seen both and takes the commoner one."""
 
 Sum = tuple[int, int]

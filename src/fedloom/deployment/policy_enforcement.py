@@ -561,8 +561,7 @@ class _Examiner:
             place = f"clients.groups.{name}"
             self._require_rewards(f"{place}.rewards", group.rewards or ())
             taken = self._taken("clients.groups.*", group, place)
-            groups[name] = ClientGroup(**taken, model=group.model, rewards=group.rewards)
-            self._require_rewards(f"{place}.rewards", group.rewards or ())
+            groups[name] = ClientGroup(**taken, model=group.model)
             if group.model is not None:
                 self._require_model(f"{place}.model", group.model, self._revision)
         if self.client in asked.newcomers:
