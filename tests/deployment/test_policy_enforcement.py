@@ -721,3 +721,31 @@ def test_every_objective_can_be_trained_by_default(own):
 def test_settings_by_the_names_of_other_tools_are_the_users_alone(own):
     with pytest.raises(PolicyError, match="per_device_train_batch_size: unknown key"):
         examine("[training]\nper_device_train_batch_size = 4096", own(SHARED), 0)
+
+
+GRPO = {"data": {"source": "builtin:instructions"}, "objective": {"name": "grpo"}}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "allowed", "refused"),
+    [
+        (["exact_match", "number", "regex:x"], None, 0),
+        (["unit_tests", "absent_module:f"], None, 2),
+        (["unit_tests", "number"], ["unit_tests", "number"], 0),
+        (["exact_match", "regex:x"], ["regex:"], 1),
+    ],
+)
+def test_rewards_that_run_code_are_refused_unless_they_are_named(own, rewards, allowed, refused):
+    """Of the experiment and of this client's group; those of another group are not this client's."""
+    policy = {} if allowed is None else {"rewards": allowed}
+    mine = own({"data": {**SHARED["data"], "source": "builtin:instructions"}}, **policy)
+    asked = {**GRPO, "objective": {"name": "grpo", "rewards": rewards}}
+    found = ask(mine, **asked)
+    assert lines(found) == ["policy.rewards"] * refused
+    assert refused or found.experiment.objective.rewards == rewards
+    first = (allowed or ["number"])[0]
+    if not first.endswith(":"):
+        groups = {"clients": {"groups": {"a": {"clients": [1], "rewards": rewards}}}}
+        alone = {**GRPO, "objective": {"name": "grpo", "rewards": [first]}, **groups}
+        assert lines(ask(mine, **alone)) == []
+        assert lines(ask(mine, client=1, **alone)) == ["policy.rewards"] * refused
