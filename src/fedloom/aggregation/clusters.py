@@ -80,6 +80,31 @@ def silhouette(distances: Matrix, labels: Sequence[int]) -> float:
     return total / len(own)
 
 
+def balanced_groups(losses: Mapping[int, Sequence[float]], order: Sequence[int]) -> dict[int, int]:
+    """Return the group of each client by its losses, groups being as large as each other, to within one.
+
+    Again and again every client that is left names the remaining group with its least loss; the group
+    that most name takes the first of them, ceil(clients left / groups left), and is closed. Source: Wu et
+    al. 2024, FedBiscuit, https://arxiv.org/abs/2407.03038, as in the authors' code.
+
+    Args:
+        losses: By client id, one of each group; of equal ones the lower group is named.
+        order: All ids, in the order in which a group takes them.
+    """
+    left, found = list(order), dict[int, int]()
+    remaining = list(range(len(losses[left[0]]))) if left else []
+    while left:
+        quota = -(-len(left) // len(remaining))
+        named: dict[int, list[int]] = {group: [] for group in remaining}
+        for client in left:
+            named[min(remaining, key=lambda group: (losses[client][group], group))].append(client)
+        fullest = max(remaining, key=lambda group: (len(named[group]), -group))
+        found |= dict.fromkeys(named[fullest][:quota], fullest)
+        left = [client for client in left if client not in found]
+        remaining.remove(fullest)
+    return found
+
+
 def average_linkage(distances: Matrix, count: int) -> list[int]:
     """Return the group of each element, of ``count`` groups; they are numbered by their first elements.
 

@@ -24,6 +24,7 @@ from fedloom.commands import export
 from fedloom.commands import merge
 from fedloom.commands import chat
 from fedloom.commands import serve
+from fedloom.commands import label
 from fedloom.commands import keys
 from fedloom.commands import members
 from fedloom.commands import server
@@ -45,6 +46,7 @@ COMMANDS = (
     merge,
     chat,
     serve,
+    label,
     keys,
     members,
     server,

@@ -57,7 +57,9 @@ def show_row(experiment: Experiment, number: int) -> Group:
     client, example = int(owners[number]), examples[number]
     place = placed(*division.place(client, example.row))
     path = model_folder(experiment.model.path)
-    encoder = load_encoder(path, experiment.model.revision, experiment.data)
+    encoder = load_encoder(
+        path, experiment.model.revision, experiment.data, compares=experiment.compares
+    )
     context = context_of(path, experiment.model.revision)
     length = longest(experiment.data.max_length, context)
     whole = tokenize([example], encoder, UNBOUNDED, division.classes, keep_alike=True)

@@ -59,6 +59,7 @@ class Rendered:
         prompt: The prompt as a text of its own, where ``text`` begins with it.
         literals: Where control tokens stand in somebody's text.
         chat: Whether the template wrote it, special tokens and all.
+        closed: Whether nothing is added behind it that is trained on, and no token before its spans.
     """
 
     text: str
@@ -66,11 +67,12 @@ class Rendered:
     prompt: str | None = None
     literals: tuple[Span, ...] = ()
     chat: bool = False
+    closed: bool = False
 
     @property
     def open_ended(self) -> bool:
-        """Whether what is trained on reaches the end of the text."""
-        return bool(self.spans) and self.spans[-1][1] == len(self.text)
+        """Whether what is trained on reaches the end of the text, and goes on there."""
+        return bool(self.spans) and self.spans[-1][1] == len(self.text) and not self.closed
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -21,6 +21,7 @@ from fedloom.data.examples import (
     Text,
 )
 from fedloom.data.rows import common_prefix
+from fedloom.data.selection import LETTERS, both_orders
 from fedloom.data.sources import TEMPLATE_DATE, ControlTokens, TrainOn
 from fedloom.data.text_tokens import TextTokens, Tokens
 from fedloom.errors import DataError
@@ -58,6 +59,8 @@ class TextEncoder:
         train_on: Of the completion: every answer of the assistant, the last one, or everything.
         control_tokens: Whether control tokens in somebody's text are text, or control tokens.
         date: What a template's clock says.
+        compares: Whether a pair is read as the question which of its answers is better, in both orders
+            (``selection.py``).
     """
 
     tokenizer: Any
@@ -65,6 +68,7 @@ class TextEncoder:
     train_on: TrainOn = "all_answers"
     control_tokens: ControlTokens = "text"
     date: datetime.date = field(default=TEMPLATE_DATE)
+    compares: bool = False
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -97,7 +101,7 @@ class TextEncoder:
         )
         template = getattr(self.tokenizer, "chat_template", None)
         ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.stop_ids)
-        settings = (self.train_on, self.control_tokens, self.date.isoformat())
+        settings = (self.train_on, self.control_tokens, self.date.isoformat(), self.compares)
         return repr((vocabulary, template, ends, settings))
 
     def prompt(self, prompt: Text, tools: Tools = ()) -> list[int]:
@@ -235,6 +239,11 @@ class TextEncoder:
         match example:
             case Labelled(text=text):
                 return [self._plain(text)]
+            case Preference() if self.compares:
+                return [
+                    replace(self._plain(question + letter, len(question), question), closed=True)
+                    for question, letter in zip(both_orders(example), LETTERS, strict=True)
+                ]
             case Preference(prompt=prompt, chosen=chosen, rejected=rejected):
                 completions: list[Text] = [chosen, rejected]
             case Choice(prompt=prompt, choices=choices):
@@ -296,7 +305,7 @@ class _Sequence:
             while after < last and offsets[after] == (end, end):  # blanks that offsets leave out
                 after += 1
             mask[first:after] = [True] * (after - first)
-        if self.added_end and True in mask:
+        if self.added_end and True in mask and not self.rendered.closed:
             mask[-1] = True
         return mask
 
@@ -308,7 +317,7 @@ class _Sequence:
         first = self.mask.index(True)
         return (
             first
-            if self.prompt is None
+            if self.prompt is None or self.rendered.closed
             else min(first, common_prefix(self.prompt, self.tokens.ids))
         )
 

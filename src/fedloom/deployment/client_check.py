@@ -369,7 +369,9 @@ def _sample(
         return f"{read.place}, as it is read", _plain(row)
     try:
         path = model_folder(model.path)
-        encoder = load_encoder(path, model.revision, data)
+        encoder = load_encoder(
+            path, model.revision, data, compares=experiment is not None and experiment.compares
+        )
         length = longest(data.max_length, context_of(path, model.revision))
         tokens = tokenize([row], encoder, length, read.classes, keep_alike=data.ambiguous == "keep")
     except FedloomError as error:

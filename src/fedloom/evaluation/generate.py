@@ -63,7 +63,11 @@ class Ask:
 
 
 def load_encoder(
-    path: str, revision: str | None = None, data: DataSettings | None = None
+    path: str,
+    revision: str | None = None,
+    data: DataSettings | None = None,
+    *,
+    compares: bool = False,
 ) -> TextEncoder:
     """Load a model's tokenizer, and how texts are read with it.
 
@@ -71,6 +75,7 @@ def load_encoder(
         path: Folder or Hub name of the model.
         revision: Branch, tag or commit on the Hub.
         data: How examples are read (default: as ``[data]`` has it without being told).
+        compares: Whether the objective reads pairs as questions which answer is better.
 
     Raises:
         ModelError: The folder is missing, or holds no tokenizer.
@@ -82,6 +87,7 @@ def load_encoder(
         data.train_on,
         data.control_tokens,
         data.template_date,
+        compares,
     )
 
 

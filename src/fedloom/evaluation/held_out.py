@@ -26,6 +26,7 @@ from fedloom.evaluation.metrics import (
     of_rows,
     preference_metrics,
     rewards,
+    selection_metrics,
 )
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.logps import (
@@ -33,6 +34,8 @@ from fedloom.objectives.logps import (
     completion_rewards,
     completion_token_logps,
 )
+from fedloom.objectives.rewards import outcomes
+from fedloom.objectives.selector import letter_margins
 from fedloom.settings.schema import Of, Settings
 from fedloom.statistics.intervals import SHARE, Sample
 from fedloom.tensors import Tensors
@@ -154,6 +157,10 @@ class HeldOut:
                 return self._instruction(model)
             if self.kind == "choice":
                 return self._choice(model)
+            if self.kind == "selection":
+                margins = self.margins(model)
+                own = outcomes(margins.double().mean(0))
+                return selection_metrics(margins), of_rows("selection_accuracy", own, bounds=SHARE)
             if self.answering is not None:
                 return self._answers(model, self.answering)
             return self._rewards(model)
@@ -203,6 +210,13 @@ class HeldOut:
         right = torch.from_numpy(tokens.labels)
         won = ((-logps / lengths).double().argmin(0) == right).float()
         return choice_metrics(logps.T, lengths.T, right), of_rows("accuracy", won, bounds=SHARE)
+
+    def margins(self, model: AdapterModel) -> torch.Tensor:
+        """Return ``(2, pairs)`` margins of a selector; see :func:`letter_margins`."""
+        found = torch.zeros(2, len(self.share))
+        for indices, batch in self._batches(model):
+            found[:, torch.from_numpy(indices)] = letter_margins(model, batch.sequences).cpu()
+        return found
 
     def _answers(self, model: AdapterModel, answering: Answering) -> Scored:
         tokens = self.share.tokens

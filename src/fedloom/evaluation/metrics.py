@@ -46,6 +46,12 @@ PRIMARY_METRICS = {
         "it gained more log-probability over the base model than the rejected one, and where there is an "
         "explicit reward head both together (ties count half: 0.5 at the start by definition)",
     ),
+    "selection": PrimaryMetric(
+        "selection_accuracy",
+        True,
+        "share of held-out pairs whose chosen answer the selector says is better, asked in both orders "
+        "and the two margins added (ties count half)",
+    ),
     "feedback": PrimaryMetric(
         "feedback_auc",
         True,
@@ -75,6 +81,10 @@ METRICS: dict[str, tuple[NumberSpec, ...]] = {
         *map(fraction, ("preference_accuracy", "implicit_accuracy", "explicit_accuracy")),
         *map(fraction, ("likelihood_accuracy", "longer_accuracy", "normalised_accuracy")),
         score("reward_margin"),
+        amount("loss"),
+    ),
+    "selection": (
+        *map(fraction, ("selection_accuracy", "single_order_accuracy", "first_chosen")),
         amount("loss"),
     ),
     "feedback": (
@@ -162,6 +172,28 @@ def preference_metrics(
         "longer_accuracy": won((lengths[0] - lengths[1]).double()),
         "normalised_accuracy": won((chosen / lengths[0] - rejected / lengths[1]).double()),
         "reward_margin": float(whole.mean()),
+        "loss": float(-F.logsigmoid(whole).mean()),
+    }
+
+
+def selection_metrics(margins: Tensor) -> dict[str, float]:
+    """Return the metrics of held-out pairs under a selector.
+
+    Args:
+        margins: ``(2, pairs)`` logit of the right letter minus that of the other; in the first row the
+            chosen answer came first.
+
+    Returns:
+        ``selection_accuracy`` (of both orders together, ties count half), ``single_order_accuracy`` (of
+        each order by itself), ``first_chosen`` (share of questions in which the first answer was said
+        to be better: 0.5 where positions do not matter), and ``loss``, the mean cross-entropy over both
+        letters.
+    """
+    whole = margins.double()
+    return {
+        "selection_accuracy": won(whole.mean(0)),
+        "single_order_accuracy": won(whole.view(-1)),
+        "first_chosen": won(torch.cat([whole[0], -whole[1]])),
         "loss": float(-F.logsigmoid(whole).mean()),
     }
 

@@ -208,6 +208,11 @@ class Experiment:
         return chosen or ("base" if self.adapter.start is None else "start")
 
     @property
+    def compares(self) -> bool:
+        """Whether pairs are read as questions which answer is better, in both orders."""
+        return OBJECTIVES[self.objective.name][1].compares
+
+    @property
     def judges_clients(self) -> bool:
         """Whether clients are judged by rows of their own, for which they need the whole model."""
         return self.evaluation.per_client and METHODS[self.method.name][1].whole_at_clients

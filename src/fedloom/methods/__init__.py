@@ -22,6 +22,8 @@ from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.fedavgm import FedAvgM, FedAvgMSettings
 from fedloom.methods.fedawa import FedAWA, FedAWASettings
+from fedloom.methods.fedbis import FedBis, FedBisSettings
+from fedloom.methods.fedbiscuit import FedBiscuit, FedBiscuitSettings
 from fedloom.methods.fedbuff import FedBuff, FedBuffSettings
 from fedloom.methods.feddat import FedDAT, FedDATSettings
 from fedloom.methods.feddm import FedDM, FedDMSettings
@@ -82,6 +84,8 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
     "fedawa": (FedAWASettings, FedAWA),
+    "fedbis": (FedBisSettings, FedBis),
+    "fedbiscuit": (FedBiscuitSettings, FedBiscuit),
     "fedbuff": (FedBuffSettings, FedBuff),
     "regmean": (RegMeanSettings, RegMean),
     "lora_fair": (LoRAFAIRSettings, LoRAFAIR),

@@ -15,6 +15,7 @@ from fedloom.objectives.orpo import ORPO, ORPOSettings
 from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
 from fedloom.objectives.robust_dpo import RobustDPO, RobustDPOSettings
+from fedloom.objectives.selector import Selector, SelectorSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
 from fedloom.settings.plugins import Choices, undefined
@@ -31,6 +32,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "ipo": (IPOSettings, IPO),
     "simpo": (SimPOSettings, SimPO),
     "orpo": (ORPOSettings, ORPO),
+    "selector": (SelectorSettings, Selector),
     "kto": (KTOSettings, KTO),
     "bco": (BCOSettings, BCO),
     "pdpo": (PDPOSettings, PDPO),

@@ -101,6 +101,8 @@ class Objective:
         kind: Kind of example it trains on: instruction, preference, feedback or labelled.
         accepts: Kinds of data it can be given; KTO unrolls pairs into single answers.
         head: Which output layer the backbone gets.
+        compares: Whether a pair is read as the question which of its answers is better, in both orders
+            (``data/selection.py``), by which held-out pairs are judged too.
         needs_reference: Whether batches must carry the reference model's log-probs.
         needs_mismatched: Whether batches must carry mismatched completions (KTO).
         needs_reward: Whether the model must have an explicit reward head.
@@ -115,6 +117,7 @@ class Objective:
     kind: str = "instruction"
     accepts: tuple[str, ...] = ("instruction",)
     head: Head = "causal"
+    compares: bool = False
     needs_reference: bool = False
     needs_mismatched: bool = False
     needs_reward: bool = False

@@ -125,6 +125,25 @@ HELD_OUT = (
         "held-out",
     ),
     _share(
+        "selection_accuracy",
+        "the selector says that y+ is better: held-out, by the sum of its margins in both orders; in "
+        "training, of each order; ties count half",
+        "pairs",
+        "held-out, training",
+    ),
+    _share(
+        "single_order_accuracy",
+        "the selector says that y+ is better, asked in one order; ties count half",
+        "questions, two a pair",
+        "held-out",
+    ),
+    _share(
+        "first_chosen",
+        "the selector says that the answer that comes first is better; 0.5 where positions do not matter",
+        "questions, two a pair",
+        "held-out",
+    ),
+    _share(
         "feedback_auc",
         "r of a desirable answer > r of an undesirable one, ties count half; 0.5 where one class is "
         "missing",

@@ -335,7 +335,7 @@ def _evaluation(
 
 
 def _prompts(bundles: ModelBundles) -> list[Example]:
-    """Return the held-out examples to answer before and after; none where texts are classified.
+    """Return the held-out examples to answer before and after; none of a classifier or a selector.
 
     Raises:
         DataError: There are held-out rows, and none is left after tokenising.
@@ -348,7 +348,8 @@ def _prompts(bundles: ModelBundles) -> list[Example]:
             f"no row of the global held-out set is left after tokenising ({'; '.join(reasons)}); give "
             "other rows as data.test_source, or raise evaluation.max_length"
         )
-    samples = 0 if bundles.division.classes else bundles.experiment.evaluation.samples
+    none = bool(bundles.division.classes) or bundles.objective.compares
+    samples = 0 if none else bundles.experiment.evaluation.samples
     return [test[i] for i in readable[:samples]]
 
 

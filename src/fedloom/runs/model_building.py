@@ -107,7 +107,9 @@ def prepare_model(
     """Return the backbone's path, how texts are read for it and the backbone itself, on its device."""
     path = model_folder(experiment.model.path, stage)
     stage(f"loading {experiment.model.path}")
-    encoder = load_encoder(path, experiment.model.revision, experiment.data)
+    encoder = load_encoder(
+        path, experiment.model.revision, experiment.data, compares=experiment.compares
+    )
     pad = encoder.tokenizer.pad_token_id
     backbone = backbone_of(experiment, path, classes, pad, empty=empty)
     require_tokens(backbone, encoder.tokenizer, path)

@@ -97,7 +97,12 @@ class ModelCards:
         if path not in self._prompts:
             folder, encoder = model_folder(path), self.parts.encoder
             if folder != self.parts.model_path:
-                encoder = load_encoder(folder, self.experiment.model.revision, self.experiment.data)
+                encoder = load_encoder(
+                    folder,
+                    self.experiment.model.revision,
+                    self.experiment.data,
+                    compares=self.experiment.compares,
+                )
             template = self.experiment.data.template
             self._prompts[path] = prompt_facts(encoder, _examples(self.parts), template)
         return self._prompts[path]

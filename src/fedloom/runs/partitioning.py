@@ -204,6 +204,8 @@ def _as_trained(
 
 def judged_kind(experiment: Experiment, kind: str) -> str:
     """Return what held-out rows of a kind are judged as: see the kinds of ``PRIMARY_METRICS``."""
+    if kind == "preference" and experiment.compares:
+        return "selection"
     if kind != "instruction":
         return kind
     if experiment.data.choices:

@@ -841,12 +841,18 @@ class _Run:
     def _write_adapters(self, state: State) -> Path | None:
         """Write the global adapter, and each client's own where they keep one; return the former."""
         shared = self.parts.method.shared(state)
-        self.verifier.folders = len(self._owners()) + (shared is not None)
+        ensemble = self.parts.method.ensemble(state)
+        folders = len(self._owners()) + len(ensemble) + (shared is not None)
+        self.verifier.folders = folders
         try:
             if shared is not None:
                 self.parts.model.write(shared)
                 self.parts.model.save(self.folder.adapter)
                 self.verifier.note(self.folder.adapter, self.parts.model)
+            for name, adapter in ensemble.items():
+                self.parts.model.write(adapter)
+                self.parts.model.save(self.folder.named_adapter(name))
+                self.verifier.note(self.folder.named_adapter(name), self.parts.model)
             for client in self._owners():
                 model = self._write_own(client, state)
                 model.save(self.folder.client(client))
@@ -859,6 +865,8 @@ class _Run:
         """Write the model cards of all that was saved."""
         if self.folder.adapter.is_dir():
             self.cards.write(self.folder.adapter, self.parts.model, None, summary)
+        for folder in self.folder.named_adapters:
+            self.cards.write(folder, self.parts.model, None, None)
         for client in self._owners():
             model = self.parts.local.resources[client].model
             self.cards.write(self.folder.client(client), model, client, summary)

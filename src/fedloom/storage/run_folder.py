@@ -11,6 +11,7 @@
     samples.json      held-out prompts answered before and after
     summary.json      before, after, totals, the adapter's checksum and what was verified; at the end
     adapter/          the global adapter as a PEFT folder, with its card
+    adapters/         with several of them, such as FedBiscuit's selectors, each likewise
     clients/          models of single clients that have personal parts
     checkpoints/      state that a resumed run starts from
     .lock             held by the process that writes here, with its host and since when
@@ -129,6 +130,15 @@ class RunFolder:
     def adapter(self) -> Path:
         """PEFT folder of the global adapter."""
         return self.path / "adapter"
+
+    def named_adapter(self, name: str) -> Path:
+        """PEFT folder of one of several adapters that a method saves beside the global one."""
+        return self.path / "adapters" / name
+
+    @property
+    def named_adapters(self) -> list[Path]:
+        """Those that there are, by name."""
+        return sorted((self.path / "adapters").glob("*/"))
 
     def client(self, number: int) -> Path:
         """PEFT folder of a client's model, with its personal parts beside the adapter."""

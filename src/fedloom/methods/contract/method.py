@@ -336,6 +336,10 @@ class Method(MethodTraits):
         """Return the global adapter, or ``None`` where every client has its own."""
         return state.tensors
 
+    def ensemble(self, state: State) -> Mapping[str, Tensors]:
+        """Return adapters that are saved beside the shared one, by name; here none."""
+        return {}
+
     def sent_for_evaluation(self, state: State) -> Tensors | None:
         """Return what clients are sent to be judged with; ``None`` where all of it is their own."""
         return None if self.own_models else self.shared(state)
