@@ -8,6 +8,7 @@ import torch
 
 from fedloom.aggregation.clusters import (
     average_linkage,
+    balanced_groups,
     median_distance,
     silhouette,
     spectral_groups,
@@ -79,3 +80,20 @@ def test_distances_of_some_are_rows_of_all():
     assert list(found) == [1, 3]
     for client, row in found.items():
         assert row == {k: pytest.approx(whole[client, k]) for k in range(4) if k != client}
+
+
+def test_balanced_groups_by_hand():
+    """Three clients, two adapters, all prefer 0: quota 2, it takes the first two, the third goes to 1."""
+    alike = dict.fromkeys(range(3), (0.1, 0.2))
+    assert balanced_groups(alike, [0, 1, 2]) == {0: 0, 1: 0, 2: 1}
+    assert balanced_groups(alike, [2, 1, 0]) == {2: 0, 1: 0, 0: 1}
+    assert balanced_groups({}, []) == {}
+
+
+@pytest.mark.parametrize("clients", [1, 2, 7, 10])
+@pytest.mark.parametrize("groups", [1, 3, 5])
+def test_balanced_groups_are_within_one_of_each_other(clients, groups):
+    drawn = np.random.default_rng(clients).random((clients, groups))
+    found = balanced_groups(dict(enumerate(drawn.tolist())), list(range(clients)))
+    sizes = [list(found.values()).count(group) for group in range(groups)]
+    assert found.keys() == set(range(clients)) and max(sizes) - min(sizes) <= 1

@@ -18,6 +18,7 @@ from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
 from fedloom.objectives.pdpo import pdpo_loss
 from fedloom.objectives.robust_dpo import robust_dpo_loss
+from fedloom.objectives.selector import selector_loss
 from fedloom.objectives.simpo import simpo_loss
 from fedloom.wire.messages import decode, encode
 from fedloom.wire.schema import NumberSpec, score
@@ -32,7 +33,7 @@ RUNS = {
     "sft": TEXTS,
     "classification": LABELLED,
     "dpo": {**PAIRS, "objective": {"name": "dpo", "sft_weight": 0.5, "label_smoothing": 0.1}},
-    **{name: {**PAIRS, "objective": {"name": name}} for name in ("robust_dpo", "apo_zero", "apo_down", "cpo", "ipo", "simpo", "orpo")},
+    **{name: {**PAIRS, "objective": {"name": name}} for name in ("robust_dpo", "apo_zero", "apo_down", "cpo", "ipo", "simpo", "orpo", "selector")},
     **{name: {**FEEDBACK, "objective": {"name": name}} for name in ("kto", "bco")},
     "pdpo": {**PAIRS, **OWN, "objective": {"name": "pdpo", "sft_weight": 0.5}},
     "pkto": {**FEEDBACK, **OWN, "objective": {"name": "pkto"}},
@@ -122,6 +123,7 @@ def losses(seed):
                 label_smoothing=0.1,
             ),
         )
+    yield "selector", selector_loss(a - b)
     yield "classification", classification_loss(a.view(8, 8), torch.arange(8))
 
 

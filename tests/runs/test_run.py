@@ -62,6 +62,7 @@ SETS = {
     "apo_zero": "builtin:preferences",
     "apo_down": "builtin:preferences",
     "cpo": "builtin:preferences",
+    "selector": "builtin:preferences",
     "bco": "builtin:feedback",
     "sft": "builtin:instructions",
     "classification": "builtin:labelled",
@@ -718,7 +719,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         "[federaton]: unknown section; did you mean 'federation'?",
         "federation.rouns: unknown key; did you mean 'rounds'?",
         "federation.clients = 'four'",
-        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, ipo, kto, orpo, pdpo, pkto, robust_dpo, sft, simpo",
+        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, ipo, kto, orpo, pdpo, pkto, robust_dpo, selector, sft, simpo",
         "training.optimizer = 'adamx': did you mean 'adam'? allowed: adam, adamw, sgd",
         "adapter.rank = 0",
     ):

@@ -13,11 +13,11 @@ class Votes:
     """What judges say of pairs.
 
     Attributes:
-        winners: ``(pairs,)`` int64: 1 where most are for the first answer, -1 for the second, 0 for a tie.
+        winners: ``(pairs,)`` int64: 1 where most are for the first answer, -1 for the second, 0: tie.
         first: ``(pairs,)`` int64: judges for the first answer.
         second: ``(pairs,)`` int64: judges for the second.
-        by_position: Share of questions to a judge of which it says the same letter in both orders, so that
-            the position and not the answer decides.
+        by_position: Share of pairs, over all judges, of which a judge says the same letter in both
+            orders: the position decides and not the answer.
     """
 
     winners: Tensor
@@ -33,8 +33,8 @@ def votes(margins: Tensor) -> Votes:
     https://arxiv.org/abs/2407.03038, where ties go to the first answer; here they are ties.
 
     Args:
-        margins: ``(judges, 2, pairs)``: by how much a judge prefers the first answer, asked with it in the
-            first position, and in the second.
+        margins: ``(judges, 2, pairs)``: by how much a judge prefers the first answer, asked with it in
+            the first position, and in the second.
     """
     whole = margins.double().sum(1)
     first, second = (whole > 0).sum(0), (whole < 0).sum(0)

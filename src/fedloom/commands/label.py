@@ -46,7 +46,7 @@ def label(
     )
     if found.agreement is not None:
         say(f"agreement with the file's own labels: {found.agreement:.4f}")
-    say(f"answers that follow the position: {found.by_position:.4f} of the questions")
+    say(f"answers that follow the position alone: {found.by_position:.4f}")
     if found.by_position > 0.5:
         doubt("most answers follow the position and not what is said: train the selectors longer")
     say(f"wrote {out}; train on it: data.source = {str(out)!r}, objective.name = 'dpo'")

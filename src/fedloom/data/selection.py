@@ -22,9 +22,8 @@ def question(prompt: Text, first: Text, second: Text) -> str:
         second: Answer B.
     """
     return (
-        f"Which answer is better?\n\nPrompt:\n{_conversation(prompt)}\n\n"
-        f"Answer A:\n{plain_text(first).strip()}\n\nAnswer B:\n{plain_text(second).strip()}\n\n"
-        "Better answer: "
+        f"Prompt: {_conversation(prompt)}\nAnswer A: {plain_text(first).strip()}\n"
+        f"Answer B: {plain_text(second).strip()}\nBetter answer: "
     )
 
 

@@ -1,8 +1,8 @@
 """Pairs of answers of which nobody has said which is better, from a file.
 
-Columns are those of preference data without the verdict (``layouts.py``): a prompt, and two answers under
-a pair of common names, or a list of answers, of which every two are a pair. ``chosen`` and ``rejected`` do
-too: what they say is then known beside what is found.
+Columns are those of preference data without the verdict (``layouts.py``): a prompt, and two answers
+under a pair of common names, or a list of answers, of which every two are a pair. ``chosen`` and
+``rejected`` do too: what they say is then known beside what is found.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ The published step of an adapter is sum_k (w_k - w) / N, over the few of its gro
 clients: ``step = "damped"``, with means by rows. Ours: an absent client keeps its group; one without a
 group that is drawn tells its losses in that round and joins the adapter with the least; a client that was
 not drawn since groups were formed is judged by the adapter that it found best itself.
+
+What makes groups is that warm-ups differ in who is drawn. Where all clients take part in every round,
+adapters come out of it alike, and groups are as good as drawn.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Labels:
         ties: Pairs left out as no answer has more votes.
         too_long: Pairs left out as both answers do not fit beside the question.
         unanimous: Of those labelled, pairs on which all selectors agree.
-        by_position: Share of questions that a selector answers by position, not by answer.
+        by_position: Share of pairs, over all selectors, that one answers by position, not by answer.
         agreement: Share of the labelled pairs whose winner is the file's chosen one, where it says one.
     """
 
@@ -65,9 +65,9 @@ def selectors_of(run: Path) -> tuple[Experiment, list[Path]]:
     experiment = Experiment.from_toml(run / EXPERIMENT)
     if not experiment.compares:
         raise ModelError(
-            f"{run} was trained with objective.name = {experiment.objective.name!r}, which says of no pair "
-            'which answer is better: train one with objective.name = "selector" (method.name = "fedbis" '
-            'or "fedbiscuit")'
+            f"{run} was trained with objective.name = {experiment.objective.name!r}, which says of no "
+            'pair which answer is better: train one with objective.name = "selector" (method.name = '
+            '"fedbis" or "fedbiscuit")'
         )
     return experiment, folder.named_adapters or [adapter_folder(run)]
 
