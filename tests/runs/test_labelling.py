@@ -89,7 +89,7 @@ def test_from_selectors_to_dpo(experiment, rows_file, call, tmp_path):
             experiment(
                 data={
                     "source": str(out),
-                    "builtin_rows": 300,
+                    "kind": "preference",
                     "test_source": "builtin:preferences",
                 },
                 federation={"rounds": 1, "clients": 1},

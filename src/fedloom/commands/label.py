@@ -49,7 +49,7 @@ def label(
     say(f"answers that follow the position alone: {found.by_position:.4f}")
     if found.by_position > 0.5:
         doubt("most answers follow the position and not what is said: train the selectors longer")
-    say(f"wrote {out}; train on it: data.source = {str(out)!r}, objective.name = 'dpo'")
+    say(f"wrote {out}; train on it: data.source = {str(out)!r}, data.kind = 'preference'")
 
 
 def _check(run: Path, pairs: Path) -> None:
