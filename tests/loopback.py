@@ -52,6 +52,7 @@ BUILTIN = "builtin:preferences"
 
 ADAPTERS = {
     "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
+    "fedlease": {"kind": "experts", "rank": 2, "experts": 3, "router": "linear"},
     "ravan": {"rank": 4},
     "hilora": {"rank": 3},
 }

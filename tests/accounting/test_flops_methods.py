@@ -27,6 +27,7 @@ SECTIONS = {
     },
     "ravan": {"adapter": {"rank": 4}},
     "hilora": {"adapter": {"rank": 3}},
+    "fedlease": {"adapter": {"kind": "experts", "rank": 2, "experts": 3, "router": "linear"}},
     "fedmoe": {"adapter": {"kind": "submixture"}, "method": {"experts_per_client": 3}},
 }
 NEAR = {"fedpdpo": 0.003, "distillation": 0.003, "fed_et": 0.003}

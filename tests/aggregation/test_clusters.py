@@ -9,8 +9,10 @@ import torch
 from fedloom.aggregation.clusters import (
     average_linkage,
     balanced_groups,
+    cosine_distances,
     median_distance,
     silhouette,
+    silhouette_groups,
     spectral_groups,
     subspace_distances,
     subspace_distances_of,
@@ -97,3 +99,27 @@ def test_balanced_groups_are_within_one_of_each_other(clients, groups):
     found = balanced_groups(dict(enumerate(drawn.tolist())), list(range(clients)))
     sizes = [list(found.values()).count(group) for group in range(groups)]
     assert found.keys() == set(range(clients)) and max(sizes) - min(sizes) <= 1
+
+
+def test_cosine_distances_and_the_best_silhouette_by_hand():
+    """B vectors (1, 0), (2, 1), (0, 1), (-1, 3)."""
+    vectors = [(1.0, 0.0), (2.0, 1.0), (0.0, 1.0), (-1.0, 3.0)]
+    found = cosine_distances({c: [torch.tensor([v])] for c, v in enumerate(vectors)})
+    expected = {(0, 1): 0.10557281, (0, 2): 1.0, (0, 3): 1.31622777, (1, 2): 0.5527864,
+                (1, 3): 0.85857864, (2, 3): 0.0513167}  # fmt: skip
+    for (i, j), distance in expected.items():
+        assert found[i, j] == found[j, i] == pytest.approx(distance)
+    assert silhouette(found, [0, 0, 1, 1]) == pytest.approx(0.91148716)
+    assert silhouette(found, [0, 0, 1, 2]) == pytest.approx(0.42586105)
+    assert silhouette(found, [0, 1, 2, 2]) == pytest.approx(0.46184946)
+    assert silhouette_groups(found, 4) == [0, 0, 1, 1]
+
+
+def test_copies_of_one_client_are_one_group():
+    copies = cosine_distances({c: [torch.ones(2, 2)] for c in range(5)})
+    assert silhouette_groups(copies, 4) == [0] * 5
+    assert silhouette_groups(copies[:2, :2], 4) == [0, 0] and silhouette_groups(
+        copies[:1, :1], 4
+    ) == [0]
+    zeros = cosine_distances({0: [torch.zeros(2)], 1: [torch.ones(2)]})
+    assert zeros[0, 1] == 1

@@ -19,6 +19,7 @@ ASYNCHRONOUS = {
 FEDERATED = sorted(METHODS.keys() - {"centralised", *ASYNCHRONOUS})
 ADAPTERS = {
     "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
+    "fedlease": {"kind": "experts", "rank": 2, "experts": 4, "router": "linear"},
     "fedmoe": {"kind": "submixture"},
 }
 

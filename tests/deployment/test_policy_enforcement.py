@@ -503,7 +503,11 @@ def test_by_default_replies_hold_adapters_and_control_variates(own):
     assert open_methods(own(SHARED, methods=["fedavg", "split"])) == ["fedavg"]
 
 
-ADAPTERS = {"fedamole": {"kind": "experts"}, "fedmoe": {"kind": "submixture"}}
+ADAPTERS = {
+    "fedamole": {"kind": "experts"},
+    "fedlease": {"kind": "experts", "router": "linear"},
+    "fedmoe": {"kind": "submixture"},
+}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

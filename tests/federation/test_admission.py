@@ -308,6 +308,8 @@ def test_when_everybody_offends_the_run_stops(experiment, monkeypatch):
                 "centralised",
             }
             - {"lora_a2", "fednova", "fedspallm"}
+            - {"distillation", "split", "fedamole", "fedlease", "fedmoe", "fedkseed", "centralised"}
+            - {"lora_a2", "fednova"}
         ),
     ),
 )

@@ -42,6 +42,8 @@ def suited(experiment, mixture_folder):
         sections["training"] = {"local_steps": 3}
         if method == "fedamole":
             sections["adapter"] = {"kind": "experts", "experts": 4}
+        if method == "fedlease":
+            sections["adapter"] = {"kind": "experts", "experts": 3, "router": "linear"}
         if method == "fedmoe":
             sections["adapter"] = {"kind": "submixture", "rank": 8}
             sections["model"] = {"path": str(mixture_folder)}

@@ -64,6 +64,7 @@ for line in sys.stdin:
 
 SUITED = {
     "fedamole": {"adapter": {"kind": "experts", "rank": 2, "experts": 4}},
+    "fedlease": {"adapter": {"kind": "experts", "rank": 2, "experts": 4, "router": "linear"}},
     "fedmoe": {"adapter": {"kind": "submixture", "rank": 8}},
     "distillation": {
         "objective": {"name": "classification"},

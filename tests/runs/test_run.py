@@ -80,12 +80,13 @@ TURNS = [("fedavg", name) for name in SETS] + [
     pytest.param(method, name, marks=[pytest.mark.slow] if (place + turn) % 3 else [])
     for place, method in enumerate(CLASSIC + OTHERS)
     for turn, name in enumerate(SETS if method in CLASSIC else FEW)
-    if name != "classification" or method not in ("fedpdpo", "fedamole", "fedmoe")
+    if name != "classification" or method not in ("fedpdpo", "fedamole", "fedlease", "fedmoe")
 ]
 """Of all but FedAvg every third pair is quick, so that each method runs under one objective or more."""
 
 ADAPTERS = {
     "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
+    "fedlease": {"kind": "experts", "rank": 2, "experts": 3, "router": "linear"},
     "ravan": {"rank": 4},
     "hilora": {"rank": 3},
 }
@@ -112,7 +113,9 @@ def test_every_objective_runs_under_every_method(suited, name, method):
     result = fedloom.run(suited(method, objective={"name": name}, data=data, training=training))
     assert set(result.metrics) == set(result.metrics_before)
     assert all(np.isfinite(value) for value in result.metrics.values())
-    assert (result.adapter_path is None) == (method in ("local_only", "fedamole", "fedmoe"))
+    assert (result.adapter_path is None) == (
+        method in ("local_only", "fedamole", "fedlease", "fedmoe")
+    )
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["rounds"] == 2
     assert [record["round"] for record in lines(result.folder, "rounds.jsonl")] == [0, 1, 2]

@@ -26,6 +26,7 @@ AMOUNTS = {"steps": 10, "examples": 40, "tokens": 2500}
 LABELLED = {"objective": {"name": "classification"}, "data": {"source": "builtin:labelled"}}
 NEEDED = {
     "fedamole": {"adapter": {"kind": "experts", "experts": 4}},
+    "fedlease": {"adapter": {"kind": "experts", "experts": 4, "router": "linear"}},
     "distillation": {**LABELLED, "public": {"rows": 8}},
     "fed_et": {**LABELLED, "public": {"rows": 8}},
     "feddm": LABELLED,

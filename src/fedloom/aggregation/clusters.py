@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -60,6 +61,36 @@ def _apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
         for own, its in zip(one, other, strict=True)
     ]
     return max(0.0, 1.0 - sum(shares) / len(shares))
+
+
+def cosine_distances(factors: Mapping[int, Sequence[Tensor]]) -> Matrix:
+    """Return ``(clients, clients)`` distances 1 - cos(vec B_i, vec B_j), means over the layers; 0 to 2.
+
+    A factor of zeros has the distance 1 to all others. Source: Wang et al. 2025, FedLEASE,
+    https://arxiv.org/abs/2509.15087.
+
+    Args:
+        factors: By client id, a tensor of each layer; clients ascend in the result.
+    """
+    layers = zip(*(factors[client] for client in sorted(factors)), strict=True)
+    found = []
+    for own in layers:
+        flat = torch.stack([tensor.double().flatten() for tensor in own])
+        unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        found.append((1 - unit @ unit.T).clamp(min=0.0).fill_diagonal_(0.0))
+    return np.asarray(torch.stack(found).mean(0).numpy(), np.float64)
+
+
+def silhouette_groups(distances: Matrix, most: int) -> list[int]:
+    """Return the group of each element by average linkage, of the number with the best silhouette.
+
+    From 2 to ``most`` groups are tried; it is one group where the best is below :data:`NO_TWO`. Source:
+    Wang et al. 2025, FedLEASE, https://arxiv.org/abs/2509.15087, which never tries one group.
+    """
+    count = len(distances)
+    tried = [average_linkage(distances, groups) for groups in range(2, min(most, count - 1) + 1)]
+    best = max(tried, key=lambda labels: silhouette(distances, labels), default=[0] * count)
+    return best if len(set(best)) > 1 and silhouette(distances, best) >= NO_TWO else [0] * count
 
 
 def silhouette(distances: Matrix, labels: Sequence[int]) -> float:

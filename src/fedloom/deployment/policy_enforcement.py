@@ -60,7 +60,7 @@ def _names(fields: Mapping[str, str]) -> frozenset[str]:
 TAKEN = _names(
     {
         "model": "quantization dropout",
-        "adapter": "kind alpha dropout targets layers initial_text top_k balance",
+        "adapter": "kind alpha dropout targets layers initial_text top_k balance router",
         "public": "labelled",
         "clients": "newcomers",
         "clients.groups.*": "clients rewards",

@@ -31,6 +31,7 @@ from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
 from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
+from fedloom.methods.fedlease import FedLEASE, FedLEASESettings
 from fedloom.methods.fedmap import FedMAP, FedMAPSettings
 from fedloom.methods.fedmoe import FedMoE, FedMoESettings
 from fedloom.methods.fedmomentum import FedMomentum, FedMomentumSettings
@@ -119,6 +120,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "flexlora": (FlexLoRASettings, FlexLoRA),
     "hetlora": (HetLoRASettings, HetLoRA),
     "fedamole": (FedAMoLESettings, FedAMoLE),
+    "fedlease": (FedLEASESettings, FedLEASE),
     "fedmoe": (FedMoESettings, FedMoE),
     "distillation": (DistillationSettings, DistillationMethod),
     "fed_et": (FedETSettings, FedET),

@@ -241,6 +241,11 @@ class FedAMoLE(OwnMixture):
                 f'method.name = {view.name!r} assigns experts: use adapter.kind = "experts", not '
                 f"{adapter.kind!r}"
             )
+        elif adapter.router != "relevance":
+            yield (
+                f"adapter.router = {adapter.router!r}: method.name = {view.name!r} routes by the experts "
+                "themselves: leave it out"
+            )
         training = view.federation.clients - len(view.clients.newcomers)
         yield from method.contradictions(adapter.experts, training)
         compares = view.objective is not None and view.objective.needs_mismatched

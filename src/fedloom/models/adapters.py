@@ -102,6 +102,10 @@ class AdapterSettings(Settings):
     """Of experts: domain experts that a token passes, beside the shared one."""
     balance: float = Field(default=0.001, ge=0)
     """Of experts: weight of the term that asks for an even use of experts."""
+    router: Literal["relevance", "linear"] = "relevance"
+    """Of experts: by the likeness of projected tokens to what experts project on, with a shared expert
+    (FedAMoLE), or by a matrix of logits, in which a client's own expert has several places (FedLEASE;
+    without a shared expert, ``top_k`` and ``balance``)."""
 
     def contradictions(self) -> list[str]:
         """Return what in these settings cannot both be meant."""
@@ -114,12 +118,17 @@ class AdapterSettings(Settings):
             "virtual_tokens": PROMPTS,
         }
         owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
-        owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
+        owners |= dict.fromkeys(("experts", "top_k", "balance", "router"), experts)
         for name, kinds in owners.items():
             given = getattr(self, name) != type(self).model_fields[name].default
             if self.kind not in kinds and given:
                 found.append(
                     f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
+                )
+        for name in ("top_k", "balance") if self.router == "linear" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                found.append(
+                    f'adapter.{name} is a setting of router = "relevance"; adapter.router is "linear"'
                 )
         if self.kind in (*PROMPTS, "submixture"):
             for name in ("targets", "layers"):

@@ -48,6 +48,9 @@ KEPT_SETTINGS = ("rank", "alpha", "dropout", "top_k", "balance", "experts")
 
 PROJECTION, SHARED_A, SHARED_B = "projection", "shared.A", "shared.B"
 
+ROUTER = "router"
+"""The matrix of logits of a linear router (``routed_experts.py``), in place of these three."""
+
 
 @dataclass
 class Routing:
@@ -172,6 +175,30 @@ class ExpertLinear(nn.Module):
         down = [parts[PROJECTION], parts[SHARED_A], *(parts[f"experts.{i}.A"] for i in ids)]
         up = [parts[SHARED_B], *(parts[f"experts.{i}.B"] for i in ids)]
         return ids, torch.cat(down), torch.cat(up, 1)
+
+    def shapes(self, ids: Collection[int]) -> dict[str, tuple[int, int]]:
+        """Return the shape of each part, with these experts."""
+        down, up = (self.rank, self.inputs), (self.outputs, self.rank)
+        return {PROJECTION: down, SHARED_A: down, SHARED_B: up} | factor_shapes(ids, down, up)
+
+    def fresh(self, experts: int, drawn: torch.Generator) -> dict[str, Tensor]:
+        """Return parts that change nothing: A and P as LoRA draws A, B zero."""
+        shapes = self.shapes(range(experts))
+        return {name: drawn_part(name, shape, drawn) for name, shape in shapes.items()}
+
+
+def factor_shapes(
+    ids: Collection[int], down: tuple[int, int], up: tuple[int, int]
+) -> dict[str, tuple[int, int]]:
+    """Return the shapes of some experts' factors, by name."""
+    return {f"experts.{i}.{f}": shape for i in ids for f, shape in (("A", down), ("B", up))}
+
+
+def drawn_part(name: str, shape: tuple[int, int], drawn: torch.Generator) -> Tensor:
+    """Return a part as it is at first: B zero, all others as LoRA draws A."""
+    if name.endswith("B"):
+        return torch.zeros(shape)
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=drawn)
 
 
 class Gated(torch.autograd.Function):
@@ -347,6 +374,7 @@ class ExpertModel(AdapterModel):
             "format": FORMAT,
             "base_model": config.name_or_path,
             **{name: getattr(self.settings, name) for name in KEPT_SETTINGS},
+            **({} if self.settings.router == "relevance" else {"router": self.settings.router}),
             "layers": {name: list(layer.ids) for name, layer in self.layers.items()},
         }
         (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
@@ -384,11 +412,20 @@ def split_name(name: str) -> tuple[str, str]:
     Raises:
         ValueError: It is the name of no part of a mixture of experts.
     """
-    for marker in (".experts.", ".shared.", f".{PROJECTION}"):
+    for marker in (".experts.", ".shared.", f".{PROJECTION}", f".{ROUTER}"):
         at = name.rfind(marker)
         if at >= 0:
             return name[:at], name[at + 1 :]
     raise ValueError(f"{name!r} names no part of a mixture of experts")
+
+
+def layer_kind(settings: AdapterSettings) -> type[ExpertLinear]:
+    """Return the layer that a router needs."""
+    if settings.router == "relevance":
+        return ExpertLinear
+    from fedloom.models.routed_experts import RoutedLinear  # which is made of what is here
+
+    return RoutedLinear
 
 
 def attach_experts(backbone: nn.Module, settings: AdapterSettings, *, seed: int = 0) -> nn.Module:
@@ -407,28 +444,12 @@ def attach_experts(backbone: nn.Module, settings: AdapterSettings, *, seed: int 
     for name in target_layers(backbone, settings):
         parent, _, leaf = name.rpartition(".")
         base: Any = backbone.get_submodule(name)
-        layer = ExpertLinear(name, base, linear_widths(base), settings, routing)
-        parts = fresh_parts(layer, settings.experts, drawn)
-        layer.ids, down, up = layer.stacked(parts)
+        layer = layer_kind(settings)(name, base, linear_widths(base), settings, routing)
+        layer.ids, down, up = layer.stacked(layer.fresh(settings.experts, drawn))
         layer.down = nn.Parameter(down.to(layer.down.device))
         layer.up = nn.Parameter(up.to(layer.up.device))
         setattr(backbone.get_submodule(parent), leaf, layer)
     return backbone
-
-
-def fresh_parts(layer: ExpertLinear, experts: int, drawn: torch.Generator) -> dict[str, Tensor]:
-    """Return parts that change nothing: A and P as LoRA draws A, B zero."""
-
-    def down() -> Tensor:
-        tensor = torch.empty(layer.rank, layer.inputs)
-        return torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=drawn)
-
-    parts = {PROJECTION: down(), SHARED_A: down()}
-    parts[SHARED_B] = torch.zeros(layer.outputs, layer.rank)
-    for number in range(experts):
-        parts[f"experts.{number}.A"] = down()
-        parts[f"experts.{number}.B"] = torch.zeros(layer.outputs, layer.rank)
-    return parts
 
 
 def is_expert_folder(folder: Path) -> bool:
@@ -448,32 +469,26 @@ def load_experts(backbone: nn.Module, folder: Path) -> tuple[nn.Module, AdapterS
         named = {name: tuple(ids) for name, ids in record["layers"].items()}
         tensors = safetensors.torch.load_file(folder / FILE)
         settings = AdapterSettings(
-            kind="experts", targets=list(named), **{name: record[name] for name in KEPT_SETTINGS}
+            kind="experts",
+            targets=list(named),
+            router=record.get("router", "relevance"),
+            **{name: record[name] for name in KEPT_SETTINGS},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder} is not a folder of experts, or damaged: {error}") from error
-    expected = {
-        f"{name}.{part}"
-        for name, ids in named.items()
-        for part in (
-            PROJECTION,
-            SHARED_A,
-            SHARED_B,
-            *(f"experts.{i}.{factor}" for i in ids for factor in "AB"),
-        )
-    }
-    _require_same(folder, expected, tensors.keys())
     model = attach_experts(backbone, settings)
     wrapped = ExpertModel(model, settings, 0)
-    widths = {name: (layer.inputs, layer.outputs) for name, layer in wrapped.layers.items()}
+    expected = {
+        f"{name}.{part}": shape
+        for name, ids in named.items()
+        for part, shape in wrapped.layers[name].shapes(ids).items()
+    }
+    _require_same(folder, expected, tensors.keys())
     for name, tensor in tensors.items():
-        layer, part = split_name(name)
-        inputs, outputs = widths[layer]
-        fits = (outputs, settings.rank) if part.endswith("B") else (settings.rank, inputs)
-        if tensor.shape != fits:
+        if tensor.shape != expected[name]:
             raise ModelError(
                 f"{folder} does not fit this model: {name} is {tuple(tensor.shape)} there, "
-                f"{fits} here"
+                f"{expected[name]} here"
             )
     wrapped.write(tensors)
     return model, settings

@@ -142,6 +142,7 @@ def read_adapter(folder: Path, name: str) -> SavedAdapter:
         record = _config(folder / experts.CONFIG, name)
         found = {own: record.get(own) for own in experts.KEPT_SETTINGS}
         layers = record.get("layers")
+        found |= {"router": record.get("router", "relevance")}
         found |= {"kind": "experts", "targets": list(layers) if isinstance(layers, dict) else None}
         return SavedAdapter(name, folder, _checked(found, name), record)
     if not (folder / CONFIG).is_file():

@@ -45,7 +45,7 @@ FOLDER = "start"
 CLIENTS = "clients/"
 """Before the number of a client, in a run folder and in the copy."""
 
-SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k")
+SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k", "router")
 """Settings that an experiment may not say otherwise than the adapter: the rest are seen by its tensors,
 or are how it is trained."""
 

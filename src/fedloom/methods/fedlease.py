@@ -1,0 +1,251 @@
+"""FedLEASE: clients alike share a LoRA expert, and each client's router mixes the experts of all groups.
+
+Source: Wang et al. 2025, "Adaptive LoRA Experts Allocation and Selection for Federated Fine-Tuning"
+(FedLEASE), https://arxiv.org/abs/2509.15087, and the authors' code. In a warm-up each client trains a
+LoRA of its own. From the distances of their B (1 - cos, mean over layers) the server forms groups by
+average linkage, of the number with the best silhouette; the mean of a group's adapters is its expert.
+Then a client trains its group's expert and a router over all experts (``models/routed_experts.py``), the
+others being frozen, and the server takes means of both within each group.
+
+Ours: of the warm-up each client's last answer counts, which may be of any round of it; there may be one
+group; a client that is first there when groups exist trains on trial from the start, and joins the group
+whose members' B are nearest on average; the router begins as all draw it from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from fedloom.accounting.traffic import ParameterTraffic, Traffic
+from fedloom.aggregation.clusters import average_linkage, cosine_distances, silhouette_groups
+from fedloom.aggregation.means import weighted_mean
+from fedloom.federation.protocol import Cohort, Round
+from fedloom.methods.bases.client_groups import groups_of, numbers_of
+from fedloom.methods.bases.client_mixtures import OwnMixture
+from fedloom.methods.bases.expert_groups import (
+    OthersHeld,
+    alone_of,
+    factors_of,
+    kept_alone,
+    mixture,
+    nearest,
+    own_expert,
+    single,
+    trained_part,
+    without_down,
+)
+from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.contract.checks import optimizer_anew
+from fedloom.methods.contract.client import Client, Handler, Trainings
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide
+from fedloom.methods.declaration import (
+    EACH_ANSWER,
+    OWN_STEPS,
+    PARTLY_HELD,
+    TOGETHER,
+    Absence,
+    Declaration,
+    no,
+)
+from fedloom.models.experts import ROUTER, ExpertModel
+from fedloom.settings.schema import NamedSettings
+from fedloom.tensors import State, Tensors, join_parts, tensor_bytes
+from fedloom.training.settings import ALONE, Part
+from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.schema import Schema
+
+
+class FedLEASESettings(NamedSettings):
+    """``[method] name = "fedlease"``; ``adapter.experts`` is the most groups that there may be."""
+
+    name: Literal["fedlease"] = "fedlease"
+    warm_up_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of the rounds in which clients train alone, one round at least (published: 5 of 25)."""
+    groups: int = Field(default=0, ge=0)
+    """Number of groups; 0: of the best silhouette, from 1 to ``adapter.experts``."""
+
+
+class FedLEASE(OwnMixture):
+    """Trains an expert for each group of clients, and a router over all of them."""
+
+    declares = Declaration(
+        "FedLEASE",
+        "https://arxiv.org/abs/2509.15087",
+        "adapted",
+        "there may be one group; newcomers join by a training on trial",
+        "FedLLM",
+        "a client's own LoRA up; after the warm-up all experts and a router down, one and it up",
+        "the mixture that it trained last",
+        secure_aggregation=EACH_ANSWER,
+        client_privacy=no("groups are formed of single answers"),
+        row_privacy=OWN_STEPS,
+        asynchronous=TOGETHER,
+        compression=PARTLY_HELD,
+        absence=Absence(
+            "is in no mean; its group and its mixture stay",
+            "first there when groups exist, it trains on trial and joins the nearest group",
+            "is in no mean; the B that groups were formed of stays",
+        ),
+        problem="clients have unlike tasks, and some of them the same",
+    )
+    reveals = ADAPTERS_ALONE
+    taken = ("warm_up_share", "groups")
+    no_start = "its experts are formed of what clients train alone"
+
+    def __init__(self, settings: FedLEASESettings) -> None:
+        """Keep the settings."""
+        self.settings = settings
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also an adapter without such a router, and a number of groups that it has no room for."""
+        yield from super().check(view)
+        yield from optimizer_anew(view, "trains other experts in later rounds")
+        adapter = view.adapter
+        if adapter is None:
+            return
+        if adapter.kind != "experts" or adapter.router != "linear":
+            yield (
+                f"method.name = {view.name!r} mixes experts by a matrix of logits: use adapter.kind = "
+                f'"experts" with adapter.router = "linear", not {adapter.kind!r} with {adapter.router!r}'
+            )
+        elif view.method.groups > adapter.experts:
+            yield (
+                f"method.groups = {view.method.groups} is above adapter.experts = {adapter.experts}, the "
+                "most experts that there may be: raise adapter.experts"
+            )
+
+    def setup(self, server: ServerSide) -> None:
+        """Note the adapter as it is initialised."""
+        super().setup(server)
+        assert isinstance(server.model, ExpertModel), "the experiment asks for experts"
+        self.drawn, self.most = server.model.read(), server.model.settings.experts
+
+    def initial_state(self, adapter: Tensors) -> State:
+        """Return nothing: there are no experts yet."""
+        return State({})
+
+    def trainings_of(self, round: int, rounds: int) -> int:
+        """Return one; of the last of several rounds two, for a client's only training on trial."""
+        return 2 if round == rounds > 1 else 1
+
+    def round(self, state: State, cohort: Cohort) -> Round:
+        """Have clients train alone; or form groups, if there are none, and train their mixtures."""
+        groups, tensors = groups_of(state), dict(state.tensors)
+        if not groups and cohort.round <= warm_up_rounds(
+            self.settings.warm_up_share, self.server.rounds
+        ):
+            replies = yield self._alone(cohort, cohort.clients)
+            return State({**tensors, **kept_alone(replies)})
+        if not groups:
+            groups = self._formed(tensors)
+            tensors = self._experts(tensors, groups)
+        unknown = tuple(client for client in cohort.clients if client not in groups)
+        if unknown and groups:
+            replies = yield self._alone(cohort, unknown)
+            tensors |= without_down(kept_alone(replies))
+            groups |= nearest(tensors, groups, replies.answered)
+        of = {client: groups[client] for client in cohort.clients if client in groups}
+        replies = yield self._mixtures(tensors, cohort, of)
+        tensors |= self._means(replies, of)
+        cohort.details["groups"] = {str(c): group for c, group in sorted(groups.items())}
+        return State(tensors, numbers_of(groups))
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the client side."""
+        return {"alone": self._train_alone, "train": self._train}
+
+    def sent_to_unseen(self, state: State) -> Tensors:
+        """Return the mixture of the first group; before there are groups, one expert as it is drawn."""
+        return mixture(state.tensors, 0) or single(self.drawn)
+
+    def traffic(self, adapter: Tensors) -> Traffic:
+        """Count a round of the warm-up: one expert up."""
+        return ParameterTraffic(0, tensor_bytes(own_expert(adapter)))
+
+    def sent_shapes(self, adapter: Tensors) -> Tensors:
+        """Return one expert."""
+        return own_expert(adapter)
+
+    def _alone(self, cohort: Cohort, clients: tuple[int, ...]) -> Exchange:
+        """Return the exchange in which clients train a LoRA of their own."""
+        numbers = {LEARNING_RATE.name: cohort.learning_rate}
+        reply = Schema.of(own_expert(self.drawn), TRAIN_REPLY_NUMBERS, cohort.reported)
+        request = Schema((), (LEARNING_RATE,))
+        return Exchange.broadcast(
+            "alone", cohort.round, clients, Payload(numbers=numbers), request, reply
+        )
+
+    def _formed(self, tensors: Tensors) -> dict[int, int]:
+        """Return the groups of all that answered in the warm-up."""
+        factors = factors_of(tensors)
+        if not factors:
+            return {}
+        apart, fixed = cosine_distances(factors), min(self.settings.groups, len(factors))
+        labels = average_linkage(apart, fixed) if fixed else silhouette_groups(apart, self.most)
+        return dict(zip(sorted(factors), labels, strict=True))
+
+    def _experts(self, tensors: Tensors, groups: Mapping[int, int]) -> Tensors:
+        """Return the state with experts and routers, and of what clients trained alone B."""
+        found, count = {}, len(set(groups.values()))
+        for group in range(count):
+            members = [client for client, own in groups.items() if own == group]
+            adapters = [alone_of(tensors, own_expert(self.drawn), client) for client in members]
+            expert = weighted_mean(adapters, [1.0] * len(members))
+            router = {n: t[: 2 * count - 1] for n, t in self.drawn.items() if n.endswith(ROUTER)}
+            found |= join_parts(**{f"expert/{group:03d}": {**expert, **router}})
+        return found | without_down(tensors)
+
+    def _mixtures(self, tensors: Tensors, cohort: Cohort, of: Mapping[int, int]) -> Exchange:
+        """Return the exchange in which clients train their group's expert and router."""
+        numbers = {LEARNING_RATE.name: cohort.learning_rate}
+        like = mixture(tensors, 0)
+        request = Schema.of(like, (LEARNING_RATE,))
+        sent = {
+            group: encode(Payload(mixture(tensors, group), numbers), request)
+            for group in sorted(set(of.values()))
+        }
+        reply = Schema.of(trained_part(like), TRAIN_REPLY_NUMBERS, cohort.reported)
+        requests = {client: sent[group] for client, group in of.items()}
+        return Exchange("train", cohort.round, request, reply, requests)
+
+    def _means(self, replies: Sequence[Reply], of: Mapping[int, int]) -> Tensors:
+        """Return each group's expert and router as the mean of its members', alike, as published."""
+        found: Tensors = {}
+        for group in sorted({of[reply.client] for reply in replies}):
+            own = [reply.payload.tensors for reply in replies if of[reply.client] == group]
+            found |= join_parts(**{f"expert/{group:03d}": weighted_mean(own, [1.0] * len(own))})
+        return found
+
+    def _train_alone(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        start = client.store.get(ADAPTER, {})
+        client.model.write(start or single(client.initial))
+        rate = payload.numbers["learning_rate"]
+        late = client.round > warm_up_rounds(self.settings.warm_up_share, client.rounds)
+        part = Part(0, 2) if late else ALONE
+        result = yield from client.training_steps(rate, purpose="alone ", part=part)
+        client.session["probed"] = late
+        client.store[ADAPTER] = client.model.read()
+        sent = own_expert(client.store[ADAPTER])
+        return Payload(sent, {"examples": len(client.share)}, result.metrics)
+
+    def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        client.model.write(payload.tensors)
+        held = OthersHeld(client.model)
+        part = Part(1, 2) if client.session.get("probed") else ALONE
+        result = yield from client.training_steps(
+            payload.numbers["learning_rate"], held.before, held.after, part=part
+        )
+        client.store[ADAPTER] = client.model.read()
+        sent = trained_part(client.store[ADAPTER])
+        return Payload(sent, {"examples": len(client.share)}, result.metrics)
+
+
+def warm_up_rounds(share: float, rounds: int) -> int:
+    """Return the rounds in which clients train alone: a share of all, one at least."""
+    return max(1, math.floor(share * rounds + 0.5))
