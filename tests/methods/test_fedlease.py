@@ -74,7 +74,7 @@ def test_another_adapter_is_refused(table):
     with pytest.raises(SettingsError, match=r'adapter.router = "linear", not \'lora\''):
         Experiment.from_table(table)
     table["adapter"], table["method"]["groups"] = ADAPTER, 4
-    with pytest.raises(SettingsError, match="method.groups = 4 is above adapter.experts = 3"):
+    with pytest.raises(SettingsError, match=r"method\.groups = 4 is above adapter\.experts = 3"):
         Experiment.from_table(table)
     table["method"] = {"name": "fedamole"}
     with pytest.raises(SettingsError, match="routes by the experts themselves"):

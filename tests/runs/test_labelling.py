@@ -15,6 +15,10 @@ ROWS = [
     for n in range(6)
 ]  # fmt: skip
 
+LABELLED = [
+    {"prompt": r["prompt"], "chosen": r["response_a"], "rejected": r["response_b"]} for r in ROWS
+]
+
 
 def test_pairs_are_read_under_common_names(rows_file):
     several = {"instruction": "Say it.", "input": "Now.", "responses": ["a", "b", "a"]}
@@ -90,7 +94,7 @@ def test_from_selectors_to_dpo(experiment, rows_file, call, tmp_path):
                 data={
                     "source": str(out),
                     "kind": "preference",
-                    "test_source": "builtin:preferences",
+                    "test_source": rows_file(LABELLED, "test.jsonl"),
                 },
                 federation={"rounds": 1, "clients": 1},
                 evaluation={"per_client": False, "max_examples": 4},

@@ -88,9 +88,13 @@ def silhouette_groups(distances: Matrix, most: int) -> list[int]:
     Wang et al. 2025, FedLEASE, https://arxiv.org/abs/2509.15087, which never tries one group.
     """
     count = len(distances)
-    tried = [average_linkage(distances, groups) for groups in range(2, min(most, count - 1) + 1)]
-    best = max(tried, key=lambda labels: silhouette(distances, labels), default=[0] * count)
-    return best if len(set(best)) > 1 and silhouette(distances, best) >= NO_TWO else [0] * count
+    best, highest = [0] * count, NO_TWO
+    for groups in range(2, min(most, count - 1) + 1):
+        labels = average_linkage(distances, groups)
+        found = silhouette(distances, labels) if max(labels) else 0.0  # copies are not divided
+        if found >= highest and (found > highest or not max(best)):
+            best, highest = labels, found
+    return best
 
 
 def silhouette(distances: Matrix, labels: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ def label(
     run: Annotated[
         Path,
         typer.Argument(
-            help='Run folder with objective.name = "selector": fedbis, fedbiscuit.',
+            help='Run folder with objective.name = "selector".',
             show_default=False,
         ),
     ],

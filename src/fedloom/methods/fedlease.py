@@ -52,7 +52,8 @@ from fedloom.methods.declaration import (
     Declaration,
     no,
 )
-from fedloom.models.experts import ROUTER, ExpertModel
+from fedloom.models.expert_layers import ROUTER
+from fedloom.models.experts import ExpertModel
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, tensor_bytes
 from fedloom.training.settings import ALONE, Part

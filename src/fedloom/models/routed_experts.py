@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.models.experts import ROUTER, ExpertLinear, factor_shapes
+from fedloom.models.expert_layers import ROUTER, ExpertLinear, factor_shapes
 
 
 def slot_gates(logits: Tensor) -> Tensor:

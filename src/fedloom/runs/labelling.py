@@ -66,8 +66,7 @@ def selectors_of(run: Path) -> tuple[Experiment, list[Path]]:
     if not experiment.compares:
         raise ModelError(
             f"{run} was trained with objective.name = {experiment.objective.name!r}, which says of no "
-            'pair which answer is better: train one with objective.name = "selector" (method.name = '
-            '"fedbis" or "fedbiscuit")'
+            'pair which answer is better: train one with objective.name = "selector"'
         )
     return experiment, folder.named_adapters or [adapter_folder(run)]
 

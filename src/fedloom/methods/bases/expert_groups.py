@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.aggregation.clusters import cosine_distances
-from fedloom.models.experts import ROUTER, ExpertModel
+from fedloom.models.expert_layers import ROUTER
+from fedloom.models.experts import ExpertModel
 from fedloom.tensors import Tensors, by_client, part_of
 from fedloom.wire.messages import Reply
 
