@@ -45,8 +45,8 @@ def test_names_are_defined_once_and_pages_find_them():
     assert [own.name for own in found] == ["loss", "accuracy"]
     assert [own.name for own in glossary.GLOSSARY.values() if own.counted] == [
         "accuracy", "preference_accuracy", "implicit_accuracy", "explicit_accuracy",
-        "likelihood_accuracy", "normalised_accuracy", "longer_accuracy", "selection_accuracy", "single_order_accuracy",
-        "first_chosen", "reward_accuracy",
+        "likelihood_accuracy", "normalised_accuracy", "longer_accuracy", "selection_accuracy",
+        "reward_accuracy",
         "token_reward_accuracy",
     ]  # fmt: skip
 
