@@ -493,7 +493,7 @@ def test_who_stops_a_resumed_run_at_once_is_told_what_is_saved(experiment, tmp_p
                 *("scaffold", "local_only", "fedyogi", "fedex_lora"),
                 *("fed_sb", "fedkseed", "random_projection"),
                 *("feddyn", "moon", "fedptr", "apfl", "fedala"),
-                *("regmean", "lora_fair", "fedawa", "fedmap"),
+                *("regmean", "lora_fair", "fedawa", "fedmap", "fedbiscuit"),
             )
         ),
     ],

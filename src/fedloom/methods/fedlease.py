@@ -193,7 +193,8 @@ class FedLEASE(OwnMixture):
 
     def _experts(self, tensors: Tensors, groups: Mapping[int, int]) -> Tensors:
         """Return the state with experts and routers, and of what clients trained alone B."""
-        found, count = {}, len(set(groups.values()))
+        found: Tensors = {}
+        count = len(set(groups.values()))
         for group in range(count):
             members = [client for client, own in groups.items() if own == group]
             adapters = [alone_of(tensors, own_expert(self.drawn), client) for client in members]
@@ -237,6 +238,7 @@ class FedLEASE(OwnMixture):
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         client.model.write(payload.tensors)
+        assert isinstance(client.model, ExpertModel), "the experiment asks for experts"
         held = OthersHeld(client.model)
         part = Part(1, 2) if client.session.get("probed") else ALONE
         result = yield from client.training_steps(

@@ -69,7 +69,9 @@ class RoutedLinear(ExpertLinear):
         )
         slots = len(down) - up.shape[1]
         found = {ROUTER: down[:slots]}
-        factors = zip(down[slots:].split(self.rank), up.split(self.rank, 1), strict=True)
+        factors = zip(
+            torch.split(down[slots:], self.rank), torch.split(up, self.rank, 1), strict=True
+        )
         for number, (a, b) in zip(self.ids, factors, strict=True):
             found |= {f"experts.{number}.A": a, f"experts.{number}.B": b}
         return {name: tensor.contiguous() for name, tensor in found.items()}
