@@ -37,13 +37,7 @@ from fedloom.methods.bases.selectors import Step, stepped, validation_rows
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.contract.row_losses import summary
-from fedloom.methods.declaration import (
-    EACH_ANSWER,
-    TOGETHER,
-    Absence,
-    Declaration,
-    no,
-)
+from fedloom.methods.declaration import EACH_ANSWER, TOGETHER, Absence, Declaration, no
 from fedloom.randomness import generator
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
@@ -183,10 +177,7 @@ class FedBiscuit(Method):
     def _grouped(
         self, groups: Mapping[int, int], replies: Replies, cohort: Cohort, *, anew: bool
     ) -> dict[int, int]:
-        """Return the groups, formed anew of those that answered, or with newcomers to them.
-
-        Who is away keeps the group it had, and takes a place in no group of those that are formed.
-        """
+        """Return the groups, anew of those that answered, or with newcomers; others keep theirs."""
         losses = {
             reply.client: [
                 reply.payload.numbers[_loss(number)] for number in range(self.settings.selectors)
@@ -248,7 +239,7 @@ class FedBiscuit(Method):
 
 
 def warm_up_rounds(share: float, rounds: int) -> int:
-    """Return the rounds of the warm-up: a share of all, one at least."""
+    """Return the rounds of the warm-up, one at least."""
     return max(1, math.floor(share * rounds + 0.5))
 
 

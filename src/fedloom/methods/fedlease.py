@@ -7,9 +7,8 @@ average linkage, of the number with the best silhouette; the mean of a group's a
 Then a client trains its group's expert and a router over all experts (``models/routed_experts.py``), the
 others being frozen, and the server takes means of both within each group.
 
-Ours: of the warm-up each client's last answer counts, which may be of any round of it; there may be one
-group; a client that is first there when groups exist trains on trial from the start, and joins the group
-whose members' B are nearest on average; the router begins as all draw it from the seed.
+Ours: of the warm-up each client's last answer counts; there may be one group; a client that is first there
+when groups exist trains on trial, and joins the group whose members' B are nearest on average.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class FedLEASE(OwnMixture):
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
-        """Yield also an adapter without such a router, and a number of groups that it has no room for."""
+        """Yield also an adapter without such a router, and more groups than it has room for."""
         yield from super().check(view)
         yield from optimizer_anew(view, "trains other experts in later rounds")
         adapter = view.adapter
@@ -138,9 +137,8 @@ class FedLEASE(OwnMixture):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Have clients train alone; or form groups, if there are none, and train their mixtures."""
         groups, tensors = groups_of(state), dict(state.tensors)
-        if not groups and cohort.round <= warm_up_rounds(
-            self.settings.warm_up_share, self.server.rounds
-        ):
+        warm = warm_up_rounds(self.settings.warm_up_share, self.server.rounds)
+        if not groups and cohort.round <= warm:
             replies = yield self._alone(cohort, cohort.clients)
             return State({**tensors, **kept_alone(replies)})
         if not groups:
