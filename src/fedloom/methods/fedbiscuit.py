@@ -169,10 +169,9 @@ class FedBiscuit(Method):
     def _scores(self, state: State, cohort: Cohort, clients: tuple[int, ...]) -> Exchange:
         """Return the exchange in which clients tell the loss of each adapter."""
         losses = tuple(score(_loss(number)) for number in range(self.settings.selectors))
-        request, reply = Schema.of(state.tensors), Schema((), losses)
-        return Exchange.broadcast(
-            "score", cohort.round, clients, Payload(state.tensors), request, reply
-        )
+        sent, reply = Payload(state.tensors), Schema((), losses)
+        request = Schema.of(state.tensors)
+        return Exchange.broadcast("score", cohort.round, clients, sent, request, reply)
 
     def _grouped(
         self, groups: Mapping[int, int], replies: Replies, cohort: Cohort, *, anew: bool

@@ -7,8 +7,8 @@ average linkage, of the number with the best silhouette; the mean of a group's a
 Then a client trains its group's expert and a router over all experts (``models/routed_experts.py``), the
 others being frozen, and the server takes means of both within each group.
 
-Ours: of the warm-up each client's last answer counts; there may be one group; a client that is first there
-when groups exist trains on trial, and joins the group whose members' B are nearest on average.
+Ours: of the warm-up each client's last answer counts; there may be one group; a client that is first
+there when groups exist trains on trial, and joins the group whose members' B are nearest on average.
 """
 
 from __future__ import annotations
@@ -175,10 +175,8 @@ class FedLEASE(OwnMixture):
         """Return the exchange in which clients train a LoRA of their own."""
         numbers = {LEARNING_RATE.name: cohort.learning_rate}
         reply = Schema.of(own_expert(self.drawn), TRAIN_REPLY_NUMBERS, cohort.reported)
-        request = Schema((), (LEARNING_RATE,))
-        return Exchange.broadcast(
-            "alone", cohort.round, clients, Payload(numbers=numbers), request, reply
-        )
+        request, sent = Schema((), (LEARNING_RATE,)), Payload(numbers=numbers)
+        return Exchange.broadcast("alone", cohort.round, clients, sent, request, reply)
 
     def _formed(self, tensors: Tensors) -> dict[int, int]:
         """Return the groups of all that answered in the warm-up."""
@@ -248,5 +246,5 @@ class FedLEASE(OwnMixture):
 
 
 def warm_up_rounds(share: float, rounds: int) -> int:
-    """Return the rounds in which clients train alone: a share of all, one at least."""
+    """Return the rounds in which clients train alone, one at least."""
     return max(1, math.floor(share * rounds + 0.5))
