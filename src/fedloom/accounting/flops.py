@@ -67,6 +67,7 @@ class ModelShape:
         attention_width_reached: The same of those that the backward pass runs through.
         pooled: Whether the output layer is applied to one position of a sequence, whatever is kept.
         once: Products that are made once a pass, as linear layers that one token passes.
+        again: Layers that are applied once more in training (DoRA's, to inputs with dropout).
     """
 
     linears: tuple[LinearShape, ...]
@@ -79,6 +80,7 @@ class ModelShape:
     encoded: int = 0
     pooled: bool = False
     once: tuple[LinearShape, ...] = ()
+    again: tuple[LinearShape, ...] = ()
 
 
 def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: float) -> float:
@@ -102,9 +104,13 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: flo
 
 
 def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: float) -> float:
-    """FLOPs of the backward pass that belongs to :func:`forward_flops` of the same arguments."""
+    """FLOPs of the backward pass that belongs to :func:`forward_flops` of the same arguments.
+
+    With it are those of the forward pass that there are in training alone.
+    """
     tokens = rows * length
-    per_token = sum(_backward_per_token(x) for x in shape.linears if x.reached)
+    per_token = sum(_backward_per_token(x) for x in (*shape.linears, *shape.again) if x.reached)
+    per_token += sum(_forward_per_token(x) for x in shape.again)
     attention = 8.0 * length * shape.attention_width_reached
     positions = 1 if shape.pooled else head_positions
     heads = sum(_backward_per_token(x) for x in (*shape.before_head, shape.head) if x.reached)

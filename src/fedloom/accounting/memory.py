@@ -11,8 +11,17 @@ from __future__ import annotations
 
 from fedloom.accounting.flops import ModelShape
 
-OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "sgd": 0}
-"""Optimizer states per trained parameter; sgd has one with momentum."""
+OPTIMIZER_SLOTS = {
+    "adamw": 2.0,
+    "adam": 2.0,
+    "sgd": 0.0,
+    "adafactor": 0.0,
+    "muon": 1.0,
+    "lion": 1.0,
+}
+OPTIMIZER_SLOTS["adamw_8bit"] = 0.5
+"""Optimizer states of four bytes per trained parameter; sgd has one with momentum. Of tensors below 4,096
+numbers adamw_8bit keeps two."""
 
 
 KEPT_BETWEEN = 2

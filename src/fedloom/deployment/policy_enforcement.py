@@ -61,6 +61,8 @@ TAKEN = _names(
     {
         "model": "quantization dropout",
         "adapter": "kind alpha dropout targets layers initial_text top_k balance router",
+        "adapter": "kind alpha dropout layers initial_text top_k balance use_dora use_rslora "
+        "init_lora_weights modules_to_save",
         "public": "labelled",
         "clients": "newcomers",
         "clients.groups.*": "clients rewards",
@@ -81,6 +83,7 @@ TAKEN = _names(
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule warmup_rounds decay head_learning_rate "
+        "loraplus_lr_ratio neftune_noise_alpha data_seed "
         "min_learning_rate weight_decay beta1 beta2 epsilon momentum max_grad_norm micro_batch_size "
         "accumulation tokens_per_pass local_epochs local_steps local_examples local_tokens total_epochs "
         "amount_per "
@@ -122,7 +125,7 @@ PRIVATE = "unit delta clip noise_multiplier target_epsilon accountant column see
 DECIDED = _names(
     {
         "model": "path revision",
-        "adapter": "start",
+        "adapter": "start targets",
         "clients": "groups newcomer_steps",
         "clients.groups.*": "model",
         "data": "source kind choices test_fraction train_on template_date ambiguous",
@@ -478,7 +481,11 @@ class _Examiner:
         if self.sent and asked.start is not None and SENT.fullmatch(asked.start) is None:
             reason = f"adapter.start = {asked.start!r} is not something that a server sends"
             self.refuse("experiment", reason)
-        return AdapterSettings(**self._taken("adapter", asked), start=asked.start)
+        if self.sent and asked.pattern is not None:  # one can be made to take for ever
+            reason = f"adapter.targets = {asked.pattern!r}: a server sends the names of layers"
+            self.refuse("experiment", reason)
+        taken = self._taken("adapter", asked)
+        return AdapterSettings(**taken, start=asked.start, targets=asked.targets)
 
     def _require_model(self, where: str, path: str, revision: str | None) -> None:
         name = f"{path}@{revision}" if revision and path not in MADE else path

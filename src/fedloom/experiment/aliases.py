@@ -70,6 +70,20 @@ def _not_half(theirs: Any) -> Any:
     return _NOTHING
 
 
+def _first_factors(theirs: Any) -> Any:
+    return "default" if theirs is True else theirs
+
+
+def _pissa(theirs: Any) -> Any:
+    if not isinstance(theirs, bool):
+        raise _NotReadError("it is true or false")
+    return "pissa" if theirs else _NOTHING
+
+
+def _listed(theirs: Any) -> Any:
+    return [name.strip() for name in theirs.split(",")] if isinstance(theirs, str) else theirs
+
+
 _BETWEEN = "it falls over the rounds and is constant within one"
 _OF_A_ROUND = "of one round at a client"
 
@@ -81,6 +95,11 @@ _OPTIMIZERS = _one_of(
         "adamw_torch_fused": "adamw",
         "adamw_hf": "adamw",
         "adamw": "adamw",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "adamw_8bit": "adamw_8bit",
+        "adafactor": "adafactor",
+        "lion_32bit": "lion",
+        "muon": "muon",
         "sgd": "sgd",
     }
 )
@@ -116,6 +135,12 @@ ALIASES: dict[str, Alias] = {
     "adapter.lora_target": Alias("adapter.targets", FACTORY),
     "adapter.lora_target_modules": Alias("adapter.targets", AXOLOTL),
     "adapter.layers_to_transform": Alias("adapter.layers", PEFT),
+    "adapter.peft_use_dora": Alias("adapter.use_dora", AXOLOTL),
+    "adapter.peft_use_rslora": Alias("adapter.use_rslora", AXOLOTL),
+    "adapter.peft_init_lora_weights": Alias("adapter.init_lora_weights", AXOLOTL, _first_factors),
+    "adapter.pissa_init": Alias("adapter.init_lora_weights", FACTORY, _pissa),
+    "adapter.lora_modules_to_save": Alias("adapter.modules_to_save", TRL),
+    "adapter.additional_target": Alias("adapter.modules_to_save", FACTORY, _listed),
     "data.dataset_name": Alias("data.source", TRL),
     "data.dataset_config": Alias("data.subset", TRL),
     "data.dataset_train_split": Alias("data.split", TRL),

@@ -29,6 +29,11 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{WHAT}: training.local_tokens would have the number of steps depend on which rows are "
             "drawn; give training.local_steps, local_examples or local_epochs"
         )
+    if "training" in parts and parts["training"].neftune_noise_alpha:
+        yield (
+            f"{WHAT}: training.neftune_noise_alpha draws from one stream for all rows of a batch, so "
+            "that one row changes the others' gradients: leave it out"
+        )
     if "adapter" in parts and parts["adapter"].kind == "experts":
         yield (
             f'{WHAT}: adapter.kind = "experts" asks for an even use of experts over all tokens of a '

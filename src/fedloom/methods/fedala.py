@@ -222,7 +222,11 @@ class PlainSteps:
     def train(self, training: Training) -> LocalResult:
         """Carry out a training."""
         plain = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
-        plain |= {"keep_optimizer_state": False, "head_learning_rate": None}
+        plain |= {
+            "keep_optimizer_state": False,
+            "head_learning_rate": None,
+            "loraplus_lr_ratio": 1.0,
+        }
         settings = training.settings.model_copy(update=plain)
         return train_locally(
             training.model, training.share, training.objective, settings, **training.options

@@ -60,6 +60,10 @@ LARGEST = 1000.0
 """|g| counts at most so much in the probabilities (official code)."""
 
 
+OF_GRADIENTS = ("weight_decay", "momentum", "keep_optimizer_state", "neftune_noise_alpha")
+"""Of ``[training]``, what is of gradients or of other steps than plain ones."""
+
+
 class FedKSeedSettings(NamedSettings):
     """``[method] name = "fedkseed"``."""
 
@@ -105,13 +109,13 @@ class FedKSeed(Method):
         yield from super().check(view)
         name, training = view.name, view.training
         if training is not None:
-            for key in ("weight_decay", "momentum", "keep_optimizer_state", "head_learning_rate"):
-                if getattr(training, key):
-                    yield (
-                        f"training.{key}: method.name = {name!r} makes plain steps of SGD, which the "
-                        "sums of its scalars stand for: leave it out"
-                    )
-            if training.optimizer == "adam":
+            given = [f"training.{key}" for key in OF_GRADIENTS if getattr(training, key)]
+            for setting in (*given, *training.several_rates):
+                yield (
+                    f"{setting}: method.name = {name!r} makes plain steps of SGD, which the "
+                    "sums of its scalars stand for: leave it out"
+                )
+            if training.optimizer not in ("sgd", "adamw"):  # the default is what nobody chose
                 yield f'training.optimizer: method.name = {name!r} makes steps of SGD: use "sgd"'
         if view.adapter is not None and view.adapter.dropout:
             yield (

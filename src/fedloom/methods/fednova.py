@@ -97,9 +97,9 @@ class FedNova(Method):
             )
         if not view.method.mu or training.optimizer != "sgd":
             return
-        if training.head_learning_rate:
+        for setting in training.several_rates:
             yield (
-                f"training.head_learning_rate: with method.mu the factors of method.name = {view.name!r} "
+                f"{setting}: with method.mu the factors of method.name = {view.name!r} "
                 "need one learning rate for all tensors: leave one of both out"
             )
         if view.method.mu * training.learning_rate > 1:

@@ -91,9 +91,9 @@ class Scaffold(Method):
         yield from whole_answers(
             view, "has clients keep a sum of what they sent, which is the server's as well"
         )
-        if view.training is not None and view.training.head_learning_rate:
+        for setting in view.training.several_rates if view.training is not None else ():
             yield (
-                f"training.head_learning_rate: method.name = {view.name!r} divides by one learning rate "
+                f"{setting}: method.name = {view.name!r} divides by one learning rate "
                 "for all tensors"
             )
 

@@ -2,7 +2,7 @@
 
 ====================  ==================================================================================
 ``lora``              two factors of rank r beside linear layers (Hu et al. 2021,
-                      https://arxiv.org/abs/2106.09685)
+                      https://arxiv.org/abs/2106.09685), and its variants: DoRA, rsLoRA, PiSSA, OLoRA
 ``full``              the linear layers themselves, in the blocks that ``layers`` names; saved by PEFT in
                       its format for layers that are trained whole ("LN_TUNING", which takes any layer)
 ``ia3``               one factor a channel of keys, values and the MLP's input (Liu et al. 2022,
@@ -22,6 +22,7 @@ time, a copy into the parameter microseconds.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -34,6 +35,7 @@ import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
 )
@@ -55,6 +57,8 @@ from fedloom.models.architecture import (
 )
 from fedloom.models.backbone_delta import MOVED, FrozenWeights
 from fedloom.models.configuration import BLOCKS, number, text_part
+from fedloom.models.cut_factors import CUT, require_own_weights, save_beside_whole
+from fedloom.models.embedding_noise import EmbeddingNoise
 from fedloom.models.flop_shape import block_of, model_shape
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.output_head import OutputHead, output_head
@@ -67,6 +71,16 @@ from fedloom.tensors import Tensors
 
 PROMPTS = ("prompt", "ptuning")
 """Kinds that put virtual tokens before the text."""
+
+
+VARIANTS = ("use_dora", "use_rslora", "init_lora_weights", "modules_to_save")
+"""Settings of LoRA that have PEFT's names and meaning."""
+
+PLAIN_NAME = re.compile(r"[\w.-]+")
+"""A layer's name; any other text is a regular expression."""
+
+LONGEST_PATTERN = 1000
+"""Characters of a regular expression."""
 
 
 class AdapterSettings(Settings):
@@ -86,10 +100,24 @@ class AdapterSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of lora and experts: share of the adapter's inputs set to zero while training."""
     targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: "all-linear", or names such as ["q_proj", "v_proj"]. (IA)3 chooses its
-    own by default, prompt and p-tuning have none."""
+    """Layers that get an adapter: "all-linear", names such as ["q_proj", "v_proj"], or, of lora and full,
+    a regular expression that a layer's whole name matches, such as '.*\\.[01]\\..*_proj'. (IA)3 chooses
+    its own by default, prompt and p-tuning have none."""
     layers: int | list[int] | None = None
     """Blocks that get an adapter: so many last ones, or a list of indices from 0 (default: all)."""
+    use_dora: bool = False
+    """Of lora: whether each output's weights are a trained magnitude times a direction, which the factors
+    change (DoRA, 2402.09353). Magnitudes are averaged as all else that is trained."""
+    use_rslora: bool = False
+    """Of lora: whether the update is scaled by alpha / sqrt(rank) (rsLoRA, 2312.03732)."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """Of lora: the first factors. default: A random, B zero. gaussian, orthogonal: others that change
+    nothing at first or little. pissa, olora: the largest singular directions (2404.02948), or the first
+    columns of a QR decomposition (2406.01775), of each frozen weight, which keeps the rest; what is saved
+    is a plain LoRA of twice the rank on the model as it was."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Of lora: modules that are trained whole beside it, such as ["lm_head"]; they travel and are
+    averaged as all else that is trained."""
     virtual_tokens: int = Field(default=8, ge=1)
     """Of prompt and ptuning: length of the learnt prompt in tokens."""
     initial_text: str | None = Field(default=None, min_length=1)
@@ -119,8 +147,12 @@ class AdapterSettings(Settings):
         }
         owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
         owners |= dict.fromkeys(("experts", "top_k", "balance", "router"), experts)
+        owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
+        owners |= dict.fromkeys(VARIANTS, ("lora",))
         for name, kinds in owners.items():
-            given = getattr(self, name) != type(self).model_fields[name].default
+            given = getattr(self, name) != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            )
             if self.kind not in kinds and given:
                 found.append(
                     f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
@@ -138,7 +170,47 @@ class AdapterSettings(Settings):
             found.append(f"adapter.layers = {self.layers}: give the number of last blocks, from 1")
         if isinstance(self.layers, list) and (not self.layers or min(self.layers) < 0):
             found.append(f"adapter.layers = {self.layers}: give indices of blocks, from 0")
+        if self.pattern is not None:
+            found += self._of_pattern(self.pattern)
+        if self.cuts and self.start is not None:
+            found.append(
+                f"adapter.init_lora_weights = {self.init_lora_weights!r} is of new factors, and "
+                "adapter.start gives trained ones: leave one of them out"
+            )
         return found
+
+    def _of_pattern(self, pattern: str) -> Iterator[str]:
+        if self.kind not in ("lora", "full"):
+            yield f"adapter.targets = {pattern!r}: adapter.kind = {self.kind!r} takes names of layers"
+        if len(pattern) > LONGEST_PATTERN:
+            yield f"adapter.targets has {len(pattern)} characters; at most {LONGEST_PATTERN} are read"
+            return
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"adapter.targets = {pattern!r} is not a regular expression: {error}"
+
+    @property
+    def pattern(self) -> str | None:
+        """The regular expression that names the layers, if it is one."""
+        own = self.targets
+        return own if isinstance(own, str) and not PLAIN_NAME.fullmatch(own) else None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the first factors are cut out of the frozen weights."""
+        return self.init_lora_weights in CUT
+
+    @property
+    def beyond_products(self) -> list[str]:
+        """Settings by which a layer's change is not the product of its factors alone."""
+        found = ["adapter.use_dora"] if self.use_dora else []
+        return found + [f'adapter.init_lora_weights = "{self.init_lora_weights}"'] * self.cuts
+
+    def alpha_at(self, rank: int) -> float:
+        """Return alpha with which factors of another rank are scaled as those of this one."""
+        share = rank / self.rank
+        return self.alpha * (math.sqrt(share) if self.use_rslora else share)
 
 
 IA3_TARGETS = {
@@ -170,6 +242,8 @@ class AdapterModel:
         allowance: What may be computed with it; asked before every pass.
         own: A client's own parts at the output, where the model has any.
         base: The frozen weights under LoRA's factors.
+        first: Where the first factors were cut out of the frozen weights, all that was trained then.
+        noise: Noise on the embeddings while training, where there is any.
         shared_prompts: Whether what sequences begin with may be read once; ``None`` until it is asked
             (``training/shared_prompts.py``).
         stackable: Why factors of several clients cannot be stacked, empty where they can; ``None`` until
@@ -225,9 +299,13 @@ class AdapterModel:
         self.virtual_tokens = int(prompt or 0)
         self.shape = model_shape(model, gradient_enters=self.virtual_tokens > 0)
         self._partly_trained: tuple[ModelShape, dict[frozenset[str], ModelShape]] = self.shape, {}
+        self.first: Tensors = {}
+        if getattr(config, "init_lora_weights", True) in CUT:
+            self.first = self.read()
         self.flops = 0.0
         self.allowance = Allowance()
         self.base = FrozenWeights(model)
+        self.noise: EmbeddingNoise | None = None
         self.shared_prompts: bool | None = None
         self.stackable: str | None = None
         self.row_gradients: str | None = None
@@ -235,9 +313,19 @@ class AdapterModel:
 
     @property
     def scaling(self) -> float:
-        """Of LoRA: what the product of its factors is multiplied by, alpha / rank."""
+        """Of LoRA: the factor of B A, alpha / rank or, of rsLoRA, alpha / sqrt(rank)."""
         config: Any = self.model.peft_config["default"]
-        return float(config.lora_alpha) / float(config.r)
+        rank = float(config.r)
+        return float(config.lora_alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+
+    @property
+    def adapted_layers(self) -> list[str]:
+        """Full names of the layers with factors, or that are trained whole as ``full`` does."""
+        own = (
+            re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|ln_tuning_layers)\.weight", name)
+            for name in self.parameters
+        )
+        return sorted(match[1] for match in own if match)
 
     @property
     def stacked(self) -> str | None:
@@ -261,6 +349,7 @@ class AdapterModel:
         rows, length = input_ids.shape
         positions = int(options.get("logits_to_keep", 0)) or length
         self.count(rows, length + self.virtual_tokens, positions)
+        self._expect(attention_mask)
         with self._precision():
             output = self._run(input_ids, attention_mask, **options)
             logits = getattr(output, "logits", None)
@@ -288,6 +377,7 @@ class AdapterModel:
         assert head is not None, "who asks has looked"
         options = {} if reading.position_ids is None else {"position_ids": reading.position_ids}
         mask = reading.attention_mask
+        self._expect(mask)
         by_sequence: AbstractContextManager[None] = nullcontext()
         if reading.branches is not None:
             seen = options["attention_mask"] = self._attended(reading)
@@ -321,6 +411,11 @@ class AdapterModel:
         assert self.head is not None, "who asks has its states"
         with self._precision():
             return self.head.logits(states)
+
+    def _expect(self, real: Tensor) -> None:
+        """Tell the noise of the tokens of the next pass, ``(rows, length)``, 0 on padding."""
+        if self.noise is not None:
+            self.noise.lengths = real.sum(1)
 
     def _attended(self, reading: Reading) -> Tensor:
         """Return what tokens attend to, in the form that the attention of this model takes."""
@@ -497,6 +592,8 @@ class AdapterModel:
         try:
             with self._true_rank():
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            if self.first:
+                save_beside_whole(folder, self.first)
         finally:
             del anyone.create_or_update_model_card
 
@@ -514,7 +611,9 @@ class AdapterModel:
             return
         (rank,) = ranks  # factors of a stack of experts have rows for each of these
         before = config.r, config.lora_alpha
-        config.r, config.lora_alpha = rank, config.lora_alpha / config.r * rank
+        share = rank / config.r
+        share = math.sqrt(share) if config.use_rslora else share
+        config.r, config.lora_alpha = rank, config.lora_alpha * share
         try:
             yield
         finally:
@@ -542,6 +641,8 @@ class AdapterModel:
 
     def _without_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter does nothing."""
+        if self.first:  # what they were cut out of is whole with them alone
+            return self._holding(self.first)
         switched_off: AbstractContextManager[None] = self.model.disable_adapter()
         return switched_off
 
@@ -573,6 +674,8 @@ def attach_adapter(
             or the kind cannot be used with this model.
     """
     config = _peft_config(backbone, settings, "SEQ_CLS" if classification else "CAUSAL_LM")
+    if settings.cuts:
+        require_own_weights(backbone, target_layers(backbone, settings), settings.init_lora_weights)
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(derive_seed(seed, "adapter"))
         try:
@@ -596,7 +699,8 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
     head = _head_of(backbone, task)
     learning = _learning(backbone, settings)
     targets = _targets(backbone, settings, learning, named=head is not None)
-    if is_tied(backbone) and _reaches_output(backbone, targets):
+    saved = _saved_whole(backbone, settings)
+    if is_tied(backbone) and any(_reaches_output(backbone, own) for own in (targets, saved)):
         untie(backbone)  # what is added to the one is not added to the other
     if settings.kind == "full":
         names = _in_blocks(learning) if targets == "all-linear" else targets
@@ -607,9 +711,48 @@ def _peft_config(backbone: nn.Module, settings: AdapterSettings, task: str) -> p
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, any number will do
         lora_dropout=settings.dropout,
         target_modules=targets,
-        modules_to_save=head,
+        modules_to_save=[*(head or []), *saved] or None,
         exclude_modules=_left_out(backbone, learning) if targets == "all-linear" else None,
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
+        init_lora_weights=_first_factors(backbone, settings),
     )
+
+
+def _first_factors(backbone: nn.Module, settings: AdapterSettings) -> Any:
+    """Return what PEFT calls the first factors; of a model without weights, what has their shapes."""
+    if settings.init_lora_weights == "default":
+        return True
+    empty = next(backbone.parameters()).device.type == "meta"
+    return True if empty and settings.cuts else settings.init_lora_weights
+
+
+def _saved_whole(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
+    """Return the modules that are trained whole beside LoRA.
+
+    Raises:
+        ModelError: One of them is not there, or has LoRA itself, or has no weights.
+    """
+    if not settings.modules_to_save:
+        return []
+    modules, targets = dict(backbone.named_modules()), target_layers(backbone, settings)
+    for own in settings.modules_to_save:
+        meant = [name for name in modules if name and _is_named(name, [own])]
+        if not any(any(True for _ in modules[name].parameters()) for name in meant):
+            leaves = sorted({name.rpartition(".")[2] for name in modules if name})
+            there = ", ".join(leaf for leaf in leaves if not leaf.isdecimal())
+            raise ModelError(
+                f"adapter.modules_to_save {own!r} matches no module of this model that has weights; it "
+                f"has: {there}"
+            )
+        for name in meant:
+            within = [target for target in targets if f"{target}.".startswith(f"{name}.")]
+            if within:
+                raise ModelError(
+                    f"adapter.modules_to_save {own!r} is trained whole, and {within[0]} in it would get "
+                    "LoRA too: leave it out, or name other layers as adapter.targets"
+                )
+    return settings.modules_to_save
 
 
 def _head_of(backbone: nn.Module, task: str) -> list[str] | None:
@@ -749,9 +892,23 @@ def _names(backbone: nn.Module, settings: AdapterSettings, learning: list[str]) 
     targets = settings.targets
     if targets == "all-linear":
         return _in_blocks(learning)
+    if settings.pattern is not None:
+        return _matching(settings.pattern, learning)
     targets = [targets] if isinstance(targets, str) else targets
     _check_targets(backbone, targets, learning)
     return targets
+
+
+def _matching(pattern: str, learning: list[str]) -> list[str]:
+    """Return the layers whose whole name a regular expression matches, as PEFT would take it."""
+    found = [name for name in learning if re.fullmatch(pattern, name)]
+    if not found:
+        example = learning[0] if learning else "none"
+        raise ModelError(
+            f"adapter.targets = {pattern!r} matches no linear layer of this model that can have an "
+            f"adapter: a regular expression has to match a layer's whole name, such as {example}"
+        )
+    return found
 
 
 def blocks_of(model: Any, settings: AdapterSettings) -> list[int]:
@@ -789,9 +946,9 @@ def _in_blocks(names: list[str]) -> list[str]:
 
 
 def _reaches_output(backbone: Any, targets: str | list[str]) -> bool:
-    """Return whether an adapter would be on the output layer."""
-    output = backbone.get_output_embeddings()
-    own = [name for name, module in backbone.named_modules() if module is output]
+    """Return whether what is trained would be on the output layer, or on the embeddings."""
+    ends = [backbone.get_output_embeddings(), backbone.get_input_embeddings()]
+    own = [name for name, module in backbone.named_modules() if any(module is end for end in ends)]
     return not isinstance(targets, str) and any(_is_named(name, targets) for name in own)
 
 
@@ -835,7 +992,8 @@ def load_adapter(backbone: nn.Module, folder: Path) -> peft.PeftModel:
         reason = first_line(error)
         raise ModelError(f"the adapter {folder} does not fit this model: {reason}") from error
     anyone: Any = backbone
-    if isinstance(anyone.get_output_embeddings(), BaseTunerLayer):
+    ends = (anyone.get_output_embeddings(), anyone.get_input_embeddings())
+    if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
         untie(backbone)  # what is merged into the one is not merged into the other
     return model
 
@@ -871,6 +1029,7 @@ def _short_name(name: str, place: str) -> str:
     """Return a parameter's name in ``adapter_model.safetensors``, or that of a client's own part."""
     if place and name.startswith(f"{place}."):
         return OWN + name.removeprefix(f"{place}.")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,7 +118,8 @@ def model_shape(
         reached,
         attention_width=sum(attentions.values()),
         attention_width_reached=crossed,
-        once=_made_once(model),
+        once=(*_made_once(model), *_whole_changes(model)),
+        again=tuple(replace(x, rank=0) for x in reached if x.rank) if _drops(model) else (),
         pooled=is_pooled(model),
         **_encoder(model),
         **_heads(own, output.shape, pooling, enters=gradient_enters or first is not None),
@@ -230,6 +232,27 @@ def _made_once(model: nn.Module) -> tuple[LinearShape, ...]:
         if _is_stack(_base(module)):  # PEFT makes it twice: the first time to look at its size
             found.append(replace(shape, reached=False))
     return tuple(found)
+
+
+def _whole_changes(model: nn.Module) -> Iterator[LinearShape]:
+    """Yield the products by which DoRA makes each layer's whole change, for its norms: B (A I)."""
+    for module in _with_magnitudes(model):
+        rank, inputs = module.lora_A["default"].weight.shape
+        outputs = len(module.lora_B["default"].weight)
+        yield LinearShape(inputs, inputs * rank, reached=False)
+        yield LinearShape(rank, inputs * outputs, reached=False)
+
+
+def _drops(model: nn.Module) -> bool:
+    """Return whether DoRA applies layers a second time in training, to inputs with dropout."""
+    own = next(_with_magnitudes(model), None)
+    return own is not None and isinstance(own.lora_dropout["default"], nn.Dropout)
+
+
+def _with_magnitudes(model: nn.Module) -> Iterator[Any]:
+    return (
+        own for own in model.modules() if "default" in getattr(own, "lora_magnitude_vector", ())
+    )
 
 
 def _base(module: Any) -> nn.Module:

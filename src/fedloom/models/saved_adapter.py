@@ -284,6 +284,10 @@ def _settings(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         alpha = record.get("lora_alpha")
         found |= {"rank": record.get("r"), "dropout": record.get("lora_dropout") or 0.0}
         found["alpha"] = float(alpha) if isinstance(alpha, int) else alpha
+        found |= {name: bool(record.get(name)) for name in ("use_dora", "use_rslora")}
+        whole = record.get("modules_to_save")
+        if record.get("task_type") != "SEQ_CLS" and whole:  # of classifiers PEFT lists the heads
+            found["modules_to_save"] = whole
     return found
 
 

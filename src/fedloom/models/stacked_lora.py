@@ -195,6 +195,8 @@ def _by_kind(model: AdapterModel) -> str:
     factors = {f"{name}.{own}.weight" for name in layers for own in ("lora_A", "lora_B")}
     if type(model) is not AdapterModel:
         return "the model is split, or has experts"
+    if model.noise is not None:
+        return "training.neftune_noise_alpha draws noise for one client at a time"
     if model.own is not None:
         return "clients have parts of the model of their own"
     if not layers or set(model.parameters) != factors:

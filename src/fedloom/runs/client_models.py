@@ -24,6 +24,7 @@ from fedloom.methods.contract.method import Method
 from fedloom.models.adapters import AdapterModel, attach_adapter, blocks_of
 from fedloom.models.architecture import switch_dropout_off
 from fedloom.models.consistency import disagreements, length_warnings, require_same_vocabulary
+from fedloom.models.embedding_noise import EmbeddingNoise
 from fedloom.models.load import context_length
 from fedloom.models.split_model import ClientPart, check_split_point
 from fedloom.objectives.base import Objective
@@ -33,6 +34,7 @@ from fedloom.runs.partitioning import PartitionedData, judged_kind
 from fedloom.runs.token_rows import TokenReader
 from fedloom.storage.cache import cache_folder
 from fedloom.tensors import Tensors
+from fedloom.training.optimizers import require_optimizer
 from fedloom.training.reference_cache import ReferenceCache, reference_cache
 from fedloom.training.shared_prompts import shares_prompts
 
@@ -305,7 +307,12 @@ class ModelBundles:
     ) -> tuple[str, TextEncoder, AdapterModel]:
         experiment = with_model(self.experiment, *key)
         empty = self.empty or self.partly  # a client with a part of a model never loads the whole
-        return build_model(experiment, self.objective, self.division.classes, stage, empty=empty)
+        training, classes = experiment.training, self.division.classes
+        path, encoder, model = build_model(experiment, self.objective, classes, stage, empty=empty)
+        require_optimizer(model.parameters, training)
+        if training.neftune_noise_alpha:
+            model.noise = EmbeddingNoise(model.model, training.neftune_noise_alpha)
+        return path, encoder, model
 
 
 @dataclass(frozen=True)

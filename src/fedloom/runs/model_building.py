@@ -65,7 +65,7 @@ def with_model(experiment: Experiment, path: str, rank: int) -> Experiment:
     adapter = experiment.adapter
     changed: dict[str, float] = {"rank": rank}
     if METHODS[experiment.method.name][1].mixed_ranks:  # who shares factors scales them alike
-        changed["alpha"] = adapter.alpha / adapter.rank * rank
+        changed["alpha"] = adapter.alpha_at(rank)
     return replace(
         experiment,
         model=experiment.model.model_copy(update={"path": path}),

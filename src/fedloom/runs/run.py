@@ -553,9 +553,12 @@ class _Run:
         return self.go(state, done)
 
     def _for_clients(self, start: Tensors) -> Experiment:
-        """Return the experiment as sent to clients: without other members, paths and the selection."""
+        """Return the experiment as sent to clients: without other members, paths, patterns, selection."""
         own = told(self.experiment, self.start, start)
         federation = own.federation.model_copy(update={"members": None})
+        if own.adapter.pattern is not None:
+            named = own.adapter.model_copy(update={"targets": self.parts.model.adapted_layers})
+            own = replace(own, adapter=named)
         return replace(own, federation=federation, selection=UniformSettings())
 
     def _count_start(self, start: Tensors) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedloom.aggregation.lora import B
+from fedloom.errors import ModelError, SettingsError
 from fedloom.models.heads import is_head
 from fedloom.tensors import Tensors
-from fedloom.training.settings import TrainingSettings
+from fedloom.training.settings import BITSANDBYTES, TrainingSettings
 
 
 def round_learning_rate(settings: TrainingSettings, round: int, rounds: int) -> float:
@@ -48,20 +51,7 @@ def make_optimizer(
         learning_rate: Of this round.
         state: What :func:`optimizer_state` returned at the end of an earlier round, or ``None``.
     """
-    tensors = _groups(parameters, settings, learning_rate)
-    decay = settings.weight_decay
-    optimizer: torch.optim.Optimizer
-    if settings.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            tensors, learning_rate, momentum=settings.momentum, weight_decay=decay
-        )
-    else:
-        betas = (settings.beta1, settings.beta2)
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        # The fused kernel does one pass over each tensor; small adapters gain most from it.
-        optimizer = kind(
-            tensors, learning_rate, betas, settings.epsilon, weight_decay=decay, fused=True
-        )
+    optimizer = _made(_groups(parameters, settings, learning_rate), settings, learning_rate)
     if state:
         for name, parameter in parameters.items():
             slots = [key for key in state if key.startswith(f"{name}/")]
@@ -71,17 +61,88 @@ def make_optimizer(
     return optimizer
 
 
+def _made(tensors: Any, settings: TrainingSettings, learning_rate: float) -> torch.optim.Optimizer:
+    decay, betas = settings.weight_decay, (settings.beta1, settings.beta2)
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(
+                tensors, learning_rate, momentum=settings.momentum, weight_decay=decay
+            )
+        case "adafactor":
+            return torch.optim.Adafactor(tensors, learning_rate, weight_decay=decay)
+        case "muon":
+            return torch.optim.Muon(tensors, learning_rate, weight_decay=decay)
+        case "adamw_8bit":
+            kind = _bitsandbytes("adamw_8bit").AdamW8bit
+            made = kind(tensors, learning_rate, betas, settings.epsilon, weight_decay=decay)
+        case "lion":
+            made = _bitsandbytes("lion").Lion(tensors, learning_rate, betas, weight_decay=decay)
+        case _:
+            kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+            # The fused kernel does one pass over each tensor; small adapters gain most from it.
+            made = kind(
+                tensors, learning_rate, betas, settings.epsilon, weight_decay=decay, fused=True
+            )
+    optimizer: torch.optim.Optimizer = made
+    return optimizer
+
+
+def require_optimizer(parameters: Mapping[str, torch.Tensor], settings: TrainingSettings) -> None:
+    """Check that the optimizer is there, and takes these parameters, before anything is trained.
+
+    Raises:
+        ModelError: It is of matrices alone, and something else is trained.
+        SettingsError: Its package, or a torch that has it, is not installed.
+    """
+    if settings.optimizer in BITSANDBYTES:
+        _bitsandbytes(settings.optimizer)
+    if settings.optimizer != "muon":
+        return
+    if not hasattr(torch.optim, "Muon"):
+        raise SettingsError(
+            [f'training.optimizer = "muon" needs torch 2.9, this is {torch.__version__}']
+        )
+    others = [name for name, own in parameters.items() if own.ndim != 2]
+    if others:
+        raise ModelError(
+            f'training.optimizer = "muon" is of matrices, and {others[0]} is none ({len(others)} of '
+            f"{len(parameters)} tensors): use another optimizer"
+        )
+
+
+def _bitsandbytes(optimizer: str) -> Any:
+    """Return the optimizers of bitsandbytes.
+
+    Raises:
+        SettingsError: It is not installed.
+    """
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise SettingsError(
+            [
+                f'training.optimizer = "{optimizer}" is one of bitsandbytes, which is not installed: '
+                'pip install "fedloom[quantization]", or use "adamw"'
+            ]
+        ) from error
+    return optim
+
+
 def _groups(
     parameters: dict[str, nn.Parameter], settings: TrainingSettings, learning_rate: float
 ) -> Any:
-    """Return the parameters for an optimizer: all alike, or heads with a learning rate of their own."""
-    if settings.head_learning_rate is None:
+    """Return the parameters for an optimizer: all alike, or some with learning rates of their own."""
+    if not settings.several_rates:
         return list(parameters.values())
-    rate = learning_rate * settings.head_learning_rate / settings.learning_rate
-    heads = [p for name, p in parameters.items() if is_head(name)]
-    others = [p for name, p in parameters.items() if not is_head(name)]
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": heads, "lr": rate}]
-    return [group for group in groups if group["params"]]
+    groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
+    for name, parameter in parameters.items():
+        rate = learning_rate
+        if is_head(name) and settings.head_learning_rate is not None:
+            rate *= settings.head_learning_rate / settings.learning_rate
+        elif B in name:
+            rate *= settings.loraplus_lr_ratio
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": own, "lr": rate} for rate, own in groups.items() if own]
 
 
 def optimizer_state(

@@ -93,7 +93,14 @@ class Work:
         return min(bounds)
 
 
-ADAM = Of("training.optimizer", ("adam", "adamw"))
+BETAS = Of("training.optimizer", ("adam", "adamw", "adamw_8bit", "lion"))
+
+ADAM = Of("training.optimizer", ("adam", "adamw", "adamw_8bit"))
+
+Optimizer = Literal["adamw", "adam", "sgd", "adafactor", "muon", "adamw_8bit", "lion"]
+
+BITSANDBYTES = ("adamw_8bit", "lion")
+"""Optimizers of a package that is no dependency."""
 
 HEADED = Of("heads", (True,), "no head is trained, by this objective and method")
 
@@ -103,8 +110,9 @@ SHARED = Of("trains again", (True,), "this method trains one model once in a rou
 class TrainingSettings(Settings):
     """``[training]``: what a client does in a round."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Made anew in every round, as in the papers, unless keep_optimizer_state is true."""
+    optimizer: Optimizer = "adamw"
+    """Made anew in every round, as in the papers, unless keep_optimizer_state is true. adafactor and
+    muon (of matrices alone, momentum 0.95) are torch's; adamw_8bit and lion need fedloom[quantization]."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """In the first round, or the first after warmup_rounds; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
@@ -118,17 +126,22 @@ class TrainingSettings(Settings):
     head_learning_rate: Annotated[float | None, HEADED] = Field(default=None, gt=0)
     """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
     as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
+    loraplus_lr_ratio: Annotated[float, Of("adapter.kind", ("lora",))] = Field(default=1.0, gt=0)
+    """Learning rate of LoRA's factors B over that of A (LoRA+, 2402.12354, which uses 16)."""
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
+    """Noise on the embeddings of tokens while training: uniform, alpha / sqrt(L d) at most in a row of L
+    tokens (NEFTune, 2310.05914, which uses 5); 0 for none."""
     min_learning_rate: Annotated[float, Of("training.schedule", ("cosine", "linear"))] = Field(
         default=0.0, ge=0
     )
     """What cosine and linear fall towards (2502.14187 uses a tenth of the first); the last round's rate
     is above it."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled from the gradient with adamw, added to it with adam and sgd."""
-    beta1: Annotated[float, ADAM] = Field(default=0.9, ge=0, lt=1)
-    """First moment of adam and adamw; momentum of sgd is `momentum`."""
-    beta2: Annotated[float, ADAM] = Field(default=0.999, ge=0, lt=1)
-    """Second moment of adam and adamw."""
+    """Added to the gradient with adam and sgd, decoupled from it with the others."""
+    beta1: Annotated[float, BETAS] = Field(default=0.9, ge=0, lt=1)
+    """First moment of adam and adamw, of lion the momentum's share; momentum of sgd is `momentum`."""
+    beta2: Annotated[float, BETAS] = Field(default=0.999, ge=0, lt=1)
+    """Second moment of adam and adamw, of lion the momentum (its paper: 0.99)."""
     epsilon: Annotated[float, ADAM] = Field(default=1e-8, gt=0)
     """Of adam and adamw, beside the root of the second moment (FedAMoLE: 1e-6)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
@@ -167,6 +180,8 @@ class TrainingSettings(Settings):
     local steps" of 2502.14187, which sets 3)."""
     keep_optimizer_state: bool = False
     """Whether a client's optimizer goes on where it stopped in its last round."""
+    data_seed: int | None = Field(default=None, ge=0)
+    """Of the order in which a client's rows are trained on (default: federation.seed)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: backbone in bfloat16 and mixed precision; the adapter stays in float32."""
     gradient_checkpointing: bool = False
@@ -180,6 +195,12 @@ class TrainingSettings(Settings):
     def counts_examples(self) -> bool:
         """Whether a forward pass is so many examples, and not so many tokens."""
         return self.micro_batch_size is not None or self.accumulation is not None
+
+    @property
+    def several_rates(self) -> list[str]:
+        """Settings by which tensors have learning rates of their own."""
+        head = ["training.head_learning_rate"] * (self.head_learning_rate is not None)
+        return head + ["training.loraplus_lr_ratio"] * (self.loraplus_lr_ratio != 1)
 
     @property
     def micro_batch(self) -> int:
@@ -237,7 +258,13 @@ class TrainingSettings(Settings):
                 f"training.learning_rate = {self.learning_rate}"
             )
         if self.momentum and self.optimizer != "sgd":
-            found.append(f"training.momentum is of sgd; {self.optimizer} has beta1")
+            own = "beta1" if self.optimizer in BETAS.values else "its own"
+            found.append(f"training.momentum is of sgd; {self.optimizer} has {own}")
+        if self.keep_optimizer_state and self.optimizer in BITSANDBYTES:
+            found.append(
+                f"training.keep_optimizer_state: {self.optimizer} keeps more than tensors; use another "
+                "optimizer, or begin anew in every round"
+            )
         if self.schedule != "exponential" and self.decay != 0.99:
             found.append(f"training.decay is of the exponential schedule, not {self.schedule}")
         return found

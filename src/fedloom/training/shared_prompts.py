@@ -72,6 +72,8 @@ def reason_against(model: AdapterModel) -> str:
     """Return why a model reads each sequence by itself; empty where it need not. Asks the model."""
     if model.alone:
         return "what is added to the loss is a mean over sequences"
+    if model.noise is not None:
+        return "training.neftune_noise_alpha: each sequence has noise by its own length"
     if model.virtual_tokens:
         return "virtual tokens come before the text"
     if model.head is None:

@@ -256,6 +256,9 @@ def local_steps(
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
         order = generator(seed, f"{purpose}batches", client, round)
+    if batches is None:
+        of_order = seed if settings.data_seed is None else settings.data_seed
+        order = generator(of_order, f"{purpose}batches", client, round)
         batches = _shuffled(model, share, settings, order, work)
     for parts in batches:
         for _ in range(repeats):

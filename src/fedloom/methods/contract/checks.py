@@ -27,6 +27,7 @@ def general(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     if view.objective is not None:
         yield from _parameters(kind, view)
         yield from _amounts(kind, view)
+    yield from _embedding_noise(kind, view)
     yield from _start(kind, view)
     yield from _unseen_clients(kind, view)
     yield from _rows(kind, view)
@@ -160,6 +161,7 @@ def _parameters(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]
             "updates together in a way of its own"
         )
     yield from _products(kind, view)
+    yield from _plain_products(kind, view)
     if adapter is not None and adapter.kind == "submixture" and not kind.submixtures:
         yield (
             "adapter.kind = 'submixture': each client keeps a model of its own, and method.name = "
@@ -193,6 +195,36 @@ def _products(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
         )
     if view.adapter is not None and view.adapter.kind != "lora":
         yield f'{opening} needs adapter.kind = "lora", not {view.adapter.kind!r}'
+
+
+def _plain_products(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+    """Yield why a layer's change has to be the product of its factors, from nothing on."""
+    if view.adapter is None or view.adapter.kind != "lora":
+        return
+    why = ""
+    if kind.two_factors:
+        why = f"method.name = {view.name!r} works on the two factors of LoRA"
+    elif not kind.whole_at_clients:
+        why = f"method.name = {view.name!r} gives clients a part of the model"
+    elif view.aggregation is not None and view.aggregation.of_products and kind.averages:
+        why = f"aggregation.rule = {view.aggregation.rule!r} is of products of LoRA's factors"
+    for setting in view.adapter.beyond_products if why else ():
+        yield (
+            f"{setting}: {why}, and with it a layer's change is not their product alone: leave it out, "
+            "or use a method that averages all that is trained"
+        )
+    if view.adapter.modules_to_save and not kind.whole_at_clients:
+        yield f"adapter.modules_to_save: {why}, which may lack them: leave it out"
+
+
+def _embedding_noise(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+    """Yield why there is no noise on embeddings."""
+    if view.training is None or not view.training.neftune_noise_alpha or kind.whole_at_clients:
+        return
+    yield (
+        f"training.neftune_noise_alpha: method.name = {view.name!r} gives clients a part of the model, whose "
+        "embeddings stay as they are: leave it out"
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -1,0 +1,149 @@
+"""DoRA, rsLoRA and PiSSA through three rounds of FedAvg are a hand-written loop in plain PEFT."""
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fedloom
+from fedloom.errors import SettingsError
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.models.cut_factors import CUT
+from fedloom.randomness import derive_seed, generator
+from fedloom.runs.partitioning import partition_data
+
+ROUNDS, RATE, RANK, BATCH = 3, 1e-3, 4, 8
+
+VARIANTS = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "norm whole": {"modules_to_save": ["model.norm"]},
+}
+
+ASKED = ("dora", "rslora", "pissa")
+"""The others are tried in the full suite."""
+
+
+def fedavg_in_plain_peft(folder, clients, ratio, **variant):
+    """Return the model after the rounds, and a token's row to ask it about; SFT, all clients in all rounds."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    backbone = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    torch.manual_seed(derive_seed(0, "adapter"))
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **variant
+    )
+    model = peft.get_peft_model(backbone, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shared = {name: p.detach().clone() for name, p in trained.items()}
+    rows = [[encoded(tokenizer, *row) for row in own] for own in clients]
+    for round in range(1, ROUNDS + 1):
+        updates = []
+        for client, own in enumerate(rows):
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(shared[name])
+            groups = [
+                {"params": [p for n, p in trained.items() if "lora_B" not in n]},
+                {"params": [p for n, p in trained.items() if "lora_B" in n], "lr": ratio * RATE},
+            ]
+            optimizer = torch.optim.AdamW(groups, RATE, weight_decay=0)
+            model.train()
+            order = generator(0, "batches", client, round).permutation(len(own))
+            for start in range(0, len(own), BATCH):
+                loss(model, [own[i] for i in order[start : start + BATCH]]).backward()
+                torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            updates.append({name: p.detach().clone() for name, p in trained.items()})
+        total = sum(map(len, rows))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parts = [u[name] * (len(own) / total) for u, own in zip(updates, rows, strict=True)]
+                parameter.copy_(sum(parts))
+                shared[name] = parameter.detach().clone()
+    return model.eval(), torch.tensor([rows[0][0][0]])
+
+
+def encoded(tokenizer, prompt, completion):
+    tokens = tokenizer(prompt + completion)["input_ids"] + [tokenizer.eos_token_id]
+    return tokens, len(tokenizer(prompt)["input_ids"])
+
+
+def loss(model, batch):
+    """Mean cross-entropy over completion tokens, each row read by itself."""
+    losses = []
+    for tokens, prompt in batch:
+        ids = torch.tensor([tokens])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        losses.append(F.cross_entropy(logits[prompt - 1 : -1], ids[0, prompt:], reduction="none"))
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ASKED else pytest.mark.full)
+        for name in VARIANTS
+    ],
+)
+def test_three_rounds_are_those_of_a_loop_in_plain_peft(experiment, variant, tmp_path):
+    ratio = 4.0 if variant == "rslora" else 1.0  # LoRA+ beside it
+    built = experiment(
+        objective={"name": "sft"},
+        data={"source": "builtin:instructions", "builtin_rows": 32},
+        adapter={"rank": RANK, **VARIANTS[variant]},
+        federation={"clients": 2, "rounds": ROUNDS},
+        training={"learning_rate": RATE, "batch_size": BATCH, "loraplus_lr_ratio": ratio},
+        evaluation={"samples": 0},
+    )
+    clients = [
+        [(e.prompt, e.completion) for e in rows] for rows in partition_data(built).train.values()
+    ]
+    result = fedloom.run(built)
+    theirs, ids = fedavg_in_plain_peft(built.model.path, clients, ratio, **VARIANTS[variant])
+    base = AutoModelForCausalLM.from_pretrained(built.model.path)
+    with torch.no_grad():
+        start = base(input_ids=ids).logits
+    ours = peft.PeftModel.from_pretrained(base, str(result.adapter_path)).eval()
+    with torch.no_grad():
+        mine, other = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+    assert (mine - start).abs().max() > 1e-2  # the tolerance is far below what was learnt
+    saved = load_file(result.adapter_path / "adapter_model.safetensors")
+    cut = VARIANTS[variant].get("init_lora_weights") in CUT
+    for name, tensor in theirs.named_parameters():
+        if tensor.requires_grad:
+            name = name.replace("magnitude_vector.default.weight", "magnitude_vector")
+            own = saved[name.replace(".modules_to_save.default", "").replace(".default", "")]
+            if cut:  # the first factors are beside those that were trained
+                own = own[:RANK] if ".lora_A." in name else own[:, :RANK]
+            torch.testing.assert_close(own, tensor.detach(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "init_lora_weights"])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][1].two_factors])
+def test_methods_of_two_factors_refuse_by_name_what_is_no_product(method, setting):
+    adapter = {"use_dora": True} if setting == "use_dora" else {"init_lora_weights": "pissa"}
+    with pytest.raises(SettingsError, match=rf"adapter.{setting}.*method.name = '{method}'"):
+        Experiment.from_table({"adapter": adapter, "method": {"name": method}})
+
+
+def test_rules_of_products_and_parts_of_a_model_refuse_it_too():
+    table = {"adapter": {"use_dora": True}, "aggregation": {"rule": "knots"}}
+    with pytest.raises(SettingsError, match=r"adapter.use_dora: aggregation.rule = 'knots'"):
+        Experiment.from_table(table)
+    table = {
+        "adapter": {"use_dora": True, "modules_to_save": ["norm"]},
+        "method": {"name": "split"},
+        "objective": {"name": "sft"},
+        "data": {"source": "builtin:instructions"},
+    }
+    with pytest.raises(
+        SettingsError, match=r"adapter.use_dora: .*(?s:.*)adapter.modules_to_save: "
+    ):
+        Experiment.from_table(table)
