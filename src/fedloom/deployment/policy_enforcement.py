@@ -88,7 +88,8 @@ TAKEN = _names(
         "accumulation tokens_per_pass local_epochs local_steps local_examples local_tokens total_epochs "
         "amount_per "
         "keep_optimizer_state precision gradient_checkpointing",
-        "evaluation": "every max_examples per_client client_max_examples judged_by",
+        "evaluation": "every max_examples per_client client_max_examples judged_by "
+        "load_best_model_at_end metric_for_best_model early_stopping_patience early_stopping_threshold",
         "output": "verify",
         "wire": "up down budget parts auto_rounds auto_error error_feedback absence_decay absence_limit "
         "keep_plain_below",

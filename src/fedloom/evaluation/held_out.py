@@ -44,6 +44,8 @@ from fedloom.training.passes import Layout
 from fedloom.training.reference_cache import ReferenceCache
 from fedloom.training.references import add_reference_logps
 
+KEPT = Of("keeps the best", (True,), "evaluation.load_best_model_at_end is not set")
+
 
 class EvaluationSettings(Settings):
     """``[evaluation]``: when and on what states are judged."""
@@ -73,6 +75,27 @@ class EvaluationSettings(Settings):
     judged_by: Literal["loss", "rouge_l", "exact_match"] = "loss"
     """Of instructions: the loss of the completion, or of the model's own greedy answer ROUGE-L, or
     whether it is the completion."""
+    judged_by: Literal["loss", "rouge_l"] = "loss"
+    """Of instructions: the loss of the completion, or ROUGE-L of the model's own greedy answer."""
+    load_best_model_at_end: bool = False
+    """Whether the run's adapter is that of the round with the best held-out metric, not of the last."""
+    metric_for_best_model: Annotated[str | None, KEPT] = None
+    """That metric, on the global held-out set (default: the headline one). Where its name ends with loss,
+    lower is better."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row without a better metric after which the run ends; the best round's adapter is
+    kept (default: all rounds are made)."""
+    early_stopping_threshold: Annotated[
+        float, Of("stops early", (True,), "evaluation.early_stopping_patience is not set")
+    ] = Field(default=0.0, ge=0)
+    """What a metric has to be better by to count as better there."""
+
+    @property
+    def best_round_by(self) -> str | None:
+        """The setting by which the best round's adapter is kept, ``None`` where the last one's is."""
+        if self.early_stopping_patience is not None:
+            return "evaluation.early_stopping_patience"
+        return "evaluation.load_best_model_at_end" if self.load_best_model_at_end else None
 
 
 @dataclass(frozen=True)

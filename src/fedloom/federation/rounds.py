@@ -16,6 +16,7 @@ from typing import Any
 from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
+from fedloom.federation.best_round import BestRound
 from fedloom.federation.clock import SimulatedClock
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.contract import begin, require_exchange, require_state
@@ -71,6 +72,7 @@ class Server:
             a round stays out of the records.
         secure: Has replies summed of which the server sees none, where that is asked for.
         compression: Has tensors compressed on their way, where that is asked for.
+        best: The best round so far, and when no later one is waited for, where that is asked for.
     """
 
     method: Method
@@ -93,6 +95,7 @@ class Server:
     private: PrivateMean | None = None
     secure: SecureAggregation | None = None
     compression: Compression | None = None
+    best: BestRound | None = None
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -113,6 +116,8 @@ class Server:
         absent: Mapping[int, Absence] = {}
         presence = self.presence
         for round in range(max(done, 0) + 1, self.federation.rounds + 1):
+            if self.best is not None and self.best.over:
+                break
             start = time.perf_counter()
             paused = self.admission.paused(round)
             presence = self._present(round, paused, presence)
@@ -160,6 +165,9 @@ class Server:
         seconds = time.perf_counter() - start
         simulated = self.clock.close() if self.clock is not None else None
         record = replace(record, costs=costs, seconds=seconds, simulated=simulated)
+        if self.best is not None:
+            found = record.evaluation
+            self.best.see(record.round, None if found is None else found.metrics, state)
         self.finish(record, state)
         self.observer.round_done(record)
 

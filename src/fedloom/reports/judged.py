@@ -68,7 +68,8 @@ def outcome(run: Run) -> Outcome | None:
     known = [e for e in run.evaluated if e["evaluation"]["global"].get(run.metric) is not None]
     if not known:
         return None
-    first, last = (record["evaluation"] for record in (known[0], known[-1]))
+    final = run.final if run.final in known else known[-1]
+    first, last = known[0]["evaluation"], final["evaluation"]
     before, after = (float(own["global"][run.metric]) for own in (first, last))
     interval = interval_of(run, last)
     samples = [sample_of(own) for own in (first, last)]
@@ -131,7 +132,7 @@ def counted_interval(metric: str, value: float, rows: int) -> Interval:
 def judged(run: Run) -> Judged | None:
     """Return the names of the rows that a run was last judged by, and what each added."""
     names = run.run["data"].get("held_out_rows")
-    sample = sample_of(run.evaluated[-1]["evaluation"]) if run.evaluated else None
+    sample = sample_of(run.final["evaluation"]) if run.evaluated else None
     if not names or sample is None or len(names) != len(sample.totals):
         return None
     return names, sample

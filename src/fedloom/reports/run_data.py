@@ -65,6 +65,13 @@ class Run:
         """Rounds that were evaluated."""
         return [record for record in self.rounds if record["evaluation"]]
 
+    @property
+    def final(self) -> Record:
+        """The evaluated round whose adapter the run left: the last, or the best where that was kept."""
+        best = (self.summary or {}).get("best_round") or {}
+        known = [r for r in self.evaluated if best.get("round") in (None, r["round"])]
+        return known[-1] if known else self.evaluated[-1]
+
     def global_line(self, name: str) -> tuple[list[float], list[float]]:
         """Return rounds and a global held-out metric over them."""
         found = [

@@ -202,14 +202,15 @@ def _likelihood(run: Run) -> Record | None:
     _, values = run.global_line(name)
     if not values:
         return None
-    interval = counted_interval(name, values[-1], rows_of(run))
-    return {"before": values[0], "after": values[-1], "interval": interval}
+    after = run.final["evaluation"]["global"].get(name, values[-1])
+    interval = counted_interval(name, after, rows_of(run))
+    return {"before": values[0], "after": after, "interval": interval}
 
 
 def _worst_client(run: Run) -> Record | None:
     """Return what the worst client reached, by how many rows, and how the others fare."""
-    clients: Record = (run.evaluated[-1]["evaluation"]["clients"] if run.evaluated else None) or {}
-    each = _each(run.evaluated[-1], run.metric) if clients else {}
+    clients: Record = (run.final["evaluation"]["clients"] if run.evaluated else None) or {}
+    each = _each(run.final, run.metric) if clients else {}
     if not each:
         return None
     choose = min if run.run["metric"]["higher_is_better"] else max
@@ -281,10 +282,10 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         title = f"Who holds what ({run.partition.get('column') or 'rows'})"
         charts.append((title, figures.partition_svg(run.partition)))
     each = [_each(record, name) for record in run.evaluated]
-    if each and each[-1]:
-        few = len(each[-1]) <= figures.MANY_CLIENTS
-        spans = _client_spans(run, each[-1]) if few else {}
-        chart = figures.before_after_chart(each[0], each[-1], words, spans)
+    if each and (after := _each(run.final, name)):
+        few = len(after) <= figures.MANY_CLIENTS
+        spans = _client_spans(run, after) if few else {}
+        chart = figures.before_after_chart(each[0], after, words, spans)
         note = "; band: 95 % over its rows" if any(spans.values()) else ""
         charts.append((f"{words.capitalize()} of each client, before and after{note}", chart))
     if run.costs:
@@ -322,7 +323,7 @@ def _holdings(run: Run) -> Record | None:
 
 def _client_spans(run: Run, after: Record) -> dict[str, tuple[float, float] | None]:
     """Return the ends of the interval of each client's metric after, over its own rows."""
-    each = run.evaluated[-1]["evaluation"]["clients"]["each"]
+    each = run.final["evaluation"]["clients"]["each"]
     return {
         client: span(_client_interval(run, value, int(each[client].get("examples", 0))))
         for client, value in after.items()
@@ -356,7 +357,7 @@ def _clients(run: Run) -> ClientTable | None:
     """
     if not run.partition["clients"]:
         return None
-    first, last = (run.evaluated[0], run.evaluated[-1]) if run.evaluated else (None, None)
+    first, last = (run.evaluated[0], run.final) if run.evaluated else (None, None)
     before = _each(first, run.metric) if first else {}
     after = _each(last, run.metric) if last else {}
     rounds, costs = _participations(run), dict[int, list[Record]]()
@@ -402,7 +403,7 @@ def _participations(run: Run) -> Counter[int]:
 def _spread(run: Run) -> list[tuple[str, list[float]]]:
     """Return how many clients are spread: least, lower tenth, median, upper tenth and most of each."""
     shares, rounds = run.partition["clients"], _participations(run)
-    after = _each(run.evaluated[-1], run.metric) if run.evaluated else {}
+    after = _each(run.final, run.metric) if run.evaluated else {}
     found = {
         "training rows": [share["train"] for share in shares],
         "rounds": [rounds[share["client"]] for share in shares],

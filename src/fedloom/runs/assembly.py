@@ -323,6 +323,7 @@ def _evaluation(
         experiment.evaluation.every,
         experiment.federation.rounds,
         kind,
+        experiment.evaluation.best_round_by is not None,
     )
     return evaluator, UnseenClients(
         method,

@@ -485,6 +485,7 @@ def summary_record(
     costs: Iterable[Mapping[str, Any]],
     metric: str,
     adapter: Path | None,
+    best: int | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``.
 
@@ -493,10 +494,12 @@ def summary_record(
         costs: All records of its costs.
         metric: The metric it is judged by.
         adapter: The global adapter's weights, or ``None`` where there is none.
+        best: The round whose adapter that is; ``None`` for the last.
     """
     rounds = list(rounds)
-    evaluated = [record["evaluation"] for record in rounds if record["evaluation"]]
-    before, after = evaluated[0], evaluated[-1]
+    evaluated = [record for record in rounds if record["evaluation"]]
+    kept = [record for record in evaluated if best in (None, record["round"])]
+    before, after = evaluated[0]["evaluation"], kept[-1]["evaluation"]
     everywhere = all(metric in evaluation["global"] for evaluation in (before, after))
     both = [e["rows"] for e in (before, after) if e.get("rows")]
     gain = change(*map(Sample.from_record, both)) if len(both) == 2 else None
@@ -574,6 +577,8 @@ def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Pa
             summary[when].get("likelihood_accuracy") for when in ("before_metrics", "after_metrics")
         )
         lines.append(_change("likelihood_accuracy", old, new))
+    if "best_round" in summary:
+        lines.append(summary["best_round"]["text"])
     lines += [
         f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
         f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",

@@ -26,10 +26,11 @@ from fedloom.errors import (
     SettingsError,
 )
 from fedloom.evaluation.generate import Ask, generate_answers
-from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
+from fedloom.evaluation.metrics import METRICS, PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
+from fedloom.federation.best_round import BestRound
 from fedloom.federation.clock import ClockState, SimulatedClock
 from fedloom.federation.codec_choice import require_budget
 from fedloom.federation.compressed_exchange import Compression
@@ -127,6 +128,7 @@ from fedloom.runs.verification import Verifier
 from fedloom.runs.workers import HostProcess, Workers, WorkerTask, require_one_by_one
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
+from fedloom.settings.suggestions import nearest
 from fedloom.storage import checkpoint
 from fedloom.storage import run_folder as names
 from fedloom.storage.checkpoint import Checkpoint
@@ -436,6 +438,7 @@ class _Finished:
     presence: Presence
     clock: ClockState | None
     wire: tuple[dict[str, Any], Tensors] | None
+    best: State | None = None
 
 
 @dataclass
@@ -470,6 +473,7 @@ class _Run:
             self.parts.initial,
             started=self.start is not None,
         )
+        self.best = self._best_round()
         self.marks = record_marks.Marks(self.folder)
         lines = self.folder.read_lines(names.COSTS)  # of rounds before a resume
         self.scored = {line["client"] for line in lines if line["phase"] == REFERENCE}
@@ -541,6 +545,8 @@ class _Run:
             self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
             if self.private is not None:
                 restore(self.private, saved.records)
+            if self.best is not None and "best" in saved.records:
+                self.best.restore(saved.records["best"], saved.best)
             if "selection" in saved.records:
                 self.selection.restore(saved.records["selection"])
             if self.compression is not None and saved.wire is not None:
@@ -661,6 +667,7 @@ class _Run:
             private=self.private,
             secure=self._secure(),
             compression=self.compression,
+            best=self.best,
         )
         self.observer.begin(plan_of(experiment, parts, done))
         if done < 0:
@@ -669,6 +676,7 @@ class _Run:
         try:
             with self._profiling(server, done) as server:
                 state = server.run(state, done)
+            self._keep_last()  # a run that ends early has not saved it
         except BaseException as error:
             self._keep_last()
             if isinstance(error, KeyboardInterrupt):
@@ -679,7 +687,32 @@ class _Run:
             self.observer.end()
             for tracker in self.trackers:
                 tracker.close()
+        if self.best is not None and self.best.state is not None:
+            state = self.best.state
         return self._finish(state)
+
+    def _best_round(self) -> BestRound | None:
+        """Return what follows the best round, where its adapter is kept.
+
+        Raises:
+            SettingsError: The global held-out set has no such metric, or no rows.
+        """
+        asked, headline = self.experiment.evaluation, self._primary_metric
+        if asked.best_round_by is None:
+            return None
+        name, held_out = asked.metric_for_best_model or headline.name, self.parts.evaluator.held_out
+        there = [spec.name for spec in METRICS[held_out.kind]]
+        if not len(held_out):
+            raise SettingsError(
+                [f"{asked.best_round_by} needs global held-out rows, and there are none"]
+            )
+        if name not in there:
+            raise SettingsError(
+                [f"evaluation.metric_for_best_model = {name!r}: {nearest(name, there)}"]
+            )
+        higher = headline.higher_is_better if name == headline.name else not name.endswith("loss")
+        patience, threshold = asked.early_stopping_patience, asked.early_stopping_threshold
+        return BestRound(name, higher, patience, threshold)
 
     def _secure(self) -> SecureAggregation | None:
         """Return what has replies summed, where the server may see none of them."""
@@ -725,7 +758,9 @@ class _Run:
         self.parts.engine.finish_round()
         clock = self.clock.state if self.clock is not None else None
         wire = self.compression.saved() if self.compression is not None else None
-        self.last = _Finished(record.round, state, self._records(), record.presence, clock, wire)
+        best = self.best.state if self.best is not None else None
+        records = self._records()
+        self.last = _Finished(record.round, state, records, record.presence, clock, wire, best)
         every, rounds = self.experiment.output.checkpoint_every, self.experiment.federation.rounds
         if record.round % every == 0 or record.round == rounds:
             self._save(self.last)
@@ -743,6 +778,8 @@ class _Run:
     def _records(self) -> dict[str, Any]:
         """Return what the records are now."""
         found = {"files": self.marks.now(), "audit": self.audit.position}
+        if self.best is not None:
+            found["best"] = self.best.saved()
         if self.selection.informed:
             found["selection"] = self.selection.saved()
         return found if self.private is None else found | {"privacy": self.private.saved()}
@@ -766,6 +803,7 @@ class _Run:
                     in_flight,
                     wire=wire,
                     held=held,
+                    best=last.best,
                 ),
                 store.changed,
                 self.clients_in,
@@ -803,8 +841,11 @@ class _Run:
             next(adapter / name for name in WEIGHTS if (adapter / name).is_file())
             if adapter
             else None,
+            self.best.round if self.best is not None else None,
         )
         rounds = self.experiment.federation.rounds
+        if self.best is not None:
+            summary["best_round"] = self.best.record(summary["rounds"])
         joined = self.parts.unseen.evaluate_all(
             state, rounds, self.parts.engine, self.admission, self.audit.record
         )

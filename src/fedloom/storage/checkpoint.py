@@ -9,6 +9,7 @@ renamed)::
     client-0004.safetensors the store of client 4; linked, not copied, when unchanged
     in_flight.safetensors   requests and answers of clients still at work, in asynchronous rounds
     wire.safetensors        what clients are known to hold, where tensors are compressed
+    best.safetensors        the server's tensors after the best round, where that one is kept
     manifest.json           SHA-256 of every file above
 
 The newest two are kept, so that one stays whole if the other is damaged later.
@@ -40,6 +41,8 @@ KEPT = 2
 """Checkpoints that stay on disk."""
 
 IN_FLIGHT, WIRE = "in_flight.safetensors", "wire.safetensors"
+
+BEST = "best.safetensors"
 
 
 class SavedClients(Mapping[int, Tensors]):
@@ -100,6 +103,7 @@ class Checkpoint:
         folder: Where it was read from, ``None`` for one that was not.
         wire: What clients are known to hold; plain JSON, ``None`` where tensors are sent as they are.
         held: The tensors of that.
+        best: The server's state after the best round, where that one is kept.
     """
 
     round: int
@@ -113,6 +117,7 @@ class Checkpoint:
     folder: Path | None = None
     wire: Mapping[str, Any] | None = None
     held: Tensors = field(default_factory=dict)
+    best: State | None = None
 
 
 def save(
@@ -194,8 +199,7 @@ def load(
     listed = json.loads((path / "manifest.json").read_text()).keys() - without
     found = (re.fullmatch(r"client-(\d+)\.safetensors", name) for name in listed)
     clients = SavedClients(path, [int(own[1]) for own in found if own])
-    tensors = safetensors.torch.load_file(path / "state.safetensors")
-    state = State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
+    state = _state(path / "state.safetensors", facts)
     in_flight = safetensors.torch.load_file(path / IN_FLIGHT) if IN_FLIGHT in listed else {}
     return Checkpoint(
         facts["round"],
@@ -209,7 +213,17 @@ def load(
         path,
         facts.get("wire"),
         safetensors.torch.load_file(path / WIRE) if WIRE in listed else {},
+        _state(path / BEST, facts["best"]) if BEST in listed else None,
     )
+
+
+def _state(file: Path, facts: Mapping[str, Any]) -> State:
+    tensors = safetensors.torch.load_file(file)
+    return State({name: tensors[name] for name in facts["order"]}, facts["numbers"])
+
+
+def _facts(state: State) -> dict[str, Any]:
+    return {"order": list(state.tensors), "numbers": dict(state.numbers)}
 
 
 def _write_files(
@@ -225,13 +239,16 @@ def _write_files(
     facts = {
         "round": checkpoint.round,
         "fingerprint": checkpoint.fingerprint,
-        "order": list(state.tensors),
-        "numbers": dict(state.numbers),
+        **_facts(state),
         "records": checkpoint.records,
         "presence": checkpoint.presence,
         "clock": checkpoint.clock,
         "wire": checkpoint.wire,
     }
+    if checkpoint.best is not None:
+        facts["best"] = _facts(checkpoint.best)
+        data = safetensors.torch.save(with_own_memory(checkpoint.best.tensors))
+        sums[BEST] = _write(folder / BEST, data)
     sums["state.json"] = _write(folder / "state.json", json.dumps(facts).encode())
     if checkpoint.in_flight:
         data = safetensors.torch.save(checkpoint.in_flight)

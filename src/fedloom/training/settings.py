@@ -112,7 +112,8 @@ class TrainingSettings(Settings):
 
     optimizer: Optimizer = "adamw"
     """Made anew in every round, as in the papers, unless keep_optimizer_state is true. adafactor and
-    muon (of matrices alone, momentum 0.95) are torch's; adamw_8bit and lion need fedloom[quantization]."""
+    muon (of matrices alone, momentum 0.95) are torch's; adamw_8bit and lion are of bitsandbytes, in
+    fedloom[quantization]."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """In the first round, or the first after warmup_rounds; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"

@@ -28,6 +28,7 @@ def general(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
         yield from _parameters(kind, view)
         yield from _amounts(kind, view)
     yield from _embedding_noise(kind, view)
+    yield from _best_round(kind, view)
     yield from _start(kind, view)
     yield from _unseen_clients(kind, view)
     yield from _rows(kind, view)
@@ -222,9 +223,19 @@ def _embedding_noise(kind: type[MethodTraits], view: ExperimentView) -> Iterator
     if view.training is None or not view.training.neftune_noise_alpha or kind.whole_at_clients:
         return
     yield (
-        f"training.neftune_noise_alpha: method.name = {view.name!r} gives clients a part of the model, whose "
-        "embeddings stay as they are: leave it out"
+        f"training.neftune_noise_alpha: method.name = {view.name!r} gives clients a part of the model, "
+        "whose embeddings stay as they are: leave it out"
     )
+
+
+def _best_round(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+    """Yield why a run cannot go back to a round before the last."""
+    setting = view.evaluation.best_round_by if view.evaluation is not None else None
+    if setting is not None and (kind.own_models or kind.personal):
+        yield (
+            f"{setting}: method.name = {view.name!r} has models of clients' own, which are of the last "
+            "round: leave it out"
+        )
 
 
 def _listed(names: list[str]) -> str:

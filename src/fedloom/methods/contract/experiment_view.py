@@ -99,6 +99,10 @@ class Evaluation(Protocol):
     def per_client(self) -> bool:
         """Whether clients are evaluated on their own rows."""
 
+    @property
+    def best_round_by(self) -> str | None:
+        """The setting by which the best round's adapter is kept."""
+
 
 @dataclass(frozen=True)
 class ExperimentView:

@@ -49,6 +49,7 @@ class Evaluator:
         every: Rounds between evaluations.
         rounds: Rounds in all; the last is always evaluated.
         kind: Kind of the clients' own held-out rows, as they are judged.
+        keeps_rows: Whether each round's evaluation is recorded by rows, since any may be the run's last.
     """
 
     method: Method
@@ -59,6 +60,7 @@ class Evaluator:
     every: int
     rounds: int
     kind: str
+    keeps_rows: bool = False
 
     def handler(self) -> Handler:
         """Return the client side of the exchange."""
@@ -121,7 +123,7 @@ class Evaluator:
             {**metrics, **{CLIENTS + n: v for n, v in common.items()}},
             clients,
             self.held_out.sample,
-            kept=round in (0, self.rounds),
+            kept=self.keeps_rows or round in (0, self.rounds),
         )
 
     def reported(self, *, common: bool) -> tuple[NumberSpec, ...]:
