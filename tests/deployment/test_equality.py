@@ -77,6 +77,37 @@ def test_simulation_and_machines_give_the_same(suited, loopback, tmp_path, metho
 
 
 @pytest.mark.slow
+def test_variants_of_lora_and_of_its_training_are_the_same_between_machines(
+    suited, loopback, tmp_path
+):
+    table = suited("fedavg")
+    table |= {
+        "adapter": {
+            "rank": 2,
+            "use_dora": True,
+            "init_lora_weights": "pissa",
+            "targets": r".*\.(q|up)_proj",
+            "modules_to_save": ["model.norm"],
+        },
+        "training": {
+            **table["training"],
+            "loraplus_lr_ratio": 4.0,
+            "neftune_noise_alpha": 5.0,
+            "data_seed": 7,
+        },
+        "evaluation": {**table.get("evaluation", {}), "load_best_model_at_end": True},
+    }
+    here = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "here")}})
+    there = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "there")}})
+    one = fedloom.run(here)
+    two = run_experiment(there, observer=Silent(), remote=loopback(3).engine(there))
+    assert states(tmp_path / "here") == states(tmp_path / "there")
+    assert rounds(tmp_path / "here") == rounds(tmp_path / "there")
+    files = [own.adapter_path / "adapter_model.safetensors" for own in (one, two)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "feedback"), [("fedavg", "classic"), ("fedavg", "ef21"), ("scaffold", "classic")]
 )

@@ -47,6 +47,13 @@ METHODS = {
         "method": {"name": "fedbuff", "concurrency": 2},
         "federation": {"clients_per_round": 1},
     },
+    "variants of lora": {
+        "adapter": {
+            "use_dora": True,
+            "init_lora_weights": "pissa",
+            "modules_to_save": ["model.norm"],
+        }
+    },
     "fedpdpo": {"method": {"name": "fedpdpo"}, "objective": {"name": "pdpo"}},
 }
 """What clients keep between rounds (scaffold, feddyn, fedala, fedpdpo), and within one (split), and what neither does."""

@@ -64,5 +64,5 @@ def test_what_the_summary_says():
         best.see(round, {"loss": value}, state(round))
     assert best.record(4)["text"] == (
         "The adapter is that of round 2, the best by held-out loss (2.0000); the run ended after round 4, "
-        "as 2 evaluations in a row had not been better by more than 0.01."
+        "as the last 2 were not better by more than 0.01."
     )

@@ -125,12 +125,38 @@ def test_three_rounds_are_those_of_a_loop_in_plain_peft(experiment, variant, tmp
             torch.testing.assert_close(own, tensor.detach(), rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["pissa", "dora"])
+def test_clients_trained_together_give_what_they_give_alone(experiment, federate, variant):
+    """With PiSSA factors of several clients are stacked; with DoRA clients are trained one by one."""
+    sections = {
+        "adapter": {"rank": RANK, "use_rslora": True, **VARIANTS[variant]},
+        "training": {"local_steps": 2, "loraplus_lr_ratio": 4.0, "optimizer": "sgd"},
+    }
+    alone, together = (
+        federate(experiment(**sections, simulation={"cohort": cohort})) for cohort in (1, 2)
+    )
+    start = alone.parts.initial
+    apart = sum((own - together.adapter[n]).square().sum() for n, own in alone.adapter.items())
+    moved = sum((own - start[n]).square().sum() for n, own in alone.adapter.items())
+    assert moved > 0 and float((apart / moved).sqrt()) < 1e-4
+    assert together.parts.model.stackable == "" if variant == "pissa" else True
+
+
 @pytest.mark.parametrize("setting", ["use_dora", "init_lora_weights"])
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name][1].two_factors])
 def test_methods_of_two_factors_refuse_by_name_what_is_no_product(method, setting):
     adapter = {"use_dora": True} if setting == "use_dora" else {"init_lora_weights": "pissa"}
     with pytest.raises(SettingsError, match=rf"adapter.{setting}.*method.name = '{method}'"):
         Experiment.from_table({"adapter": adapter, "method": {"name": method}})
+
+
+def test_weights_in_few_bits_have_no_factors_cut_out():
+    for section, setting in (("model", "quantization"), ("training", "precision")):
+        value = "int8" if section == "model" else "bf16"
+        table = {"adapter": {"init_lora_weights": "olora"}, section: {setting: value}}
+        with pytest.raises(SettingsError, match=f"whose rest {section}.{setting} = '{value}'"):
+            Experiment.from_table(table)
 
 
 def test_rules_of_products_and_parts_of_a_model_refuse_it_too():

@@ -6,7 +6,7 @@ Each part owns its section; here they meet. Nothing is loaded and nothing runs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -343,6 +343,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
             found += parts[section].contradictions()
     if "adapter" in parts and "model" in parts:
         found += _quantization_contradictions(parts["adapter"].kind, parts["model"].quantization)
+        found += _rounding_contradictions(parts)
     if "method" in parts:
         found += METHODS[parts["method"].name][1].check(_view(parts))
     if "adapter" in parts:
@@ -419,6 +420,19 @@ def _quantization_contradictions(adapter: str, quantization: str) -> list[str]:
         f"adapter.kind = {adapter!r} trains weights of the backbone itself, which model.quantization = "
         f'{quantization!r} keeps in few bits: use adapter.kind = "lora", or leave model.quantization out'
     ]
+
+
+def _rounding_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why first factors cannot be cut out of frozen weights in few bits."""
+    adapter: AdapterSettings = parts["adapter"]
+    precision = parts["training"].precision if "training" in parts else "fp32"
+    asked = {"model.quantization": parts["model"].quantization, "training.precision": precision}
+    for setting, value in asked.items():
+        if adapter.cuts and value not in ("none", "fp32"):
+            yield (
+                f'adapter.init_lora_weights = "{adapter.init_lora_weights}" cuts factors out of frozen '
+                f"weights, whose rest {setting} = {value!r} would round: leave one of the two out"
+            )
 
 
 def _private_contradictions(parts: Mapping[str, Any]) -> list[str]:

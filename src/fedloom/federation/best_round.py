@@ -82,10 +82,8 @@ class BestRound:
         shown = "no number" if self.value is None else f"{self.value:.4f}"
         text = f"The adapter is that of round {self.round}, the best by held-out {self.metric} ({shown})"
         if self.over:
-            text += (
-                f"; the run ended after round {last}, as {self.waited} "
-                f"evaluation{'s' if self.waited > 1 else ''} in a row had not been better"
-            )
+            which = "the last one was" if self.waited == 1 else f"the last {self.waited} were"
+            text += f"; the run ended after round {last}, as {which} not better"
             text += f" by more than {self.threshold:g}" if self.threshold else ""
         return {
             "round": self.round,
