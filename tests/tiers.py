@@ -197,6 +197,8 @@ QUICK = {
     "models/test_adapters.py::test_names_and_values_are_those_of_peft": 1,
     "models/test_experts.py::test_the_stacked_layer_is_the_loop_forward_and_backward": 6,
     "models/test_heads.py::test_flops_are_those_torch_counts": 5,  # 6 s
+    "models/test_lora_variants.py::test_a_saved_variant_is_the_model_in_plain_peft": 4,
+    "models/test_lora_variants.py::test_operations_are_those_that_torch_counts": 2,
     "models/test_matrix.py::test_each_trains_and_loads_as_it_was_or_is_refused": 1,
     "models/test_own_code.py::test_every_call_of_a_loader_says_so": 0,
     "models/test_quantize.py::test_dpo_and_kto_train_on_it_and_the_adapter_scores_the_same": 0,

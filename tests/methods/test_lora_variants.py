@@ -125,8 +125,13 @@ def test_three_rounds_are_those_of_a_loop_in_plain_peft(experiment, variant, tmp
             torch.testing.assert_close(own, tensor.detach(), rtol=0, atol=5e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["pissa", "dora"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("pissa", marks=pytest.mark.slow),
+        pytest.param("dora", marks=pytest.mark.full),
+    ],
+)
 def test_clients_trained_together_give_what_they_give_alone(experiment, federate, variant):
     """With PiSSA factors of several clients are stacked; with DoRA clients are trained one by one."""
     sections = {
@@ -140,7 +145,7 @@ def test_clients_trained_together_give_what_they_give_alone(experiment, federate
     apart = sum((own - together.adapter[n]).square().sum() for n, own in alone.adapter.items())
     moved = sum((own - start[n]).square().sum() for n, own in alone.adapter.items())
     assert moved > 0 and float((apart / moved).sqrt()) < 1e-4
-    assert together.parts.model.stackable == "" if variant == "pissa" else True
+    assert (together.parts.model.stackable == "") == (variant == "pissa")
 
 
 @pytest.mark.parametrize("setting", ["use_dora", "init_lora_weights"])

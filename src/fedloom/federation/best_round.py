@@ -54,7 +54,8 @@ class BestRound:
         self.waited = 0 if gain > self.threshold else self.waited + 1
         if gain > 0 or self.state is None:
             self.value = None if math.isnan(value) else value
-            self.round, self.state = round, state
+            tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+            self.round, self.state = round, State(tensors, state.numbers)
 
     def _gain(self, value: float) -> float:
         """Return by how much a value is better than the best; below 0 where it is no number."""

@@ -112,7 +112,7 @@ class AdapterSettings(Settings):
     """Of lora: whether the update is scaled by alpha / sqrt(rank) (rsLoRA, 2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """Of lora: the first factors. default: A random, B zero. gaussian, orthogonal: others that change
-    nothing at first or little. pissa, olora: the largest singular directions (2404.02948), or the first
+    nothing at first. pissa, olora: the largest singular directions (2404.02948), or the first
     columns of a QR decomposition (2406.01775), of each frozen weight, which keeps the rest; what is saved
     is a plain LoRA of twice the rank on the model as it was."""
     modules_to_save: list[str] = Field(default_factory=list)

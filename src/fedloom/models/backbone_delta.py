@@ -101,6 +101,7 @@ class FrozenWeights:
             task_type=before.task_type,
             base_model_name_or_path=before.base_model_name_or_path,
             target_modules=targets,
+            modules_to_save=None if before.task_type == "SEQ_CLS" else before.modules_to_save,
             inference_mode=True,
         )
         tensors = {}
