@@ -185,6 +185,11 @@ def test_cut_factors_need_weights_of_their_own_in_float32(model_folder):
         attach_adapter(backbone, settings)
 
 
+def test_stacks_of_experts_have_no_factors_cut_out(mixture_folder):
+    with pytest.raises(ModelError, match=r"mlp.experts is no linear layer; name some"):
+        build(mixture_folder, init_lora_weights="pissa")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
