@@ -22,6 +22,24 @@ LABELLED = {"data": {"source": "builtin:labelled"}, "objective": {"name": "class
 ALTERNATELY = {"method": {"name": "fedrep"}}
 
 CASES = {
+    "training.loraplus_lr_ratio": (
+        {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
+        "training.loraplus_lr_ratio = 4.0 does nothing: it is read where adapter.kind is 'lora', which is "
+        "'ia3'",
+        {"training": {"loraplus_lr_ratio": 4.0}},
+    ),
+    "evaluation.metric_for_best_model": (
+        {"evaluation": {"metric_for_best_model": "loss"}},
+        "evaluation.metric_for_best_model = 'loss' does nothing: evaluation.load_best_model_at_end is not "
+        "set",
+        {"evaluation": {"metric_for_best_model": "loss", "early_stopping_patience": 2}},
+    ),
+    "evaluation.early_stopping_threshold": (
+        {"evaluation": {"early_stopping_threshold": 0.1, "load_best_model_at_end": True}},
+        "evaluation.early_stopping_threshold = 0.1 does nothing: evaluation.early_stopping_patience is not "
+        "set",
+        {"evaluation": {"early_stopping_threshold": 0.1, "early_stopping_patience": 2}},
+    ),
     "training.head_learning_rate": (
         {"training": {"head_learning_rate": 0.01}},
         "training.head_learning_rate = 0.01 does nothing: no head is trained, by this objective and method",
@@ -36,8 +54,8 @@ CASES = {
     **{
         f"training.{name}": (
             {"training": {"optimizer": "sgd", name: 0.5}},
-            f"training.{name} = 0.5 does nothing: it is read where training.optimizer is 'adam' or 'adamw', "
-            "which is 'sgd'",
+            f"training.{name} = 0.5 does nothing: it is read where training.optimizer is 'adam' or 'adamw' "
+            f"or 'adamw_8bit'{'' if name == 'epsilon' else " or 'lion'"}, which is 'sgd'",
             {"training": {"optimizer": "adam", name: 0.5}},
         )
         for name in ("beta1", "beta2", "epsilon")

@@ -680,7 +680,7 @@ def attach_adapter(
         torch.manual_seed(derive_seed(seed, "adapter"))
         try:
             model = peft.get_peft_model(backbone, config)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise ModelError(
                 f"PEFT puts no adapter of this kind on this model: {first_line(error)}; name other "
                 "layers as adapter.targets, or take another adapter.kind"

@@ -27,7 +27,7 @@ CUT = ("pissa", "olora")
 
 
 def require_own_weights(backbone: nn.Module, layers: list[str], kind: str) -> None:
-    """Check that all are linear layers, and no weight would be cut twice or in fewer bits than float32.
+    """Check that no weight would be cut twice, or in fewer bits than float32.
 
     Args:
         backbone: A Hugging Face model.
@@ -35,17 +35,12 @@ def require_own_weights(backbone: nn.Module, layers: list[str], kind: str) -> No
         kind: The setting's value, for the message.
 
     Raises:
-        ModelError: One is a stack of experts, two have a weight in common, or it is not float32.
+        ModelError: Two layers have a weight in common, or it is not float32.
     """
     seen: dict[int, str] = {}
     for name in layers:
-        weight: Any = getattr(backbone.get_submodule(name), "weight", None)
+        weight: Any = backbone.get_submodule(name).weight
         opening = f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: '
-        if weight is None:
-            raise ModelError(
-                f"{opening}{name} is no linear layer; name some as adapter.targets, such as "
-                '["q_proj", "v_proj"]'
-            )
         if id(weight) in seen:
             raise ModelError(
                 f"{opening}{name} and {seen[id(weight)]} have theirs in common; name one of them as "
