@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 LABELLED = {"data": {"source": "builtin:labelled"}, "objective": {"name": "classification"}}
 ALTERNATELY = {"method": {"name": "fedrep"}}
 
+LION = dict.fromkeys(("beta1", "beta2"), " or 'lion'")
+
 CASES = {
     "training.loraplus_lr_ratio": (
         {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
@@ -55,7 +57,7 @@ CASES = {
         f"training.{name}": (
             {"training": {"optimizer": "sgd", name: 0.5}},
             f"training.{name} = 0.5 does nothing: it is read where training.optimizer is 'adam' or 'adamw' "
-            f"or 'adamw_8bit'{'' if name == 'epsilon' else " or 'lion'"}, which is 'sgd'",
+            "or 'adamw_8bit'" + LION.get(name, "") + ", which is 'sgd'",
             {"training": {"optimizer": "adam", name: 0.5}},
         )
         for name in ("beta1", "beta2", "epsilon")
