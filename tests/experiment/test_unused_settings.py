@@ -28,7 +28,7 @@ CASES = {
         {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
         "training.loraplus_lr_ratio = 4.0 does nothing: it is read where adapter.kind is 'lora', which is "
         "'ia3'",
-        {"training": {"loraplus_lr_ratio": 4.0}},
+        {"adapter": {"kind": "lora"}, "training": {"loraplus_lr_ratio": 4.0}},
     ),
     "evaluation.metric_for_best_model": (
         {"evaluation": {"metric_for_best_model": "loss"}},
