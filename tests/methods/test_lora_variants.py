@@ -95,7 +95,7 @@ def test_three_rounds_are_those_of_a_loop_in_plain_peft(experiment, variant, tmp
     ratio = 4.0 if variant == "rslora" else 1.0  # LoRA+ beside it
     built = experiment(
         objective={"name": "sft"},
-        data={"source": "builtin:instructions", "builtin_rows": 32},
+        data={"source": "builtin:instructions", "builtin_rows": 24},
         adapter={"rank": RANK, **VARIANTS[variant]},
         federation={"clients": 2, "rounds": ROUNDS},
         training={"learning_rate": RATE, "batch_size": BATCH, "loraplus_lr_ratio": ratio},
@@ -125,13 +125,8 @@ def test_three_rounds_are_those_of_a_loop_in_plain_peft(experiment, variant, tmp
             torch.testing.assert_close(own, tensor.detach(), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param("pissa", marks=pytest.mark.slow),
-        pytest.param("dora", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["pissa", "dora"])
 def test_clients_trained_together_give_what_they_give_alone(experiment, federate, variant):
     """With PiSSA factors of several clients are stacked; with DoRA clients are trained one by one."""
     sections = {

@@ -46,7 +46,7 @@ def test_the_run_ends_and_leaves_the_best_rounds_adapter(experiment, tmp_path):
     assert best["last_round"] == best["round"] + 2 == len(found) - 1 < 6
     assert summary["after"] == result.metrics["loss"] == least
     assert summary["change"] is not None  # by rows, of the round that was kept
-    assert best["text"] in result.text
+    assert best["text"] in result.summary_text
     page = write_report([folder]).read_text()
     assert best["text"] in page and f"{least:.4f}" in page.partition(best["text"])[2]
     adapter = (result.adapter_path / "adapter_model.safetensors").read_bytes()

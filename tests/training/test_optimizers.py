@@ -165,7 +165,7 @@ def test_what_cannot_be_is_one_error_before_anything_is_trained(table, message):
         Experiment.from_table(table)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_noise_and_order_come_from_their_seeds_alone(experiment, federate):
     sections = {
         "objective": {"name": "sft"},

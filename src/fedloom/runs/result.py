@@ -13,7 +13,7 @@ class Result:
 
     Attributes:
         folder: The run folder.
-        metrics: Global held-out metrics of the last state.
+        metrics: Global held-out metrics of the last state, or of the best where that is kept.
         metrics_before: The same before any training.
         adapter_path: PEFT folder of the global adapter, or ``None`` where every client has its own.
         costs: Totals over the run: bytes_up, bytes_down, flops, seconds, peak_memory, examples, tokens.
