@@ -48,7 +48,7 @@ def test_the_run_ends_and_leaves_the_best_rounds_adapter(experiment, tmp_path):
     assert summary["change"] is not None  # by rows, of the round that was kept
     assert best["text"] in result.summary_text
     page = write_report([folder]).read_text()
-    assert best["text"] in page and f"{least:.4f}" in page.partition(best["text"])[2]
+    assert best["text"] in page and f"{least:.3f}" in page.partition(best["text"])[2]
     adapter = (result.adapter_path / "adapter_model.safetensors").read_bytes()
 
     # a run of as many rounds as the best has ends with that adapter
