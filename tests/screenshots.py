@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import count
 from pathlib import Path
 
@@ -36,6 +37,10 @@ GRID = {
     "partition": {"kind": "iid", "client_test_fraction": 0.2},
     "federation": {"clients": 3, "rounds": 2},
 }
+
+CODES = {"Tab": 9, "Enter": 13, "Space": 32, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36}
+KEYS = {"Space": " "}
+"""Keys with names: the code that a browser is told, and what it calls them."""
 
 LINKS = {
     "mobile": {"uplink": "5Mbit", "downlink": "30Mbit", "latency": "60ms", "speed": "100GFLOP"}
@@ -253,7 +258,7 @@ class Browser:
         return json.loads(message)
 
     def show(self, page, width, scheme):
-        """Open a page in a window of a width."""
+        """Open a page, a file or an address, in a window of a width."""
         self._ask(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -263,7 +268,7 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._ask("Emulation.setEmulatedMedia", features=features)
-        self._ask("Page.navigate", url=page.resolve().as_uri())
+        self._ask("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -272,6 +277,37 @@ class Browser:
         answer = self._ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def until(self, script, seconds=20):
+        """Wait until a script returns something true in the page that is open, and return it."""
+        end = time.monotonic() + seconds
+        while not (found := self.value(script)):
+            assert time.monotonic() < end, f"never true in {seconds} s: {script}"
+            time.sleep(0.05)
+        return found
+
+    def press(self, *keys):
+        """Press keys one after another, as a keyboard does."""
+        for key in keys:
+            code = CODES.get(key, ord(key[0].upper()))
+            own = {"key": KEYS.get(key, key), "windowsVirtualKeyCode": code}
+            text = {"Enter": "\r", "Space": " "}.get(key, key if len(key) == 1 else None)
+            self._ask(
+                "Input.dispatchKeyEvent", type="keyDown", **own, **({"text": text} if text else {})
+            )
+            self._ask("Input.dispatchKeyEvent", type="keyUp", **own)
+
+    def mouse(self, kind, x, y, held=False):
+        """Move, press or release the mouse at a place of the window."""
+        self._ask(
+            "Input.dispatchMouseEvent",
+            type=kind,
+            x=x,
+            y=y,
+            button="left" if held else "none",
+            buttons=int(held),
+            clickCount=1,
+        )
 
     def faults(self):
         """What is wrong in the page that is open, as sentences."""

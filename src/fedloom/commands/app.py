@@ -53,6 +53,10 @@ ClientFolderOption = Annotated[Path, typer.Option("--home", help="The client's f
 MemberName = Annotated[str, typer.Argument(help="Of the member.", show_default=False)]
 SERVER_FOLDER, CLIENT_FOLDER = Path("fedloom-server"), Path("fedloom-client")
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+Live = Annotated[
+    bool,
+    typer.Option("--live", help="Show the run on a page of this machine while it goes on."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
 
 

@@ -31,6 +31,7 @@ from fedloom.commands import server
 from fedloom.commands import client
 from fedloom.commands import status
 from fedloom.commands import audit
+from fedloom.commands import watch
 from fedloom.commands import report
 
 # isort: on
@@ -53,6 +54,7 @@ COMMANDS = (
     client,
     status,
     audit,
+    watch,
     report,
 )
 """Files whose import adds their commands to ``app``."""

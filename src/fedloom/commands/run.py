@@ -13,6 +13,7 @@ from fedloom.commands.app import (
     SERVER_FOLDER,
     Assignments,
     Force,
+    Live,
     Quiet,
     ServerFolderOption,
     app,
@@ -23,6 +24,7 @@ from fedloom.commands.app import (
     terminal_observer,
 )
 from fedloom.commands.early_checks import refuse_early
+from fedloom.commands.watch import with_live_page
 from fedloom.errors import SettingsError
 from fedloom.runs.stopping import terminable
 from fedloom.storage.output_paths import require_new_file, require_place
@@ -80,6 +82,7 @@ def run(
         bool,
         typer.Option("--profile", help="Leave a trace for Perfetto in the run folder."),
     ] = False,
+    live: Live = False,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment, or continue one."""
@@ -87,10 +90,10 @@ def run(
     _require_engine(engine, count, ray_address, profile=profile)
     what = _What(experiment, assignments or [], resume, from_round, fresh_client or [])
     if engine == "flower":
-        _run_between_machines(server_folder, what, quiet=quiet)
+        _run_between_machines(server_folder, what, live=live, quiet=quiet)
     else:
         ray = (ray_address or "local") if engine == "ray" else None
-        _run_here(what, count, ray, profile=profile, quiet=quiet)
+        _run_here(what, count, ray, profile=profile, live=live, quiet=quiet)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _require_engine(
 
 
 def _run_here(
-    what: _What, workers: Workers, ray: str | None, *, profile: bool, quiet: bool
+    what: _What, workers: Workers, ray: str | None, *, profile: bool, live: bool, quiet: bool
 ) -> None:
     """Run, or continue, with simulated clients, on this machine or on Ray."""
     if what.experiment is None and what.resume is None:
@@ -135,10 +138,10 @@ def _run_here(
     if what.experiment is not None:
         require_experiment(what.experiment)
     refuse_early(lambda: _check_run(what.experiment, what.assignments, what.resume))
-    observer = begin_loading(quiet)
+    shown = begin_loading(quiet)
     from fedloom.runs.run import resume_run, run_experiment
 
-    with terminable():
+    with terminable(), with_live_page(shown, live) as observer:
         if what.resume is not None:
             result = resume_run(
                 what.resume,
@@ -202,7 +205,7 @@ def _read_run(path: Path, assignments: list[str] | None) -> Experiment:
     return experiment
 
 
-def _run_between_machines(server_folder: Path, what: _What, *, quiet: bool) -> None:
+def _run_between_machines(server_folder: Path, what: _What, *, live: bool, quiet: bool) -> None:
     """Ask this machine's server to run, or continue, with clients on other machines; follow it."""
     from fedloom.deployment.submit import ask_for_run, before_it, follow, require_sound
 
@@ -219,7 +222,9 @@ def _run_between_machines(server_folder: Path, what: _What, *, quiet: bool) -> N
     if waits := before_it(asked):
         say(waits)
         require_sound(server_folder, asked)
-    say(follow(server_folder, asked, terminal_observer(quiet)))
+    with with_live_page(terminal_observer(quiet), live) as observer:
+        summary = follow(server_folder, asked, observer)
+    say(summary)
 
 
 @app.command("follow")
@@ -229,12 +234,16 @@ def follow_run(
         typer.Argument(help="Name, or first letters of the id (default: the one under way)."),
     ] = None,
     server_folder: ServerFolderOption = SERVER_FOLDER,
+    live: Live = False,
     quiet: Quiet = False,
 ) -> None:
     """Show a run between machines, from its start; stopping this does not stop the run."""
     from fedloom.deployment.submit import find_run, follow
 
-    say(follow(server_folder, find_run(server_folder, run), terminal_observer(quiet)))
+    found = find_run(server_folder, run)
+    with with_live_page(terminal_observer(quiet), live) as observer:
+        summary = follow(server_folder, found, observer)
+    say(summary)
 
 
 @app.command()
@@ -247,12 +256,12 @@ def demo(
 
     if assignments:
         refuse_early(lambda: _check_run(starting_file(), assignments, None))
-    observer = begin_loading(quiet)
+    shown = begin_loading(quiet)
     from fedloom.experiment.experiment import Experiment
     from fedloom.reports.run_page import write_report
     from fedloom.runs.run import run_experiment
 
-    with terminable():
+    with terminable(), with_live_page(shown, True) as observer:
         experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
         if experiment.output.folder:
             require_place(Path(experiment.output.folder), "output.folder")

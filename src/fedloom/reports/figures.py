@@ -26,6 +26,8 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 
 from fedloom.display.untrusted_text import label as shown_label
 from fedloom.display.untrusted_text import visible
+from fedloom.reports import figure_data
+from fedloom.reports.figure_data import Numbers
 
 INK = "#123456"
 """Stands for the page's text colour while drawing; replaced by ``currentColor`` at the end."""
@@ -137,7 +139,29 @@ def line_chart(
         _finish_axes(axes, x_label, y_label)
         if len(lines) > 1 or band is not None:
             _legend(figure, axes)
-        return _svg(figure)
+        own = {"x": figure_data.axis(x_label), "y": figure_data.axis(y_label, limits=limits)}
+        return _svg(figure, own | {"lines": _line_numbers(lines, band, band_label, bands or {})})
+
+
+def _line_numbers(
+    lines: Mapping[str, Points], band: Band | None, band_label: str, bands: Mapping[str, Band]
+) -> list[Numbers]:
+    """Return lines with the intervals of bands that are theirs, and other bands as lines of their own."""
+    found: list[Numbers] = []
+    for number, (label, (x, y)) in enumerate(lines.items()):
+        ends: dict[float, tuple[float, float]] = {}
+        if label in bands:
+            at, low, high = bands[label]
+            ends = dict(zip(at, zip(low, high, strict=True), strict=True))
+        low_ends = [ends[own][0] if own in ends else None for own in x] if ends else None
+        high_ends = [ends[own][1] if own in ends else None for own in x] if ends else None
+        found.append(figure_data.line(label, x, y, low=low_ends, high=high_ends, colour=number))
+    if band is not None:
+        grey = len(PALETTE) - 1
+        found.append(
+            figure_data.line(band_label, band[0], None, low=band[1], high=band[2], colour=grey)
+        )
+    return found
 
 
 def _places(lines: Sequence[Points]) -> list[tuple[int, int]]:
@@ -208,7 +232,20 @@ def scatter_chart(
         _scale_x(axes, [x for x, _ in points.values()])
         _finish_axes(axes, x_label, y_label)
         _legend(figure, axes)
-        return _svg(figure)
+        lines = [
+            _point_numbers(label, x, y, (spans or {}).get(label), order.index(label))
+            for label, (x, y) in points.items()
+        ]
+        if curve is not None:
+            lines.append(figure_data.line(*curve, dashed=True, colour=len(PALETTE) - 1))
+        own = figure_data.axes_of(list(points.values()), x_label, y_label)
+        return _svg(figure, own | {"lines": lines})
+
+
+def _point_numbers(name: str, x: float, y: float, span: Span, colour: int, **more: Any) -> Numbers:
+    """Return a single point with its interval."""
+    low, high = ([None], [None]) if span is None else ([span[0]], [span[1]])
+    return figure_data.line(name, [x], [y], low=low, high=high, points=True, colour=colour, **more)
 
 
 def _sizes(points: Sequence[tuple[float, float]], size: float) -> list[float]:
@@ -263,7 +300,15 @@ def grid_scatter(
             axes.plot([], [], shape, color="#888888", label=_legend_label(name), mew=0)
         _finish_axes(axes, x_label, y_label)
         _legend(figure, axes)
-        return _svg(figure)
+        order = list(colours)
+        lines = [
+            _point_numbers(f"{colour}, {shape}", x, y, span, order.index(colour))
+            for (colour, shape, x, y), span in zip(
+                points, spans or [None] * len(points), strict=True
+            )
+        ]
+        own = figure_data.axes_of([(x, y) for _, _, x, y in points], x_label, y_label)
+        return _svg(figure, own | {"lines": lines})
 
 
 def pareto_scatter(
@@ -311,7 +356,16 @@ def pareto_scatter(
         _finish_axes(axes, x_label, y_label)
         if len(groups) > 1:
             _legend(figure, axes)
-        return _svg(figure)
+        lines = [
+            _point_numbers(
+                f"{name}{' (on the front)' if chosen else ''}", x, y, span, groups.index(group)
+            )
+            for (group, name, x, y, chosen), span in zip(
+                points, spans or [None] * len(points), strict=True
+            )
+        ]
+        own = figure_data.axes_of([(x, y) for _, _, x, y, _ in points], x_label, y_label)
+        return _svg(figure, own | {"lines": lines})
 
 
 def _scale_x(axes: Axes, xs: Sequence[float]) -> None:
@@ -341,7 +395,16 @@ def interval_chart(estimates: Mapping[str, tuple[float, float, float]], label: s
         axes.set_ylim(len(estimates) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "")
-        return _svg(figure)
+        middles, lows, highs = zip(*estimates.values(), strict=True) if estimates else ((), (), ())
+        places = range(len(estimates))
+        only = figure_data.line("", middles, places, low=lows, high=highs, points=True, across=True)
+        return _svg(figure, _rows_numbers(estimates, label, [only]))
+
+
+def _rows_numbers(names: Iterable[object], label: str, lines: list[Numbers]) -> Numbers:
+    """Return the numbers of a chart with a row for each name."""
+    own = {"x": figure_data.axis(label), "y": figure_data.axis("", names=list(names))}
+    return own | {"lines": lines}
 
 
 def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -> str:
@@ -360,7 +423,13 @@ def strip_chart(rows: Mapping[str, tuple[Sequence[float], float]], label: str) -
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         _finish_axes(axes, label, "")
-        return _svg(figure)
+        each = [(value, place) for place, name in enumerate(order) for value in rows[name][0]]
+        ones = figure_data.line(
+            "each", [x for x, _ in each], [y for _, y in each], points=True, colour=4
+        )
+        means = [rows[name][1] for name in order]
+        line_of_means = figure_data.line("mean", means, range(len(order)), points=True, colour=0)
+        return _svg(figure, _rows_numbers(order, label, [ones, line_of_means]))
 
 
 def _apart(values: Sequence[float], width: float) -> list[float]:
@@ -419,7 +488,8 @@ def matrix_chart(
         axes.set_yticks(ticks, _labels(labels[::step]), fontsize=size)
         axes.set_xlabel("client")
         axes.set_ylabel("client")
-        return _svg(figure)
+        rows_shown = [[name, *row] for name, row in zip(labels, shown, strict=True)]
+        return _svg(figure, figure_data.table(["client", *labels], rows_shown))
 
 
 def bar_chart(bars: Mapping[str, tuple[float, float, float]], x_label: str, y_label: str) -> str:
@@ -434,7 +504,10 @@ def bar_chart(bars: Mapping[str, tuple[float, float, float]], x_label: str, y_la
         turned = 90 if len(bars) > MANY_CLIENTS // 3 else 0
         axes.set_xticks(range(0, len(bars), step), _labels(list(bars)[::step]), rotation=turned)
         axes.grid(visible=False, axis="x")
-        return _svg(figure)
+        columns = [x_label or "name", y_label, "low", "high"]
+        return _svg(
+            figure, figure_data.table(columns, [[name, *own] for name, own in bars.items()])
+        )
 
 
 def before_after_chart(
@@ -488,7 +561,32 @@ def before_after_chart(
         ranked = f"{len(clients)} clients, by their metric after"
         _finish_axes(axes, label, "" if few else ranked)
         _legend(figure, axes)
-        return _svg(figure)
+        return _svg(figure, _before_after_numbers(clients, before, after, label, spans or {}))
+
+
+def _before_after_numbers(
+    clients: Sequence[str],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    label: str,
+    spans: Mapping[str, Span],
+) -> Numbers:
+    """Return a row for each client, in the order of a chart."""
+    places, ends = range(len(clients)), [spans.get(client) for client in clients]
+    old = [before.get(client, after[client]) for client in clients]
+    new = figure_data.line(
+        "after",
+        [after[client] for client in clients],
+        places,
+        low=[own[0] if own else None for own in ends],
+        high=[own[1] if own else None for own in ends],
+        points=True,
+        across=True,
+        colour=0,
+    )
+    grey = len(PALETTE) - 1
+    first = figure_data.line("before", old, places, points=True, colour=grey)
+    return _rows_numbers((f"client {client}" for client in clients), label, [first, new])
 
 
 def _distribution_chart(before: Sequence[float], after: Sequence[float], label: str) -> str:
@@ -541,7 +639,14 @@ def partition_svg(record: Mapping[str, Any], *, standalone: bool = False) -> str
             figure = _stacked(names, counts, values)
         else:
             figure = _heat_map(names, counts, values, record["column"] or "")
-        text = _svg(figure)
+        known = None
+        if not standalone and len(clients) <= CROWD:
+            columns = [record.get("column") or "rows", *names]
+            known = figure_data.table(
+                columns,
+                [[own, *row] for own, row in zip(values, zip(*counts, strict=True), strict=True)],
+            )
+        text = _svg(figure, known)
     return _as_file(text) if standalone else text
 
 
@@ -681,8 +786,8 @@ def _any_letters() -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure) -> str:
-    """Return the figure as an ``<svg>`` element that scales with its column."""
+def _svg(figure: Figure, numbers: Numbers | None = None) -> str:
+    """Return the figure as an ``<svg>`` element that scales with its column, with its numbers in it."""
     for written in figure.findobj(Text):
         if isinstance(written, Text):
             written.set_text(visible(written.get_text()))
@@ -695,12 +800,13 @@ def _svg(figure: Figure) -> str:
         text = text.replace(f": {colour.lower()}", f": var(--c{number}, {colour})")
     width = figure.get_figwidth()
     room = f'style="min-width: {80 * width:.0f}px; max-width: {110 * width:.0f}px" '
-    return re.sub(
+    text = re.sub(
         r'<svg ([^>]*?)width="[^"]*" height="[^"]*"',
         rf'<svg role="img" {room if width > COLUMN else ""}\1',
         text,
         count=1,
     )
+    return figure_data.embedded(text, numbers)
 
 
 def _as_file(text: str) -> str:

@@ -29,6 +29,7 @@ class Plan:
         work: What a round trains beside what the evaluation of the start takes, so that the time of the
             former can be told from that of the latter; 0 where that is not known.
         ahead: What each round does, that of the start first, as far as it is known.
+        folder: Of the run, where it is known.
     """
 
     headline: str
@@ -39,6 +40,7 @@ class Plan:
     names: Mapping[int, str] = field(default_factory=dict)
     work: float = 0.0
     ahead: tuple[RoundWork, ...] = ()
+    folder: str = ""
 
 
 class RunObserver(Observer, Protocol):

@@ -669,7 +669,8 @@ class _Run:
             compression=self.compression,
             best=self.best,
         )
-        self.observer.begin(plan_of(experiment, parts, done))
+        plan = plan_of(experiment, parts, done)
+        self.observer.begin(replace(plan, folder=str(self.folder.path.resolve())))
         if done < 0:
             self.observer.stage(evaluated_first(parts))
         self.saved = done
