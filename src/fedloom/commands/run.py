@@ -261,7 +261,7 @@ def demo(
     from fedloom.reports.run_page import write_report
     from fedloom.runs.run import run_experiment
 
-    with terminable(), with_live_page(shown, True) as observer:
+    with terminable(), with_live_page(shown, not quiet) as observer:
         experiment = Experiment.from_toml(starting_file(), assignments or [], name="demo")
         if experiment.output.folder:
             require_place(Path(experiment.output.folder), "output.folder")

@@ -65,7 +65,8 @@ class _Live:
         if plan.folder:
             try:
                 page = self._open_page.enter_context(LivePage(Path(plan.folder)))
-                self._observer.stage(f"live page: {page.address}  (open it in a browser)")
+                self._open_page.callback(page.show_the_end)
+                say(f"live page: {page.address}  (open it in a browser)")
             except OutputError as error:
                 self._observer.warning(f"without a live page: {error}")
         self._observer.begin(plan)

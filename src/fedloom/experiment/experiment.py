@@ -50,7 +50,7 @@ COMPARE = "compare"
 Importable = Callable[[str, str], bool]
 """Whether the class that a section names may be imported."""
 
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class OutputSettings(Settings):
@@ -61,7 +61,8 @@ class OutputSettings(Settings):
     checkpoint_every: int = Field(default=1, ge=1)
     """Rounds between checkpoints; the last two are kept."""
     trackers: list[Tracker] = []
-    """Also send figures to "tensorboard" (files in the run folder), "wandb" or "mlflow"."""
+    """Also send settings and each round's figures to "tensorboard" (files in the run folder), "wandb",
+    "mlflow" or "trackio"."""
     verify: bool = True
     """Whether the saved folders are loaded again at the end, by transformers and PEFT, and compared with
     the trained model; a difference is an error. It applies to clients too."""

@@ -14,9 +14,11 @@ import hashlib
 import hmac
 import http.server
 import json
+import math
 import re
 import secrets
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +32,9 @@ HOST = "127.0.0.1"
 
 SECONDS = 10
 """After which a connection that sends nothing is closed."""
+
+LATELY = 3.5
+"""Seconds in which a page that is open asks again."""
 
 ALLOWED = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 """What a request may call this machine; the port differs behind an SSH tunnel."""
@@ -60,6 +65,7 @@ class LivePage:
                 f"the live page cannot listen at {HOST}:{port}: {first_line(error)}; choose another "
                 "--port, or leave it out"
             ) from error
+        self._asked, self._again = -math.inf, threading.Event()
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
@@ -82,6 +88,12 @@ class LivePage:
         self._server.shutdown()
         self._server.server_close()
 
+    def show_the_end(self) -> None:
+        """Wait, if a page has asked lately, until it asks once more and so shows how the run ended."""
+        if time.monotonic() - self._asked < LATELY:
+            self._again.clear()
+            self._again.wait(LATELY)
+
     def answer(self, target: str, host: str | None) -> tuple[int, str, bytes]:
         """Return the status, the media type and the body for a GET.
 
@@ -99,6 +111,8 @@ class LivePage:
             case "":
                 return 200, "text/html; charset=utf-8", self.page
             case "state":
+                self._asked = time.monotonic()
+                self._again.set()
                 query = parse_qs(parts.query, max_num_fields=8)
                 start = query.get("from", ["0"])[0]
                 if not NUMBER.fullmatch(start):

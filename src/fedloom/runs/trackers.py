@@ -1,14 +1,19 @@
-"""Figures of a run for TensorBoard, Weights & Biases or MLflow; each an optional extra.
+"""Figures of a run for TensorBoard, Weights & Biases, MLflow or trackio, by accelerate's names for them.
 
-They observe a run like the terminal (see ``federation/records.py``) and get numbers only.
+Each is an optional extra. They get the settings and, of each round, the numbers of its line in
+``rounds.jsonl``; what they would gather by themselves (console, code, git, use of the machine) is
+switched off. Nothing is sent anywhere that ``[output] trackers`` of whoever starts the run does not
+name: clients of a federation never take that setting from a server.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom.accounting.costs import REPEATED
 from fedloom.errors import SettingsError
 from fedloom.federation.records import RoundRecord
 
@@ -51,8 +56,20 @@ class WeightsAndBiases:
         """Start a run."""
         import wandb
 
+        numbers_only = wandb.Settings(
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+        )
         self._run: Any = wandb.init(
-            project="fedloom", name=name, dir=str(folder), config=dict(settings)
+            project="fedloom",
+            name=name,
+            dir=str(folder),
+            config=dict(settings),
+            settings=numbers_only,
         )
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
@@ -84,10 +101,36 @@ class MLflow:
         self._mlflow.end_run()
 
 
+class Trackio:
+    """A run in the project ``fedloom`` of trackio: on this machine, unless it is set up for a Space."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        """Start a run."""
+        import trackio
+
+        self._run: Any = trackio.init(
+            project="fedloom",
+            name=name,
+            config=dict(settings),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, numbers: Mapping[str, float], round: int) -> None:
+        """Log one step."""
+        self._run.log(dict(numbers), step=round)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
 TRACKERS: dict[str, Any] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
+    "trackio": Trackio,
 }
 
 
@@ -114,12 +157,13 @@ def open_trackers(
 
 
 def round_numbers(record: RoundRecord) -> dict[str, float]:
-    """Return a round's figures under ``train/``, ``held_out/`` and ``cost/``."""
+    """Return the finite numbers of a round's record, under ``train/``, ``held_out/`` and ``cost/``."""
     numbers = {f"train/{name}": value for name, value in record.train.items()}
     if record.evaluation is not None:
         numbers |= {f"held_out/{name}": v for name, v in record.evaluation.metrics.items()}
-    numbers["cost/bytes_up"] = float(sum(cost.bytes_up for cost in record.costs))
-    numbers["cost/bytes_down"] = float(sum(cost.bytes_down for cost in record.costs))
-    numbers["cost/flops"] = sum(cost.flops for cost in record.costs)
+    costs = [cost for cost in record.costs if cost.phase != REPEATED]
+    numbers["cost/bytes_up"] = float(sum(cost.bytes_up for cost in costs))
+    numbers["cost/bytes_down"] = float(sum(cost.bytes_down for cost in costs))
+    numbers["cost/flops"] = sum(cost.flops for cost in costs)
     numbers["cost/seconds"] = record.seconds
-    return numbers
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
