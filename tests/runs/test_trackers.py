@@ -29,36 +29,40 @@ class Recorder(ModuleType):
         return call
 
 
-@pytest.mark.parametrize(
-    ("tracker", "log", "step", "last"),
-    [
-        ("wandb", "log", "step", "finish"),
-        ("mlflow", "log_metrics", "step", "end_run"),
-        ("trackio", "log", "step", "finish"),
-    ],
-)
-def test_every_round_is_logged_and_the_tracker_closed(
-    experiment, monkeypatch, tracker, log, step, last
+CALLS = {
+    "wandb": ("log", "step", "finish"),
+    "mlflow": ("log_metrics", "step", "end_run"),
+    "trackio": ("log", "step", "finish"),
+}
+"""Of each tracker: what logs, the argument that is the round, what closes it."""
+
+
+def test_every_round_is_logged_as_it_is_recorded_and_the_trackers_are_closed(
+    experiment, monkeypatch
 ):
-    recorder = Recorder(tracker)
-    monkeypatch.setitem(sys.modules, tracker, recorder)
-    result = fedloom.run(experiment(output={"trackers": [tracker]}))
-    logged = [
-        (arguments[0], options[step]) for name, arguments, options in recorder.calls if name == log
-    ]
-    assert [round for _, round in logged] == [0, 1, 2]
-    assert logged[0][0]["held_out/preference_accuracy"] == 0.5
-    for line, (numbers, _) in zip(
-        (result.folder / "rounds.jsonl").read_text().splitlines(), logged, strict=True
-    ):
-        record = json.loads(line)
-        own = {f"held_out/{name}": own for name, own in record["evaluation"]["global"].items()}
-        own |= {f"train/{name}": own for name, own in (record["train"] or {}).items()}
-        own |= {
-            f"cost/{name}": record[name] for name in ("bytes_up", "bytes_down", "flops", "seconds")
-        }
-        assert numbers == own
-    assert recorder.calls[-1][0] == last
+    recorders = {name: Recorder(name) for name in CALLS}
+    for name, recorder in recorders.items():
+        monkeypatch.setitem(sys.modules, name, recorder)
+    result = fedloom.run(experiment(output={"trackers": [*CALLS]}))
+    lines = (result.folder / "rounds.jsonl").read_text().splitlines()
+    recorded = [numbers_of(json.loads(line)) for line in lines]
+    assert recorded[0]["held_out/preference_accuracy"] == 0.5
+    assert {"train/loss", "cost/bytes_up", "cost/flops", "cost/seconds"} <= recorded[1].keys()
+    for name, (log, step, last) in CALLS.items():
+        calls = recorders[name].calls
+        logged = [(given[0], options[step]) for called, given, options in calls if called == log]
+        assert logged == [(own, round) for round, own in enumerate(recorded)]
+        assert calls[-1][0] == last
+
+
+def numbers_of(record):
+    """The numbers of a line of rounds.jsonl by the names that trackers get."""
+    costs = ("bytes_up", "bytes_down", "flops", "seconds")
+    return {
+        **{f"held_out/{name}": own for name, own in record["evaluation"]["global"].items()},
+        **{f"train/{name}": own for name, own in (record["train"] or {}).items()},
+        **{f"cost/{name}": record[name] for name in costs},
+    }
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(experiment, monkeypatch):
