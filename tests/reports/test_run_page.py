@@ -41,7 +41,7 @@ def test_a_page_says_what_became_of_pairs(experiment):
 def test_the_page_needs_no_network(folder):
     page = write_report([folder]).read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
-    assert "@import" not in page and "<script" not in page and "url(http" not in page
+    assert "@import" not in page and "<script src" not in page and "url(http" not in page
 
 
 def test_what_models_and_data_say_is_escaped(folder):
@@ -72,7 +72,7 @@ def test_what_models_and_data_say_is_escaped(folder):
     rounds = rounds.replace('"weighed": {}', json.dumps({"weighed": {evil: [3.0, 2]}})[1:-1])
     (folder / "rounds.jsonl").write_text(rounds)
     page = write_report([folder]).read_text()
-    assert "<script" not in page and "<img" not in page
+    assert page.count("<script") == 1 and "<img" not in page  # the script is the page's own
     assert page.count("&lt;script&gt;") >= 8
 
 

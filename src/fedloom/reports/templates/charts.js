@@ -413,7 +413,21 @@ const charts = (() => {
     }
   }
 
+  // What scrolls is reached by keyboard, and what does not is no stop on the way.
+  const reach = () => {
+    for (const box of document.querySelectorAll(".scroll, figure.wide, pre")) {
+      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) {
+        const first = box.querySelector("th, figcaption");
+        box.tabIndex = 0;
+        box.setAttribute("role", "region");
+        box.setAttribute("aria-label", `scrolls: ${first ? first.textContent : box.textContent.slice(0, 30)}`);
+      } else if (box.getClientRects().length) ["tabindex", "role", "aria-label"].forEach((name) => box.removeAttribute(name));
+    }
+  };
   const explore = () => {
+    reach();
+    addEventListener("resize", reach);
+    document.addEventListener("toggle", reach, true);
     for (const numbers of document.querySelectorAll("figure svg > metadata[data-numbers]")) {
       const figure = numbers.closest("figure"), caption = figure.querySelector("figcaption");
       const heading = () => { let own = figure; while (own && own.tagName !== "H2") own = own.previousElementSibling || own.parentElement; return own ? own.textContent : "chart"; };

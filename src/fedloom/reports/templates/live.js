@@ -114,7 +114,7 @@
   const table = () => {
     if (!seen || !seen.metric) return;
     const find = at("find").value.toLowerCase().split(/\s+/).filter(Boolean), now = new Set(chosen());
-    const found = clients.filter((row) => { const text = `client ${row.join(" ").toLowerCase()}`; return find.every((word) => text.includes(word)); });
+    const found = clients.filter((row) => { const text = `client ${row[0]} ${row[1]} ${row[2]} ${row[8]}`.toLowerCase(); return find.every((word) => text.includes(word)); });
     found.sort(ORDERS[at("order").value] || ORDERS.number);
     if (find.length === 1) found.sort((a, b) => (String(b[0]) === find[0]) - (String(a[0]) === find[0]));
     write("metric-column", words(seen.metric.name));
