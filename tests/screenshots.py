@@ -1,8 +1,9 @@
 """Every kind of page as a browser shows it: small runs that give them, pictures, and what is wrong in them.
 
 ``python tests/screenshots.py FOLDER`` makes the runs and pages below FOLDER (those that are there
-stay) and a picture of each page at 1280 and 390 pixels, light and dark. It needs Chromium; the same is
-checked by ``reports/test_in_a_browser.py``.
+stay) and a picture of each page at 1280 and 390 pixels, light and dark, and of the live page of two runs
+(``docs/watching.png`` is ``live-run-20-1280-light.png``). It needs Chromium; the same is checked by
+``reports/test_in_a_browser.py``.
 """
 
 import base64
@@ -324,6 +325,21 @@ class Browser:
         target.write_bytes(base64.b64decode(data["data"]))
 
 
+def live_pictures(window, run, folder):
+    """Take pictures of a run's live page, and return what is wrong in it."""
+    from fedloom.reports.live_server import LivePage
+
+    found = []
+    with LivePage(run) as page:
+        for width in WIDTHS:
+            for scheme in SCHEMES:
+                window.show(page.address, width, scheme)
+                window.until("document.querySelectorAll('svg.drawn').length > 2")
+                window.picture(folder / f"live-{run.name}-{width}-{scheme}.png")
+                found += [f"live {run.name}, {width}, {scheme}: {own}" for own in window.faults()]
+    return found
+
+
 def main(folder, model="tiny"):
     made = pages(folder, model)
     with Browser(browser()) as window:
@@ -334,6 +350,9 @@ def main(folder, model="tiny"):
                     window.picture(folder / f"{name}-{width}-{scheme}.png")
                     for fault in window.faults():
                         print(f"{name}, {width}, {scheme}: {fault}")
+        for clients in (20, 200):
+            for fault in live_pictures(window, folder / f"run-{clients}", folder):
+                print(fault)
 
 
 if __name__ == "__main__":

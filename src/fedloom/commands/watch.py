@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")
     ] = 0,
@@ -34,7 +34,7 @@ def watch(
     ended = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
     try:
-        with LivePage(folder, port) as page:
+        with LivePage(run, port) as page:
             say(f"live page: {page.address}  (open it in a browser; Ctrl-C ends it)")
             with contextlib.suppress(KeyboardInterrupt):
                 ended.wait()
