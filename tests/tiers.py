@@ -271,6 +271,7 @@ QUICK = {
     "runs/test_selections.py::test_interrupted_it_draws_the_same": 0,
     "runs/test_selections.py::test_what_a_client_tells_is_the_loss_of_its_training": 1,
     "runs/test_streaming.py::test_an_adapter_is_that_of_rows_in_memory": 0,  # 8 s
+    "runs/test_trackers.py::test_every_round_is_logged_as_it_is_recorded_and_the_trackers_are_closed": 0,
     "runs/test_verification.py::test_a_clients_own_model_that_came_out_wrong_is_named": 0,
     "runs/test_verification.py::test_a_deployed_client_says_that_its_model_came_out_wrong": 0,
     "runs/test_verification.py::test_a_sound_run_says_so": 0,

@@ -146,14 +146,17 @@ class LiveRun:
         """Look at a run folder.
 
         Raises:
-            OutputError: It is not one.
+            OutputError: It is not one, or may not be read.
         """
-        if names.is_comparison(folder):
-            raise OutputError(
-                f"{folder} is the folder of a comparison: watch one of its runs, "
-                f"{folder / names.RUNS}/NAME"
-            )
-        self.folder = RunFolder.existing(folder)
+        try:
+            if names.is_comparison(folder):
+                raise OutputError(
+                    f"{folder} is the folder of a comparison: watch one of its runs, "
+                    f"{folder / names.RUNS}/NAME"
+                )
+            self.folder = RunFolder.existing(folder)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be read: {first_line(error)}") from error
         self.name = short(folder.resolve().name, LONGEST)
         self._lock = threading.Lock()
         self._read: _Read | None = None
