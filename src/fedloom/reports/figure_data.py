@@ -63,7 +63,7 @@ def line(
         low: Lower end of each point's interval.
         high: Upper end.
         more: ``colour`` (a number of the palette), ``points`` (not joined), ``dashed``, ``across``
-            (intervals are of x), ``labels`` (of single points).
+            (intervals are of x).
     """
     found: Numbers = {"name": visible(str(name)), "x": _rounded(x), "y": _rounded(y)}
     if low is not None and high is not None:

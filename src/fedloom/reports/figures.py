@@ -242,10 +242,10 @@ def scatter_chart(
         return _svg(figure, own | {"lines": lines})
 
 
-def _point_numbers(name: str, x: float, y: float, span: Span, colour: int, **more: Any) -> Numbers:
+def _point_numbers(name: str, x: float, y: float, span: Span, colour: int) -> Numbers:
     """Return a single point with its interval."""
     low, high = ([None], [None]) if span is None else ([span[0]], [span[1]])
-    return figure_data.line(name, [x], [y], low=low, high=high, points=True, colour=colour, **more)
+    return figure_data.line(name, [x], [y], low=low, high=high, points=True, colour=colour)
 
 
 def _sizes(points: Sequence[tuple[float, float]], size: float) -> list[float]:

@@ -352,8 +352,7 @@ const charts = (() => {
           const band = ends && value !== null ? ` (${ends})` : ends;
           const what = y.names ? shown(own) : value === null ? "" : shown(value);
           const where = single ? `${x.label || "x"} ${shown(own)}, ${y.label || "y"} ` : "";
-          const label = line.labels ? line.labels[place] : line.name;
-          found.get(key).words.push(`${label ? label + ": " : ""}${where}${what}${band}`.trim());
+          found.get(key).words.push(`${line.name ? line.name + ": " : ""}${where}${what}${band}`.trim());
         });
       }
       this.found = [...found.values()].sort((a, b) => y.names ? a.y - b.y : a.at - b.at);
