@@ -60,8 +60,7 @@ def _names(fields: Mapping[str, str]) -> frozenset[str]:
 TAKEN = _names(
     {
         "model": "quantization dropout",
-        "adapter": "kind alpha dropout targets layers initial_text top_k balance router",
-        "adapter": "kind alpha dropout layers initial_text top_k balance use_dora use_rslora "
+        "adapter": "kind alpha dropout layers initial_text top_k balance router use_dora use_rslora "
         "init_lora_weights modules_to_save",
         "public": "labelled",
         "clients": "newcomers",

@@ -75,8 +75,6 @@ class EvaluationSettings(Settings):
     judged_by: Literal["loss", "rouge_l", "exact_match"] = "loss"
     """Of instructions: the loss of the completion, or of the model's own greedy answer ROUGE-L, or
     whether it is the completion."""
-    judged_by: Literal["loss", "rouge_l"] = "loss"
-    """Of instructions: the loss of the completion, or ROUGE-L of the model's own greedy answer."""
     load_best_model_at_end: bool = False
     """Whether the run's adapter is that of the round with the best held-out metric, not of the last."""
     metric_for_best_model: Annotated[str | None, KEPT] = None

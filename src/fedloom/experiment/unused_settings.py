@@ -89,10 +89,9 @@ def _facts(experiment: Experiment) -> dict[str, object]:
         "joins": bool(experiment.clients.newcomers),
         "draws clients": experiment.federation.cohort_size < experiment.federation.clients,
         "judges clients": experiment.judges_clients,
-        "generates": experiment.evaluation.judged_by != "loss"
         "keeps the best": experiment.evaluation.best_round_by is not None,
         "stops early": experiment.evaluation.early_stopping_patience is not None,
-        "generates": experiment.evaluation.judged_by == "rouge_l"
+        "generates": experiment.evaluation.judged_by != "loss"
         or (causal and experiment.evaluation.samples > 0),
     }
 

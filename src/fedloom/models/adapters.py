@@ -147,7 +147,6 @@ class AdapterSettings(Settings):
         }
         owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
         owners |= dict.fromkeys(("experts", "top_k", "balance", "router"), experts)
-        owners |= dict.fromkeys(("experts", "top_k", "balance"), experts)
         owners |= dict.fromkeys(VARIANTS, ("lora",))
         for name, kinds in owners.items():
             given = getattr(self, name) != type(self).model_fields[name].get_default(

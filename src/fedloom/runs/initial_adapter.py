@@ -45,8 +45,10 @@ FOLDER = "start"
 CLIENTS = "clients/"
 """Before the number of a client, in a run folder and in the copy."""
 
-SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k", "router")
-SAME = ("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k", "use_dora", "use_rslora")
+SAME = (
+    *("kind", "rank", "alpha", "virtual_tokens", "experts", "top_k", "router"),
+    *("use_dora", "use_rslora"),
+)
 """Settings that an experiment may not say otherwise than the adapter: the rest are seen by its tensors,
 or are how it is trained."""
 

@@ -255,8 +255,6 @@ def local_steps(
         making = Making(seed, client, round, purpose, work, again)
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
-        order = generator(seed, f"{purpose}batches", client, round)
-    if batches is None:
         of_order = seed if settings.data_seed is None else settings.data_seed
         order = generator(of_order, f"{purpose}batches", client, round)
         batches = _shuffled(model, share, settings, order, work)
