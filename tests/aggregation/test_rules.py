@@ -32,3 +32,12 @@ def test_the_mean():
 def test_another_is_not_taken_for_the_mean():
     with pytest.raises(ValueError, match="'fedavg' is not a rule"):
         combined("fedavg", UPDATES, WEIGHTS, START)
+
+
+def test_how_many_clients_a_rule_needs_is_said():
+    own = AggregationSettings(rule="trimmed_mean", bad=2)
+    assert own.contradictions(5) == []
+    (found,) = own.contradictions(4)
+    assert found.endswith("aggregation.bad = 2 needs 5 clients in a round, there are 4")
+    (found,) = AggregationSettings(rule="krum", bad=1).contradictions(4)
+    assert found.endswith("needs 5 clients in a round, there are 4")

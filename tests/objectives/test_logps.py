@@ -1,10 +1,11 @@
 """Completion log-probs against the textbook way: all logits, shifted labels, summed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
-from fedloom.data.batch import Sequences
+from fedloom.data.batch import Predicting, Sequences
 from fedloom.objectives.logps import completion_logits, completion_logps, completion_token_logps
 
 VOCABULARY = 11
@@ -69,3 +70,23 @@ def test_logits_of_completion_tokens_row_by_row():
     logits, tokens, mask = completion_logits(Asked(), batch)
     assert torch.equal(logits, 2 * expected) and tokens.tolist() == [4, 5, 6, 9, 10]
     assert torch.equal(mask, batch.completion_mask[:, 2:])
+
+
+class Read(Toy):
+    """A model whose output layer is applied to what predicts a completion's tokens alone."""
+
+    def predicting(self, sequences):
+        states = self.table[sequences.input_ids].cumsum(1)[:, :-1][sequences.completion_mask[:, 1:]]
+        self.states = states.requires_grad_()
+        return Predicting(states, lambda states: 2 * states, VOCABULARY, False)
+
+
+def test_tokens_beyond_those_that_are_graded_have_log_probs_without_a_gradient():
+    model, whole = Read(), sequences()
+    expected, _, correct = completion_token_logps(model, whole)
+    found, _, likeliest = completion_token_logps(model, replace(whole, graded=3))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(likeliest, correct)
+    found.sum().backward()
+    moved = model.states.grad.abs().sum(1) > 0
+    assert moved.tolist() == [True, True, True, False, False]
