@@ -69,6 +69,12 @@ def test_copies_of_one_client_are_one_group_and_so_are_few_or_alike_ones():
     assert spectral_groups(subspace_distances(wide), 4) == [0] * 6
 
 
+def test_two_groups_are_found_where_two_are_the_most():
+    pairs = np.array([[0, 0.1, 1, 1], [0.1, 0, 1, 1], [1, 1, 0, 0.1], [1, 1, 0.1, 0]])
+    assert spectral_groups(pairs, 2) == spectral_groups(pairs, 3) == [0, 0, 1, 1]
+    assert spectral_groups(pairs, 1) == [0, 0, 0, 0]
+
+
 def test_many_copies_hide_no_group():
     """Of 15 distances 10 are 0, and so is the median."""
     found = subspace_distances(columns(0, 0, 0, 0, 0, 90))
