@@ -357,6 +357,26 @@ MORE = {
         "--home good.toml", "--home empty", "--home server", "x --home server", "x --home gone",
         "x y", "--home", "--all", "'' --home empty", "--home good.toml/x",
     ),
+    "chat": (
+        "", "gone", "good.toml", "empty", "started", "run", "log.jsonl", "gone x", "gone --beside",
+        "gone --temperature 3", "gone --temperature hot", "gone --top-p 2", "gone --seed -1",
+        "gone --max-tokens 0", "gone --besides base", "run --client 1",
+    ),
+    "serve": (
+        "", "gone", "good.toml", "empty", "started", "run", "log.jsonl", "gone --port 99999",
+        "gone --port http", "gone --host", "gone --waiting 65", "gone --seed -1", "gone --client -1",
+        "started --client 1",
+    ),
+    "watch": (
+        "", "gone", "good.toml", "empty", "gone x", "gone --port 99999", "gone --port http", "''",
+        "log.jsonl", "gone --live", "nope/x",
+    ),
+    "label": (
+        "", "gone", "gone log.jsonl", "gone log.jsonl --out", "gone log.jsonl --out y.jsonl",
+        "run gone.jsonl --out y.jsonl", "good.toml log.jsonl --out y.jsonl",
+        "empty log.jsonl --out y.jsonl", "started log.jsonl --out y.jsonl",
+        "run log.jsonl --out nope/y.jsonl", "run log.jsonl --out page.html", "run log.jsonl x --out y",
+    ),
     "follow": (
         "--home good.toml", "--home empty", "--home server", "x --home server", "x --home gone",
         "x y", "--home", "--all", "run", "--home good.toml/x",
