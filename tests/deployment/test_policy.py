@@ -619,9 +619,9 @@ def test_a_sample_is_read_by_the_models_revision_and_context(
 ):
     asked = []
 
-    def load(path, revision, data):
+    def load(path, revision, data, compares):
         asked.append(revision)
-        return load_encoder(path, None, data)
+        return load_encoder(path, None, data, compares=compares)
 
     monkeypatch.setattr("fedloom.deployment.client_check.load_encoder", load)
     monkeypatch.setattr("fedloom.deployment.client_check.context_of", lambda path, revision: 12)

@@ -19,6 +19,7 @@ from observers import HeardOfComparison
 
 ROOT = Path(__file__).parents[2]
 LABELLED = {"data": {"source": "builtin:labelled"}, "objective": {"name": "classification"}}
+SUMS = {"source": "builtin:sums"}
 ALTERNATELY = {"method": {"name": "fedrep"}}
 
 LION = dict.fromkeys(("beta1", "beta2"), " or 'lion'")
@@ -29,6 +30,11 @@ CASES = {
         "training.loraplus_lr_ratio = 4.0 does nothing: it is read where adapter.kind is 'lora', which is "
         "'ia3'",
         {"adapter": {"kind": "lora"}, "training": {"loraplus_lr_ratio": 4.0}},
+    ),
+    "objective.reference": (
+        {"data": SUMS, "objective": {"name": "grpo", "reference": "base"}},
+        "objective.reference = 'base' does nothing: objective.beta is 0",
+        {"data": SUMS, "objective": {"name": "grpo", "reference": "base", "beta": 0.1}},
     ),
     "evaluation.metric_for_best_model": (
         {"evaluation": {"metric_for_best_model": "loss"}},

@@ -722,8 +722,8 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         "[federaton]: unknown section; did you mean 'federation'?",
         "federation.rouns: unknown key; did you mean 'rounds'?",
         "federation.clients = 'four'",
-        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, ipo, kto, orpo, pdpo, pkto, robust_dpo, selector, sft, simpo",
-        "training.optimizer = 'adamx': did you mean 'adam'? allowed: adam, adamw, sgd",
+        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, grpo, ipo, kto, orpo, pdpo, pkto, robust_dpo, selector, sft, simpo",
+        "training.optimizer = 'adamx': did you mean 'adam'? allowed: adafactor, adam, adamw, adamw_8bit, lion, muon, sgd",
         "adapter.rank = 0",
     ):
         assert part in text
