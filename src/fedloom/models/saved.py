@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ import peft
 import torch
 from torch import nn
 
-from fedloom.errors import ModelError
+from fedloom.errors import ModelError, first_line
 from fedloom.models.experts import CONFIG, load_experts
 from fedloom.models.heads import FILE, attach_personal, load_personal, saved_parts
 from fedloom.models.load import load_backbone, load_tokenizer
@@ -64,6 +66,26 @@ def put_on(backbone: nn.Module, folder: Path, kind: FolderKind) -> nn.Module:
     return model.eval()
 
 
+@contextmanager
+def loading(folder: Path, base: str) -> Iterator[None]:
+    """Have whatever goes wrong as a saved folder is put on its base be one error; memory's pass.
+
+    Raises:
+        ModelError: The folder is damaged, or does not fit the base; both are named.
+    """
+    try:
+        yield
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PEFT and a model's code raise whatever they like
+        if "can't allocate memory" in str(error):
+            raise
+        raise ModelError(
+            f"{folder} does not fit {base}, or is damaged: {first_line(error)}; give its base with "
+            "--base-model, in Python base="
+        ) from error
+
+
 def load(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     """Return the model of a saved causal folder of any kind, ready to generate, and its tokenizer.
 
@@ -87,4 +109,5 @@ def load(folder: str | Path, base: str | None = None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(base, revision)
     pad = int(tokenizer.pad_token_id)
     backbone = load_backbone(base, revision=revision, dtype=dtype, pad_token_id=pad)
-    return put_on(backbone, folder, kind_of(folder)), tokenizer
+    with loading(folder, base):
+        return put_on(backbone, folder, kind_of(folder)), tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from torch import nn
 
 from fedloom.models.load import load_backbone
 from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
-from fedloom.models.saved import FolderKind, put_on
+from fedloom.models.saved import FolderKind, loading, put_on
+from fedloom.models.saved_adapter import CONFIG, HARMLESS_STARTS, read_object
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,25 @@ class OnBase:
 
     @property
     def shares(self) -> bool:
-        """Whether it can be on a backbone with others: the base itself, and LoRA in PEFT's format."""
+        """Whether it can be on a backbone with others: the base itself, and LoRA in PEFT's format.
+
+        Not so what changes the frozen weights: biases that were trained, and ways to begin such as PiSSA.
+
+        Raises:
+            ModelError: Its configuration cannot be read.
+        """
         if self.kind == "model":
             return True
         if self.kind != "peft" or self.folder is None:
             return False
-        config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return config.get("peft_type") == "LORA" and not config.get("modules_to_save")
+        path = self.folder / CONFIG
+        config = read_object(path, f"{path} is not a configuration of an adapter")
+        return (
+            config.get("peft_type") == "LORA"
+            and not config.get("modules_to_save")
+            and config.get("bias", "none") == "none"
+            and config.get("init_lora_weights", True) in HARMLESS_STARTS
+        )
 
     @property
     def backbone(self) -> tuple[str, str | None, torch.dtype]:
@@ -64,7 +76,7 @@ class SavedTogether:
         """Load them.
 
         Raises:
-            ModelError: A base model cannot be loaded.
+            ModelError: A base model cannot be loaded, or a folder is damaged or does not fit its own.
         """
         self._saved = tuple(saved)
         self._models: list[nn.Module] = []
@@ -116,8 +128,9 @@ def _attached(model: nn.Module, one: OnBase, name: str | None) -> nn.Module:
     """Return a model with one more adapter, or a saved folder of another kind, on it."""
     assert one.folder is not None
     if name is None:
-        return put_on(model, one.folder, one.kind)
-    with warnings.catch_warnings(), without(BITSANDBYTES, TORCHAO):
+        with loading(one.folder, one.base):
+            return put_on(model, one.folder, one.kind)
+    with loading(one.folder, one.base), warnings.catch_warnings(), without(BITSANDBYTES, TORCHAO):
         warnings.simplefilter("ignore")
         if isinstance(model, peft.PeftModel):
             own: Any = model
