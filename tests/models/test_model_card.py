@@ -38,7 +38,7 @@ def test_a_folder_of_this_machine_is_no_model_of_the_hub():
     data = ModelCard(text).data
     assert data.base_model is None and data.license == "other"
     assert data.license_name == "A licence: ours"
-    assert "elsewhere, write that of a folder with the SHA-256 below" in text and "`5f`" in text
+    assert "in place of its path that of a folder with the SHA-256 below" in text and "`5f`" in text
 
 
 def test_all_that_is_known_is_said():

@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedloom.commands.export import _readers
 from fedloom.errors import ConnectionFailed, OutputError
+from fedloom.runs.export import _for_others
+from fedloom.runs.model_cards import data_facts
 from fedloom.runs.publishing import HubRepository
 
 
@@ -68,6 +71,31 @@ def test_a_repository_that_anybody_reads_is_refused_before_anything_is_written(t
     own = Hub({"me/model": (True, [])})
     HubRepository("me/model", public=False, api=own).upload(tmp_path)
     assert own.repositories["me/model"] == (True, [str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("there", "public", "told"),
+    [
+        ({}, False, "private"),
+        ({}, True, "public"),
+        ({"me/model": (True, [])}, True, "private, as it was before; its settings on the Hub"),
+    ],
+)
+def test_what_a_repository_is_is_said_and_not_what_was_asked(tmp_path, there, public, told):
+    repository = HubRepository("me/model", public=public, api=Hub(there))
+    repository.upload(tmp_path)
+    said = _readers(public=repository.is_public, asked=public)
+    assert said.startswith(told) and repository.is_public == (told == "public")
+
+
+def test_no_name_of_the_hubs_data_is_published(experiment):
+    """It may be a private set's; nor is it where a run from before has it in its facts."""
+    own = experiment(data={"source": "our-clinic/patients-2024", "kind": "preference"})
+    assert data_facts(own)["sources"] == []
+    assert data_facts(experiment())["sources"] == [experiment().data.source]
+    base = {"name": "gpt2", "path": "/models/gpt2", "hub": False}
+    facts = _for_others({"base": base, "data": {"sources": ["our-clinic/patients-2024"]}})
+    assert facts == {"base": {**base, "path": "./gpt2"}, "data": {"sources": []}}
 
 
 def test_one_that_became_public_meanwhile_gets_nothing(tmp_path):

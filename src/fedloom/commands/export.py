@@ -65,7 +65,14 @@ def export(
     if repository is not None:
         with working(make_console(), f"uploading {written.folder} as {hub}"):
             address = repository.upload(written.folder)
-        say(f"uploaded to {address} ({'public' if public else 'private'})")
+        say(f"uploaded to {address} ({_readers(public=repository.is_public, asked=public)})")
+
+
+def _readers(*, public: bool, asked: bool) -> str:
+    """Return who can read a repository, by what it is and what was asked for."""
+    if asked and not public:
+        return "private, as it was before; its settings on the Hub make it public"
+    return "public" if public else "private"
 
 
 FORMATS, OUT_TYPES = ("merged", "adapter", "gguf"), ("f32", "f16", "bf16", "q8_0")

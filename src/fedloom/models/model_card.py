@@ -221,7 +221,7 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
             ``objective``, ``method``, ``adapter``, ``rounds``, ``clients``, ``precision``,
             ``quantization``, ``dtype`` to load it in, ``task`` (causal, classification or reward),
             ``prompt`` (``format``, ``example``, ``template``), ``classes``, ``versions``, ``data``
-            (``kind``, ``sources`` that are public, ``partition``; not of a run from before),
+            (``kind``, ``sources`` if all are built in, ``partition``; not of a run from before),
             ``evaluation`` (``metric``, ``before``, ``after``, ``rows``; null where there was none),
             ``privacy`` (sentences, where something is promised of it), ``merged`` (how many adapters
             it was merged from, if it was) and with it ``objectives`` (theirs), and of a whole model
@@ -265,7 +265,6 @@ def _front_matter(facts: Facts, kind: FolderKind) -> str:
     if kind != "experts":
         libraries = {"model": "transformers", "gguf": "gguf"}
         lines.append(f"library_name: {libraries.get(kind, 'peft')}")
-    lines += _data_sets(facts)
     if base["licence"]:
         known = (
             bool(LICENCE.fullmatch(base["licence"])) and base["licence"] == base["licence"].lower()
@@ -317,8 +316,8 @@ def _remarks(facts: Facts, kind: FolderKind) -> list[str]:
     whole = kind in ("model", "gguf")
     if not facts["base"]["hub"] and not (whole and not facts.get("tokenizer_of_base")):
         found.append(
-            "The path is that of the machine that trained it; elsewhere, write that of a folder with the "
-            "SHA-256 below."
+            "The base is a folder of the machine that trained it, and none of the Hub; elsewhere, write "
+            "in place of its path that of a folder with the SHA-256 below."
         )
     own = kind == "own parts" and facts["client"] is not None
     if own:
@@ -382,20 +381,13 @@ def _prompt(facts: Facts) -> list[str]:
     return parts
 
 
-def _data_sets(facts: Facts) -> list[str]:
-    """Return the lines of front matter that name sets of the Hub."""
-    sources = (facts.get("data") or {}).get("sources") or ()
-    found = [name for name in sources if not name.startswith("builtin:")]
-    return ["datasets:", *(f"- {json.dumps(name)}" for name in found)] if found else []
-
-
 def _data(facts: Facts) -> list[str]:
     """Return what is said of the rows, which are with their clients: none of them, and no path."""
     data = facts.get("data")
     if not data:
         return []
     named_sets = ", ".join(_code(name) for name in data["sources"])
-    where = f"from {named_sets}" if named_sets else "which are the clients' own and not named here"
+    where = f"from {named_sets}" if named_sets else "of sources that are not named here"
     divided = f" Divided between clients by `{data['partition']}`." if data["partition"] else ""
     kind = f"{data['kind']} rows" if data["kind"] else "Rows"
     return ["## Data", f"{kind[0].upper()}{kind[1:]}, {where}.{divided}"]

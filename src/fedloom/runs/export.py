@@ -17,7 +17,12 @@ from fedloom.models.model_card import Facts, base_facts, describe
 from fedloom.models.saved import FACTS
 from fedloom.objectives import OBJECTIVES
 from fedloom.runs.model_building import client_base, model_folder, of_server
-from fedloom.runs.model_cards import UNKNOWN_PROMPT, evaluation_facts, facts_of
+from fedloom.runs.model_cards import (
+    UNKNOWN_PROMPT,
+    evaluation_facts,
+    facts_of,
+    public_sources,
+)
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.records import verified_sentence
 from fedloom.runs.saved_models import load_saved
@@ -80,7 +85,8 @@ def export(
         reward: Write the explicit reward head as a model that scores texts instead.
         format: See :data:`Format`.
         out_type: Of the matrices of a GGUF file.
-        published: Whether others will read it: it then names no folder of this machine.
+        published: Whether others will read it: it then names no folder of this machine and no data of
+            the Hub, and a local base as ``./NAME``, which is no name of the Hub's.
 
     Raises:
         OutputError: It is not a run folder, has no such model, or the target is not empty.
@@ -93,8 +99,8 @@ def export(
     classification = OBJECTIVES[experiment.objective.name][1].head == "classification"
     classes = _classes(folder, experiment) if classification else ()
     facts = _facts(folder, adapter, experiment, client, classes, reward)
-    if published and not facts["base"]["hub"]:
-        facts = {**facts, "base": {**facts["base"], "path": facts["base"]["name"]}}
+    if published:
+        facts = _for_others(facts)
     try:
         target.parent.mkdir(exist_ok=True)
         if format == "adapter":
@@ -187,6 +193,16 @@ def _facts(
         known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
     task = "reward" if reward else known["task"]
     return {**known, "task": task}
+
+
+def _for_others(facts: Facts) -> Facts:
+    """Return facts without paths of this machine, and without sets of data that may be private."""
+    base, data = facts["base"], facts.get("data")
+    if not base["hub"]:
+        facts = {**facts, "base": {**base, "path": f"./{base['name']}"}}
+    if data:  # those of a run from before may have names of the Hub
+        facts = {**facts, "data": {**data, "sources": public_sources(data["sources"])}}
+    return facts
 
 
 def _base_path(experiment: Experiment, client: int | None) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Instruction, Labelled, Preference, Text
-from fedloom.data.files import ENDINGS
 from fedloom.data.sources import BUILTIN_PREFIX
 from fedloom.errors import DataError, OutputError
 from fedloom.evaluation.generate import load_encoder
@@ -22,8 +20,6 @@ from fedloom.models.model_card import Facts, base_facts, describe, versions
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.model_building import client_base, model_folder, of_server
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 QUESTION, ANSWER = "{question}", "{answer}"
 """Placeholders in a rendered example: no row's text is in a card."""
@@ -150,26 +146,23 @@ def facts_of(
 
 
 def data_facts(experiment: Experiment) -> Facts:
-    """Return what is told of the rows: their kind, public sets by name, and how they were divided.
+    """Return what is told of the rows: their kind, built-in sets by name, and how they were divided.
 
-    Files and sources on clients' machines are not named, and how many rows there are is not said.
+    No other source is named: files, clients' own, and sets of the Hub, which may be private. How many
+    rows there are is not said.
     """
     data = experiment.data
     sources = [source for part in data.parts.values() for source in part.sources]
-    public = [source for source in sources if _is_public(source)]
     return {
         "kind": data.kind or data.builtin_kind,
-        "sources": public if len(public) == len(sources) else [],
+        "sources": public_sources(sources),
         "partition": None if data.is_private else experiment.partition.kind,
     }
 
 
-def _is_public(source: str) -> bool:
-    """Return whether a source is one of the package, or has the form of a name on the Hub."""
-    if source.startswith(BUILTIN_PREFIX):
-        return True
-    file = source.lower().endswith(ENDINGS) or Path(source).exists()
-    return not file and bool(HUB_NAME.fullmatch(source))
+def public_sources(sources: Sequence[str]) -> list[str]:
+    """Return sources if all of them are of the package, and none of them otherwise."""
+    return list(sources) if all(own.startswith(BUILTIN_PREFIX) for own in sources) else []
 
 
 UNKNOWN_PROMPT: Facts = {"format": "unknown", "example": "", "template": None}

@@ -30,7 +30,11 @@ def require_repository_name(name: str) -> None:
 
 
 class HubRepository:
-    """A repository of models that a folder is uploaded to."""
+    """A repository of models that a folder is uploaded to.
+
+    Attributes:
+        is_public: Whether anybody can read it, as the Hub last said; ``False`` before there is one.
+    """
 
     def __init__(self, name: str, *, public: bool, api: Any = None) -> None:
         """Check, before anything is written, that it can be.
@@ -46,6 +50,7 @@ class HubRepository:
         """
         require_repository_name(name)
         self.name, self.public = name, public
+        self.is_public = False
         self.api = api or _api()
         _asked(self.api.whoami, "who you are, by the token of hf auth login or of HF_TOKEN")
         if self._exists():
@@ -80,7 +85,8 @@ class HubRepository:
 
     def _require_private_as_asked(self) -> None:
         found = _asked(lambda: self.api.repo_info(self.name), f"what {self.name} is")
-        if not self.public and not found.private:
+        self.is_public = not found.private
+        if self.is_public and not self.public:
             raise OutputError(
                 f"{self.name} is there already, and anybody can read it: give --public if that is meant, "
                 "or another name with --hub"
