@@ -50,7 +50,8 @@ def chat(
     """Talk with a trained model in the terminal, or with two side by side.
 
     Each line is a question; /help lists what else can be typed. Ctrl-C stops an answer. Without a
-    terminal, each line of the standard input is a question and the answers are printed.
+    terminal, each line of the standard input is a question as it stands, without commands, and the
+    answers are printed; Ctrl-C ends the command.
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"--top-p {top_p:g}: it is above 0 and at most 1")

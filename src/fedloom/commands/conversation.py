@@ -32,9 +32,16 @@ PROMPT = "> "
 
 
 def converse(conversation: Conversation, console: Console) -> None:
-    """Ask and answer until the input ends or ``/quit``."""
+    """Ask and answer until the input ends or ``/quit``.
+
+    Commands are what somebody types; every line of a file or a pipe is a question, as it stands there.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, where the lines are of a file or a pipe.
+    """
     _configure_input()
-    talking = sys.stdin.isatty() and console.is_terminal
+    typed = sys.stdin.isatty()
+    talking, told = typed and console.is_terminal, False
     if talking:
         names = " and ".join(ready.name for ready in conversation.models.all)
         _tell(
@@ -44,12 +51,17 @@ def converse(conversation: Conversation, console: Console) -> None:
         _tell(console, "/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     for line in _lines(talking):
         question = line.strip()
-        if question.startswith("/") and not question.startswith("//"):
+        if not typed and question.startswith("/") and not told:
+            _tell(console, "commands are for a terminal: lines with a slash are questions here")
+            told = True
+        if typed and question.startswith("//"):
+            question = question.removeprefix("/")
+        elif typed and question.startswith("/"):
             if not _command(question, conversation, console):
                 return
-        elif question:
-            _answer(conversation, question.removeprefix("/") if question[:2] == "//" else question,
-                    console, talking)  # fmt: skip
+            continue
+        if question and not _answer(conversation, question, console, talking) and not typed:
+            raise KeyboardInterrupt
 
 
 def _configure_input() -> None:
@@ -113,10 +125,13 @@ def _save(path: Path | None, conversation: Conversation, console: Console) -> No
     return _tell(console, f"wrote {path}")
 
 
-def _answer(conversation: Conversation, question: str, console: Console, talking: bool) -> None:
+def _answer(conversation: Conversation, question: str, console: Console, talking: bool) -> bool:
     """Show every model's answer to a question as it is generated, and keep all that was said.
 
     After Ctrl-C what was said so far is kept; a model that had not begun said nothing.
+
+    Returns:
+        Whether it was not stopped by Ctrl-C.
     """
     count = len(conversation.models.all)
     texts = [""] * count
@@ -140,10 +155,11 @@ def _answer(conversation: Conversation, question: str, console: Console, talking
         stopped = True
         _tell(console, "[stopped]")
     except DataError as error:
-        return _tell(console, str(error))
+        _tell(console, str(error))
+        return True
     if not stopped or any(texts):
         conversation.keep(question, texts)
-    return None
+    return not stopped
 
 
 class _Lines:

@@ -61,7 +61,10 @@ COMMANDS = (
 
 
 def main() -> NoReturn:
-    """Run the command line; a fedloom error is one message and its exit code, never a traceback."""
+    """Run the command line; a fedloom error is one message and its exit code, never a traceback.
+
+    Where nobody reads the output any more (``| head``), the exit code is 141 and nothing is said.
+    """
     for stream in (
         sys.stdout,
         sys.stderr,
@@ -82,6 +85,10 @@ def main() -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         typer.secho("fedloom: stopped; nothing was started that could be resumed", err=True)
         sys.exit(130)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # as of a program that SIGPIPE ends
+            sys.exit(141)
+        raise
     except Exception as error:
         if told := _out_of_memory(error) or _of_plugin(error):
             typer.secho(message(f"fedloom: {told}"), fg=typer.colors.RED, err=True)
