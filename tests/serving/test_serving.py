@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 import fedloom
 from fedloom.commands.conversation import converse
@@ -22,6 +23,10 @@ from fedloom.errors import ModelError, OutputError
 from fedloom.evaluation.generate import Ask, generate
 from fedloom.evaluation.streaming import Answer
 from fedloom.experiment.experiment import Experiment
+from fedloom.models.load import require_reachable
+from fedloom.models.saved import load, loading
+from fedloom.models.saved_together import OnBase
+from fedloom.runs.export import export
 from fedloom.runs.saved_models import load_saved
 from fedloom.serving import http_server
 from fedloom.serving.access import Access
@@ -31,6 +36,7 @@ from fedloom.serving.http_server import ModelServer
 from fedloom.serving.locate import base_alone, locate
 from fedloom.serving.models import ReadyModels
 from fedloom.serving.prompts import PromptFormat, fitting, format_of
+from fedloom.serving.requests import RequestError
 
 QUESTION = "Ada asks in the kitchen: where is the red cup?"
 HELLO = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 6}
@@ -235,21 +241,110 @@ def test_folders_that_are_no_models_are_refused(run, tmp_path, models, experimen
         locate(foreign)
     config.write_text(json.dumps(record))
     (foreign / "adapter_model.safetensors").rename(foreign / "adapter_model.bin")
-    with pytest.raises(ModelError, match="safetensors"):
+    (foreign / "expert_model.safetensors").touch()  # of experts, which PEFT does not look for
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
         locate(foreign)
 
 
+def test_another_model_where_the_base_was_is_refused(run, tmp_path, monkeypatch):
+    """Such as a folder of the same name where a published adapter was loaded."""
+    published = export(run, target=tmp_path / "ours", format="adapter", published=True).folder
+    monkeypatch.chdir(tmp_path)
+    name = Path(locate(run).base).name
+    assert locate(published).base == f"./{name}"
+    with pytest.raises(ModelError, match="is not a folder"):
+        require_reachable(f"./{name}")
+    shutil.copytree(locate(run).base, tmp_path / name)
+    assert locate(published).base == f"./{name}"  # the same model
+    (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"another SHA-256.*--base-model"):
+        locate(published)
+    assert locate(published, base=name).base == name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": "x"},
+        {"r": 3},
+        {"target_modules": ["nowhere"]},
+        {"init_lora_weights": "pissa", "r": 3},
+        None,
+    ],
+    ids=["rank of a text", "other size", "no such layer", "on its own copy", "cut"],
+)
+def test_an_adapter_that_does_not_fit_is_one_error(run, tmp_path, change):
+    bad = tmp_path / "bad"
+    shutil.copytree(run / "adapter", bad)
+    config, weights = bad / "adapter_config.json", bad / "adapter_model.safetensors"
+    if change is None:
+        weights.write_bytes(weights.read_bytes()[:-9])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    for folders in ([bad], [run, bad]):  # PEFT puts a second adapter on by another function
+        with pytest.raises(ModelError, match=r"bad does not fit .*, or is damaged: .+--base-model"):
+            ReadyModels([locate(own) for own in folders])
+    if change is None:
+        with pytest.raises(ModelError, match="does not fit"):
+            load(bad)
+
+
+def test_memory_that_does_not_suffice_is_no_fault_of_the_folder(tmp_path):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(type(error)), loading(tmp_path, "base"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ({}, True),
+        ({"init_lora_weights": "gaussian"}, True),
+        ({"bias": "all"}, False),
+        ({"bias": "lora_only"}, False),
+        ({"init_lora_weights": "pissa_niter_4"}, False),
+        ({"init_lora_weights": "olora"}, False),
+    ],
+    ids=str,
+)
+def test_what_changes_the_frozen_weights_has_a_base_of_its_own(run, tmp_path, change, shares):
+    record = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**record, **change}))
+    assert OnBase(tmp_path, "peft", "base", None, torch.float32).shares == shares
+
+
+def test_pages_of_allowed_sites_send_what_openais_client_sends():
+    access = Access(origins=["http://a.example"])
+    names = "authorization,content-type,x-stainless-lang, x-stainless-retry-count"
+    for asked, told in ((names, names), ("a\r\nB: c", None), ("é", None), (None, None)):
+        shared = access.shared_with("http://a.example", asked)
+        allowed = shared["Access-Control-Allow-Headers"]
+        assert allowed == (told or "Authorization, Content-Type")
+    assert access.shared_with("http://b.example", names) == {}
+
+
+def test_an_address_of_version_4_is_itself_on_a_socket_of_version_6():
+    access = Access()
+    access.check({"Host": "192.168.1.5:8000"}, "::ffff:192.168.1.5")
+    access.check({"Host": "[::ffff:127.0.0.1]:8000"}, "::1")
+    with pytest.raises(RequestError, match="none of this server's"):
+        access.check({"Host": "192.168.1.6:8000"}, "::ffff:192.168.1.5")
+
+
 class Typed(io.StringIO):
-    """Lines of standard input that is no terminal."""
+    """Lines of standard input that somebody types, or of a pipe."""
+
+    typed = True
 
     def isatty(self):
-        """Say so."""
-        return False
+        """Say which."""
+        return self.typed
 
 
-def talk(models, monkeypatch, capsys, text, sampling=None):
+def talk(models, monkeypatch, capsys, text, sampling=None, typed=True):
     conversation = Conversation(models, sampling or Sampling(max_new_tokens=6))
     monkeypatch.setattr(sys, "stdin", Typed(text))
+    monkeypatch.setattr(Typed, "typed", typed)
     converse(conversation, make_console())
     return conversation, *capsys.readouterr()
 
@@ -269,18 +364,50 @@ def test_lines_are_questions(answer, models, monkeypatch, capsys, tmp_path):
     assert talked.history[0] == rows[0]["messages"]  # the same again, after all was forgotten
 
 
+def test_lines_of_a_pipe_are_no_commands(models, monkeypatch, capsys, tmp_path):
+    """A file of questions writes no other file; that its lines are no commands is said once."""
+    path = tmp_path / "talk.jsonl"
+    text = f"/save {path}\n//x\n/quit\n{QUESTION}\n"
+    talked, _, err = talk(models, monkeypatch, capsys, text, Sampling(1), typed=False)
+    asked = [own["content"] for own in talked.history[0] if own["role"] == "user"]
+    assert asked == [f"/save {path}", "//x", "/quit", QUESTION] and not path.exists()
+    assert err.count("commands are for a terminal") == 1
+
+
+class Stopping(io.StringIO):
+    """Sends Ctrl-C's signal as the second piece of an answer is shown."""
+
+    pieces = 0
+
+    def write(self, text):
+        self.pieces += bool(text.strip())
+        if self.pieces == 3 and text.strip():
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_ends_what_a_pipe_asks(models, monkeypatch, capsys):
+    out = Stopping()
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(KeyboardInterrupt):
+        talk(models, monkeypatch, capsys, f"{QUESTION}\nAnd now?\n", typed=False)
+    assert out.getvalue().count("wishes: ") == 1 and out.getvalue().endswith("\n")
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    words = (
+        "import typer\nfrom fedloom.commands import main as m\nm.app = typer.Typer()\n"
+        "@m.app.command()\ndef talk():\n    while True: print('x' * 100, flush=True)\nm.main()"
+    )
+    own = {**os.environ, "PYTHONPATH": str(Path(fedloom.__file__).parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", words], stdout=pipe, stderr=pipe, env=own) as done:
+        assert done.stdout.readline() == b"x" * 100 + b"\n"
+        done.stdout.close()
+        assert (done.stderr.read(), done.wait(30)) == (b"", 141)
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(models, monkeypatch, capsys):
-    class Stopping(io.StringIO):
-        """Sends Ctrl-C's signal as the second piece of an answer is shown."""
-
-        pieces = 0
-
-        def write(self, text):
-            self.pieces += bool(text.strip())
-            if self.pieces == 3:
-                signal.raise_signal(signal.SIGINT)
-            return super().write(text)
-
     out = Stopping()
     monkeypatch.setattr(sys, "stdout", out)
     talked, *_ = talk(models, monkeypatch, capsys, f"{QUESTION}\nAnd now?\n", Sampling(20))
@@ -310,6 +437,8 @@ def test_plain_prompts_are_written_as_in_training(models):
     text = "Be kind.\nQ: one\nA:\n1\nQ: two\nA:"
     assert told.tokens(encoder, messages) == encoder.prompt(text)
     assert format_of({"format": "plain", "example": "{a} {b}{answer}"}) == PromptFormat("plain")
+    braces = format_of({"format": "plain", "example": '{{"q": "{a column}"}} {{x}}{answer}'})
+    assert braces == PromptFormat("plain", '{"q": "', '"} {x}')
     assert format_of({"format": "chat"}).kind == "chat"
     whole = told.tokens(encoder, messages)
     assert fitting(told, encoder, messages, len(whole)) == (whole, 0)

@@ -44,6 +44,9 @@ LONGEST_COLUMN = 200
 MISSING = (None, "")
 """What stands where an answer of a pair is not there."""
 
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+"""What of a template is not text: a column in braces, or two braces, which are one."""
+
 TEXTS = (
     "prompt",
     "completion",
@@ -133,13 +136,26 @@ def fill_template(template: str, row: Row) -> str:
             raise RowError(f"column {match[1]!r} of the template is missing")
         return str(row[match[1]])
 
-    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
+    return PLACEHOLDER.sub(value, template)
 
 
 def template_columns(template: str) -> list[str]:
     """Return the columns that a template names."""
-    names = re.findall(r"\{\{|\}\}|\{([^{}]+)\}", template)
-    return [name for name in names if name]
+    return [name for name in PLACEHOLDER.findall(template) if name]
+
+
+def template_texts(template: str) -> list[str]:
+    """Return the texts before, between and after the columns of a template, as they are filled in."""
+    texts, end = [""], 0
+    for match in PLACEHOLDER.finditer(template):
+        texts[-1] += template[end : match.start()]
+        end = match.end()
+        if match[1]:
+            texts.append("")
+        else:
+            texts[-1] += match[0][0]
+    texts[-1] += template[end:]
+    return texts
 
 
 def reading_of(kind: str, row: Row) -> Reading:

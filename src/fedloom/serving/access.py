@@ -21,6 +21,9 @@ HOST = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?:
 
 BEARER = "bearer "
 
+ASKED = re.compile(r"[\w, -]{1,1000}", re.ASCII)
+"""Names of headers, of which a browser asks whether a page may send them."""
+
 
 class Headers(Protocol):
     """Headers of a request by name, whatever the case of its letters."""
@@ -77,13 +80,21 @@ class Access:
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
 
-    def shared_with(self, origin: str | None) -> dict[str, str]:
-        """Return the headers by which a browser lets a page of an allowed site read the reply."""
+    def shared_with(self, origin: str | None, asked: str | None = None) -> dict[str, str]:
+        """Return the headers by which a browser lets a page of an allowed site read the reply.
+
+        Args:
+            origin: Of the page.
+            asked: ``Access-Control-Request-Headers``: what it would send; OpenAI's client in a browser
+                sends some of its own.
+        """
         if origin is None or origin not in self.origins:
             return {}
         return {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Headers": "Authorization, Content-Type",
+            "Access-Control-Allow-Headers": (
+                asked if asked and ASKED.fullmatch(asked) else "Authorization, Content-Type"
+            ),
             "Access-Control-Allow-Methods": "GET, POST",
             "Vary": "Origin",
         }
@@ -96,12 +107,22 @@ class Access:
         if name == "localhost" or name in self.hosts:
             return True
         try:
-            own = ipaddress.ip_address(name)
+            own = _address(name)
         except ValueError:
             return False
-        return own.is_loopback or own == ipaddress.ip_address(address.partition("%")[0])
+        return own.is_loopback or own == _address(address.partition("%")[0])
 
     def _has_key(self, sent: str) -> bool:
         if sent[: len(BEARER)].lower() != BEARER:
             return False
         return hmac.compare_digest(sent[len(BEARER) :].strip().encode(), self.key.encode())
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address; one of version 4 that a socket of version 6 has is itself.
+
+    Raises:
+        ValueError: It is none.
+    """
+    own = ipaddress.ip_address(text)
+    return (own.ipv4_mapped or own) if isinstance(own, ipaddress.IPv6Address) else own

@@ -250,10 +250,14 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the status and all headers."""
         asked = getattr(self, "headers", None)  # none where the request was none
-        origin = asked.get("Origin") if asked is not None else None
+        origin, sends = (
+            (asked.get(name) for name in ("Origin", "Access-Control-Request-Headers"))
+            if asked is not None
+            else (None, None)
+        )
         self.server.log(f"{self.command or '-'} {short(getattr(self, 'path', '-'), 100)} {status}")
         self.send_response(status)
-        shared = self.server.access.shared_with(origin)
+        shared = self.server.access.shared_with(origin, sends)
         closing = {"Connection": "close"} if self.close_connection else {}
         for name, value in {
             **headers,

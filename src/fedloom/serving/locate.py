@@ -6,6 +6,7 @@ that fedloom knows are put on a model, and weights are read from safetensors alo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 from fedloom.display.untrusted_text import named, quoted, short
 from fedloom.errors import ModelError, OutputError
+from fedloom.models.load import fingerprint
 from fedloom.models.saved import FACTS, FolderKind, kind_of
-from fedloom.models.saved_adapter import CONFIG, KINDS, WEIGHTS, read_object
+from fedloom.models.saved_adapter import CONFIG, KINDS, PEFT_WEIGHTS, read_object
 from fedloom.models.saved_facts import REVISION, checked_facts, is_line
 from fedloom.runs.export import adapter_of
 from fedloom.storage import run_folder as names
@@ -63,7 +65,8 @@ def locate(path: Path, client: int | None = None, base: str | None = None) -> Lo
 
     Raises:
         OutputError: There is no such folder, or no such model in it.
-        ModelError: It is no model that answers in words, or it does not say on which base it is.
+        ModelError: It is no model that answers in words, it does not say on which base it is, or where
+            that was there is another one now.
     """
     folder, name = path, path.resolve().name
     if (path / names.EXPERIMENT).is_file():
@@ -133,8 +136,8 @@ def _require_known(folder: Path) -> None:
         raise ModelError(
             f"{path}: peft_type is {quoted(record.get('peft_type'), 60)}; it is one of {', '.join(KINDS)}"
         )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ModelError(f"{folder} has no {WEIGHTS[0]}: save the adapter with safetensors")
+    if not (folder / PEFT_WEIGHTS).is_file():  # PEFT would read pickled ones
+        raise ModelError(f"{folder} has no {PEFT_WEIGHTS}: save the adapter with safetensors")
 
 
 def _tokenizer_of(
@@ -157,6 +160,7 @@ def _base_of(
     if base is not None:
         return base, None
     if facts is not None:
+        _require_same_base(folder, facts["base"])
         return facts["base"]["path"], facts["base"]["revision"]
     record = read_object(folder / CONFIG, f"{folder / CONFIG} is not a configuration")
     found, revision = record.get("base_model_name_or_path"), record.get("revision")
@@ -166,3 +170,17 @@ def _base_of(
         )
     known = isinstance(revision, str) and bool(REVISION.fullmatch(revision))
     return found, revision if known else None
+
+
+def _require_same_base(folder: Path, base: Mapping[str, Any]) -> None:
+    """Check that the folder which a base model is said to lie in holds that one, as far as is known.
+
+    Raises:
+        ModelError: It holds another model, by the SHA-256.
+    """
+    path, digest = base["path"], base["sha256"]
+    if digest is not None and os.path.isdir(path) and fingerprint(path) != digest:
+        raise ModelError(
+            f"{folder}: its base model has another SHA-256 than {path}, where it is said to be; give its "
+            f"folder with --base-model, or {path} if that is meant"
+        )

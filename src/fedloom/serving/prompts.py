@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Message
+from fedloom.data.row_parsing import template_texts
 
 ANSWER = "{answer}"
 """Where the answer stands in a model card's example of a prompt."""
-
-PLACEHOLDER = re.compile(r"\{[^{}\n]{1,100}\}")
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,12 @@ def format_of(prompt: Mapping[str, Any]) -> PromptFormat:
     says, so that the model is given the text alone.
 
     Args:
-        prompt: ``format`` and ``example`` as in ``fedloom.json``.
+        prompt: ``format`` and ``example`` as in ``fedloom.json``; ``{{`` and ``}}`` in it are braces.
     """
     if prompt.get("format") != "plain":
         return PromptFormat()
-    example = str(prompt.get("example", "")).removesuffix(ANSWER)
-    if len(PLACEHOLDER.findall(example)) != 1:
-        return PromptFormat("plain")
-    before, after = PLACEHOLDER.split(example)
-    return PromptFormat("plain", before, after)
+    texts = template_texts(str(prompt.get("example", "")).removesuffix(ANSWER))
+    return PromptFormat("plain", *texts) if len(texts) == 2 else PromptFormat("plain")
 
 
 def fitting(
