@@ -642,6 +642,24 @@ def test_batches_are_counted_as_what_will_be_computed(own, training, method, ste
         )
 
 
+@pytest.mark.parametrize(
+    ("training", "steps"), [({"local_epochs": 2, "batch_size": 8}, 78), ({"local_steps": 7}, 7)]
+)
+def test_batches_of_generated_answers_are_counted_as_often_as_they_are_learnt_from(training, steps):
+    objective = {**GRPO["objective"], "iterations": 3}  # 3 x 2 epochs of ceil(100 / 8) batches
+    asked = Experiment.from_table({**GRPO, "objective": objective, "training": training})
+    assert fewest_steps(asked, 100) == steps
+
+
+def test_a_batch_of_generated_answers_is_bounded_whole(own):
+    mine = own({"data": {**SHARED["data"], "source": "builtin:instructions"}}, max_batch=64)
+    asked = {**GRPO, "objective": {"name": "grpo", "group": 8}}
+    assert lines(ask(mine, **asked, training={"batch_size": 8})) == []
+    (refusal,) = ask(mine, **asked, training={"batch_size": 9}).refusals
+    assert refusal.line == "policy.max_batch"
+    assert refusal.reason == "objective.group x training.batch_size = 72 is above 64"
+
+
 def arms():
     """Every experiment in the recipes, those of comparisons too."""
     from fedloom.runs.comparison import read_comparison

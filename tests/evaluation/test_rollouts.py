@@ -7,13 +7,21 @@ import pytest
 import torch
 
 import fedloom
+from fedloom.data.batching import epoch_batches
 from fedloom.errors import PluginError, SettingsError
+from fedloom.evaluation import rollouts
 from fedloom.evaluation.generate import Ask, sample_tokens
 from fedloom.methods.contract.client import Client
+from fedloom.models.load import context_length
+from fedloom.objectives import grpo
 from fedloom.objectives.grpo import GRPO, GRPOSettings
 from fedloom.objectives.logps import completion_token_logps
+from fedloom.randomness import generator
 from fedloom.runs.assembly import assemble
+from fedloom.runs.cost_estimate import advise
 from fedloom.runs.partitioning import partition_data
+from fedloom.runs.tuning import tune
+from fedloom.training.memory import client_memory
 from fedloom.training.steps import Making
 
 RUN = {
@@ -125,6 +133,12 @@ def test_groups_of_clients_have_rewards_of_their_own(experiment, tmp_path):
     ("change", "text"),
     [
         ({"objective": {"rewards": ["exactmatch"]}}, "did you mean 'exact_match'"),
+        ({"objective": {"rewards": ["number"] * 17}}, "objective.rewards"),
+        ({"objective": {"rewards": ["regex:a{1000000000}"]}}, "repeats too much"),
+        (
+            {"clients": {"groups": {"a": {"clients": [0], "rewards": ["number"] * 17}}}},
+            "clients.groups.a.rewards",
+        ),
         ({"objective": {"reward_weights": [1.0, 2.0]}}, "has 2 numbers for 1 rewards"),
         ({"training": {"local_tokens": 500}}, "training.local_tokens: objective.name = 'grpo' gen"),
         ({"method": {"name": "split"}}, "not with 'grpo'"),
@@ -153,3 +167,69 @@ def test_a_reward_that_fails_is_one_error(experiment, tmp_path, monkeypatch):
         (PluginError, fedloom.errors.FedloomError), match="failing_rewards:r failed"
     ):
         fedloom.run(own)
+
+
+def test_answers_are_drawn_from_the_model_whatever_its_files_say_of_generation(rows):
+    client = rows()
+    asks = [Ask((5, 6, 7 + n), 1.0, n) for n in range(3)]
+    expected = sample_tokens(client.model, client.maker.encoder, asks, 12)
+    holders = [own for own in client.model.model.modules() if "generation_config" in vars(own)]
+    assert holders
+    for own in holders:
+        own.generation_config.repetition_penalty = 1000.0
+    assert sample_tokens(client.model, client.maker.encoder, asks, 12) == expected
+    assert all(own.generation_config.repetition_penalty == 1000 for own in holders)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Prompts of each batch; all answers are one token."""
+    found = []
+
+    def sample(model, encoder, asks, *_):
+        found.append([ask.prompt for ask in asks])
+        return [[5] for _ in asks]
+
+    monkeypatch.setattr(rollouts, "sample_tokens", sample)
+    return found
+
+
+def test_a_long_answer_leaves_a_prompt_half_the_context(rows, asked):
+    batches(rows())
+    client = rows()
+    longest = context_length(client.model.model)
+    batches(rows(max_new_tokens=longest))
+    assert asked[:2] == asked[2:] and min(map(len, asked[0])) > 1
+
+
+def test_the_order_of_prompts_is_that_of_data_seed(rows, asked):
+    client = rows()
+    client.training = client.training.model_copy(update={"data_seed": 7})
+    found = [sorted({row for part in parts for row in part.rows}) for parts in batches(client)]
+    order = generator(7, "batches", client.id, client.round)
+    drawn = epoch_batches(len(client.share), 3, order, steps=2)
+    assert found == [sorted(client.share.tokens.rows[own].tolist()) for own in drawn]
+
+
+def test_a_recorded_divergence_is_never_negative(rows, asked, monkeypatch):
+    client = rows(beta=0.1)
+    (part, *_), _ = batches(client)
+    monkeypatch.setattr(grpo, "divergence", lambda logps, _: logps * 0 - 1e-9)
+    assert GRPO(GRPOSettings(beta=0.1)).loss(client.model, part, None)[1]["kl"] == 0
+
+
+def test_memory_is_of_the_answers_and_not_of_the_rows(rows):
+    def needed(**own):
+        client = rows(**own)
+        objective = GRPO(GRPOSettings(**own))
+        return client_memory(client.model, client.share, client.training, "none", objective)
+
+    assert needed(max_new_tokens=4) < needed(max_new_tokens=400)
+
+
+@pytest.mark.parametrize(
+    "command", [lambda own: advise(own, None, 1e9), lambda own: tune(own, 9.0)]
+)
+def test_what_counts_passes_over_rows_refuses(experiment, command):
+    with pytest.raises(SettingsError, match="trains on answers that it generates"):
+        command(experiment(**RUN))

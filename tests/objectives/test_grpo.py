@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.objectives.grpo import averaged, divergence, group_advantages, token_losses
+from fedloom.reports.glossary import GLOSSARY
 
 REWARDS = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -52,6 +53,17 @@ def test_clipping_by_hand():
 def test_divergence_by_hand():
     found = divergence(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -3.0, -2.0]))
     assert found.tolist() == pytest.approx([0, math.exp(-1), math.e - 2])
+
+
+def test_a_small_divergence_is_half_its_square():
+    """Float32 rounds exp(d) - d - 1 to 0 or below."""
+    small = torch.linspace(-1e-3, 1e-3, 2001)
+    found = divergence(torch.zeros_like(small), small)
+    torch.testing.assert_close(found, small**2 / 2, rtol=1e-3, atol=2e-10)
+
+
+def test_the_divergence_is_explained():
+    assert all(name in GLOSSARY["kl"].formula for name in ("KTO", "GRPO"))
 
 
 def test_means_by_hand():

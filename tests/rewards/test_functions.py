@@ -60,3 +60,36 @@ def test_what_cannot_be_is_told_before_anything_is_imported():
 def test_a_pattern_that_never_ends_is_an_error():
     with pytest.raises(PluginError, match="took more than 1 s on an answer of 40 characters"):
         reward(r"regex:^(a|aa|a?a)*$")("", "a" * 39 + "b", "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("a{1000000000}", "repeats too much"),
+        ("(?:a{30}|b){40}", "repeats too much"),
+        ("(?:" * 40 + "a" + "+)" * 40 + "+", "repeats too much"),  # doubled forty times
+        ("(?:" * 20 + "a" + r"\\)" + ")+" * 20, "repeats too much"),
+        ("(" * 3000, "has 3000 characters"),
+        ("a" * 501, "has 501 characters"),
+        ("(a+)(?#)+", "has a comment or the flag x"),
+        ("(?ix)a{1 0 0 0 0 0 0}", "has a comment or the flag x"),
+    ],
+)
+def test_a_pattern_is_bounded_before_it_is_compiled(monkeypatch, pattern, text):
+    monkeypatch.setattr("fedloom.rewards.functions.regex.compile", lambda own: 1 / 0)
+    assert text in fault_of(f"regex:{pattern}")
+
+
+def test_groups_too_deep_are_a_fault(monkeypatch):
+    def compiled(text):
+        raise RecursionError
+
+    monkeypatch.setattr("fedloom.rewards.functions.regex.compile", compiled)
+    assert "too many groups within each other" in fault_of("regex:(a)")
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^\{\"sum\": ?[0-9]+\}$", "(?:[a-z]+ ){1,40}[a-z]+", "(?P<x>a+)+b*?", "a{1000}"]
+)
+def test_usual_patterns_are_taken(pattern):
+    assert not fault_of(f"regex:{pattern}")

@@ -526,10 +526,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dpo"])
 def test_any_objective_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, name):
+    own = {"group": 3, "max_new_tokens": 4, "iterations": 2, "beta": 0.1} if name == "grpo" else {}
+    others = {"pdpo": SETS["dpo"], "pkto": SETS["kto"], "grpo": SETS["sft"]}
+    if name == "grpo":
+        own["rewards"] = ["regex:[a-m]"]
     settings = {
-        "objective": {"name": name},
+        "objective": {"name": name, **own},
         "data": {
-            "source": {**SETS, "pdpo": SETS["dpo"], "pkto": SETS["kto"]}[name],
+            "source": {**SETS, **others}[name],
             "builtin_rows": 30,
         },
         "training": {"tokens_per_pass": 150, "batch_size": 8},

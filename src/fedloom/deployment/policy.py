@@ -120,8 +120,10 @@ class PolicySettings(Settings):
     rewards: list[str] | None = None
     """Rewards of generated answers that may be used (default: those that run no code but fedloom's:
     exact_match, number, regex:PATTERN). Only what is named here of others is used: "unit_tests" runs what
-    the model writes as Python, in a process with limits that is no wall (docs/grpo.md); a function of a
-    module is imported here."""
+    the model writes as Python with the rights of this process's user. Its limits are no security
+    boundary: whoever chooses the model (the coordinator) may do what that user may, as far as they can
+    be escaped, so run the client in a container (docs/grpo.md). A function of a module is imported
+    here."""
 
     logits: bool = False
     """The model that was trained here says how likely every answer to public rows is. From that the
@@ -159,7 +161,7 @@ class PolicySettings(Settings):
     max_steps: int = Field(default=10_000, ge=1)
     """Most batches of a request (recipes: some hundred): hours on one GPU, not weeks."""
     max_batch: int = Field(default=1_024, ge=1)
-    """Most examples of a batch (recipes: 16)."""
+    """Most examples of a batch, of generated answers all of its groups (recipes: 16, 128 answers)."""
     max_tokens: int = Field(default=8_192, ge=2)
     """Longest sequence and longest answer, in tokens (recipes: 1,024)."""
     max_rows: int = Field(default=100_000, ge=1)

@@ -277,10 +277,12 @@ def fewest_steps(experiment: Experiment, rows: int) -> int:
     work = training.work(rows, participations)
     longest = experiment.data.max_length or LONGEST_SEQUENCE
     trainings = method.trainings if training.amount_per == "model" else 1
-    return trainings * _fewest(work, rows, training.batch_size, longest)
+    again = getattr(experiment.objective, "iterations", 1)
+    return trainings * _fewest(work, rows, training.batch_size, longest, again)
 
 
-def _fewest(work: Work, rows: int, batch: int, longest: int) -> int:
+def _fewest(work: Work, rows: int, batch: int, longest: int, again: int) -> int:
+    """Return the fewest batches of a training; each drawn one is learnt from ``again`` times."""
     sequences = 2 * batch  # a pair has two
     bounds = []
     if work.steps is not None:
@@ -290,7 +292,7 @@ def _fewest(work: Work, rows: int, batch: int, longest: int) -> int:
     if work.tokens is not None:
         bounds.append(math.ceil(work.tokens / (sequences * longest)))
     if work.epochs is not None:
-        bounds.append(work.epochs * math.ceil(rows / batch))
+        bounds.append(work.epochs * math.ceil(rows / batch) * again)
     return min(bounds)
 
 
@@ -401,6 +403,10 @@ class _Examiner:
         if self.policy.methods is not None and method.name not in self.policy.methods:
             reason = f"method.name = {method.name!r} is none of {self.policy.methods}"
             self.refuse("policy.methods", reason)
+        group = getattr(self.asked.objective, "group", 1)
+        answers, batch = group * self.asked.training.batch_size, self.asked.training.batch_size
+        if group > 1 and max(group, batch) <= self.policy.max_batch:  # else that is refused itself
+            self._bounded("objective.group x training.batch_size", answers, "max_batch")
         self._require_rewards("objective.rewards", getattr(self.asked.objective, "rewards", ()))
         for what in _closed(make_method(method), self.own):
             line = f"policy.{what}" if what in REVEALING else "policy.methods"

@@ -150,7 +150,8 @@ def sample_tokens(
 ) -> list[list[int]]:
     """Return what follows each prompt as tokens, up to and with the one that ends it.
 
-    Counted, and cut to the context, as of :func:`continue_tokens`.
+    Counted, and cut to the context, as of :func:`continue_tokens`. Draws are from the model's own
+    distribution: what its files say of generation, such as a penalty of repetitions, does not count.
 
     Args:
         model: The backbone with its adapter.
@@ -160,7 +161,7 @@ def sample_tokens(
         batch_size: Prompts that are answered together at most.
         support: What the model supports (default: it is asked).
     """
-    with model.evaluating():
+    with model.evaluating(), _plain_generation(model.model):
         rows = _continued(
             model.model,
             encoder,
@@ -229,9 +230,9 @@ def _continued(
     support: BatchSupport | None = None,
 ) -> list[list[int]]:
     """Return what follows each prompt as tokens, with what a batch was filled up with after its end."""
-    context = context_length(model)
-    length = min(max_new_tokens, max(1, context // 2))
-    rows = [list(ask.prompt[-max(1, context - length) :]) for ask in asks]
+    length = answer_length(model, max_new_tokens)
+    longest = prompt_length(model, max_new_tokens)
+    rows = [list(ask.prompt[-longest:]) for ask in asks]
     answers: list[list[int]] = [[]] * len(asks)
     if asks and support is None:
         support = BatchSupport.of(model, encoder, several=min(batch_size, len(asks)) > 1)
@@ -248,6 +249,16 @@ def _continued(
             answers[i] = row
         done(len(chosen), output.shape[1], output.shape[1] - before)
     return answers
+
+
+def answer_length(model: nn.Module, max_new_tokens: int) -> int:
+    """Return the most tokens of an answer: those asked for, at most half the model's context."""
+    return min(max_new_tokens, max(1, context_length(model) // 2))
+
+
+def prompt_length(model: nn.Module, max_new_tokens: int) -> int:
+    """Return the most tokens of a prompt, of which the last are kept: what an answer leaves free."""
+    return max(1, context_length(model) - answer_length(model, max_new_tokens))
 
 
 def continue_rows(
@@ -293,6 +304,22 @@ def continue_rows(
             stopping_criteria=None if observe is None else [observe],
         )
     return output.cpu()
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Have a model generate by the arguments alone, without the defaults that its files give."""
+    from transformers import GenerationConfig
+
+    holders: list[Any] = [part for part in model.modules() if "generation_config" in vars(part)]
+    kept = [part.generation_config for part in holders]
+    try:
+        for part in holders:
+            part.generation_config = GenerationConfig()
+        yield
+    finally:
+        for part, own in zip(holders, kept, strict=True):
+            part.generation_config = own
 
 
 @contextmanager

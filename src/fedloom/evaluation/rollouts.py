@@ -21,18 +21,17 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.token_set import TokenSet
-from fedloom.evaluation.generate import Ask, BatchSupport, sample_tokens
+from fedloom.evaluation.generate import Ask, BatchSupport, prompt_length, sample_tokens
 from fedloom.models.adapters import AdapterModel
-from fedloom.models.load import context_length
 from fedloom.objectives.base import Generation
 from fedloom.objectives.logps import completion_token_logps
-from fedloom.randomness import derive_seed, generator
+from fedloom.randomness import derive_seed
 from fedloom.rewards.functions import Reward, reward
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of
 from fedloom.training.passes import Layout
 from fedloom.training.settings import TrainingSettings
-from fedloom.training.steps import Making
+from fedloom.training.steps import Making, batch_order
 
 TOGETHER = 256
 """Answers that are generated at a time at most."""
@@ -84,7 +83,7 @@ class RolloutMaker:
     ) -> Iterator[list[Batch]]:
         """Yield each optimizer batch: ``batch_size`` prompts with a group of answers each."""
         work, iterations = making.work, self.generation.iterations
-        order = generator(making.seed, f"{making.purpose}batches", making.client, making.round)
+        order = batch_order(settings, making.seed, making.purpose, making.client, making.round)
         left = None if work.steps is None else -(-work.steps // iterations)
         drawn = epoch_batches(
             len(share), settings.batch_size, order, epochs=work.epochs, steps=left
@@ -113,7 +112,7 @@ class RolloutMaker:
         """Return the passes over the answers to the prompts at ``indices``."""
         own, size = self.generation, self.generation.group
         read = [share.tokens.sequence(int(i)) for i in indices]
-        longest = max(1, context_length(model.model) - own.max_new_tokens)
+        longest = prompt_length(model.model, own.max_new_tokens)
         prompts = [sequence[:before][-longest:].tolist() for sequence, before in read]
         asks = [
             Ask(tuple(prompt), own.temperature, self._seed(making, step, place, k))

@@ -19,7 +19,7 @@ class ClientGroup(Settings):
     """Their backbone (default: model.path)."""
     rank: int | None = Field(default=None, ge=1)
     """Their LoRA rank (default: adapter.rank)."""
-    rewards: list[str] | None = Field(default=None, min_length=1)
+    rewards: list[str] | None = Field(default=None, min_length=1, max_length=16)
     """What their answers are rewarded for (default: objective.rewards), with equal weights."""
 
 

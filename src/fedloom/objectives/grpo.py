@@ -51,17 +51,18 @@ class GRPOSettings(ReferenceSettings):
     """``[objective] name = "grpo"``."""
 
     name: Literal["grpo"] = "grpo"
-    rewards: list[str] = Field(default=["exact_match"], min_length=1)
+    rewards: list[str] = Field(default=["exact_match"], min_length=1, max_length=16)
     """What answers are rewarded for, added up: exact_match, number (the last number is the reference's),
     regex:PATTERN, unit_tests (the answer is Python that passes the reference, run in a process with
-    limits), or a function of yours, package.module:function(prompt, answer, reference). Groups of clients
-    have their own as clients.groups.NAME.rewards."""
+    limits that are no security boundary: docs/grpo.md), or a function of yours,
+    package.module:function(prompt, answer, reference). Groups of clients have their own as
+    clients.groups.NAME.rewards."""
     reward_weights: list[float] | None = None
     """A factor for each of them (default: 1)."""
     group: int = Field(default=8, ge=2)
     """G, answers drawn for each prompt; training.batch_size counts prompts."""
     max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens of an answer at most."""
+    """Tokens of an answer at most, and never more than half the model's context."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the draws. As in TRL the log-probabilities of the loss are of the same temperature."""
     scale: Literal["group", "batch", "none"] = "group"
@@ -114,9 +115,12 @@ def group_advantages(
 
 
 def divergence(logps: Tensor, reference: Tensor) -> Tensor:
-    """Return exp(d) - d - 1 with d = log pi_ref - log pi, at least 0, of tensors of one shape."""
+    """Return exp(d) - d - 1 with d = log pi_ref - log pi, of tensors of one shape.
+
+    At least 0 but for rounding, which near d = 0 is of the order of d times the precision.
+    """
     difference = reference - logps
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference
 
 
 def token_losses(
@@ -220,5 +224,5 @@ class GRPO(Objective):
         if own.beta > 0 and drawn.reference_logps is not None:
             divergences = divergence(logps, drawn.reference_logps)
             losses = losses + own.beta * divergences
-            metrics["kl"] = (divergences.detach() * mask).sum() / tokens
+            metrics["kl"] = (divergences.detach().clamp(min=0) * mask).sum() / tokens
         return averaged(losses, mask, own.averaging, own.max_new_tokens), metrics

@@ -272,7 +272,8 @@ TRAINING = (
     ),
     Metric(
         "kl",
-        "KTO's reference point z0: the mean log pi - log pi0 of mismatched answers, at least 0",
+        "KTO: its reference point z0, the mean log pi - log pi0 of mismatched answers, at least 0; "
+        "GRPO: exp(d) - d - 1 with d = log pi_ref - log pi, the mean over tokens of generated answers",
         "nats",
         0,
         None,

@@ -38,8 +38,20 @@ REGEX = "regex:"
 LARGEST = 1e6
 """Most that the size of a reward may be."""
 
+LONGEST_PATTERN = 500
+"""Characters of a pattern at most."""
+
+REPEATS = 1000
+"""Largest product of the counts of nested repetitions in a pattern."""
+
 SECONDS = 1.0
 """Longest that a pattern may be looked for in one answer."""
+
+_TOKEN = re.compile(r"\\.|\{[^{}]*\}|.", re.DOTALL)
+"""An escaped character, a count of repetitions, or any other character of a pattern."""
+
+_UNREAD = re.compile(r"\(\?(?:#|[A-Za-z0-9]*x)")
+"""Comments in a pattern, and the flag by which blanks in it mean nothing."""
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 
@@ -90,11 +102,7 @@ def is_harmless(name: str) -> bool:
 def fault_of(name: str) -> str:
     """Return why there can be no reward of this name, "" where there may be; imports nothing."""
     if name.startswith(REGEX):
-        try:
-            regex.compile(name.removeprefix(REGEX))
-        except regex.error as error:
-            return f"{name!r} holds no regular expression: {error}"
-        return ""
+        return _fault_of_pattern(name.removeprefix(REGEX))
     known = [*OURS, *sorted({point.name for point in entry_points(group=GROUP)})]
     if name in known or CLASS.fullmatch(name):
         return ""
@@ -102,6 +110,50 @@ def fault_of(name: str) -> str:
         f"{name!r} is no reward; {nearest(name, [*known, REGEX])}, or a function of yours as "
         "package.module:function"
     )
+
+
+def _fault_of_pattern(text: str) -> str:
+    """Return why a pattern is not taken, "" where it is.
+
+    A server may have sent it: it is compiled only once its length and repetitions are bounded, since
+    compiling writes out what is repeated, and ``(x+)+`` twice for each sign that stands in another.
+    """
+    shown = repr(REGEX + text[:80])
+    if len(text) > LONGEST_PATTERN:
+        return f"{shown}... has {len(text)} characters, {LONGEST_PATTERN} at most are taken"
+    if _UNREAD.search(text):
+        return f"{shown} has a comment or the flag x: leave it out"
+    if _repeats(text) > REPEATS:
+        return (
+            f"{shown} repeats too much: the counts of its repetitions, 2 for each + behind a group, "
+            f"may multiply to {REPEATS} at most"
+        )
+    try:
+        regex.compile(text)
+    except regex.error as error:
+        return f"{shown} holds no regular expression: {error}"
+    except RecursionError:
+        return f"{shown} holds too many groups within each other"
+    return ""
+
+
+def _repeats(text: str) -> int:
+    """Return how often compiling a pattern may write out a part of it, at most; reads it only.
+
+    The counts of repetitions behind groups, multiplied, times the largest behind anything else.
+    """
+    groups = single = 1
+    before = ""
+    for token in _TOKEN.findall(text):
+        count = 2 if token == "+" else 1
+        if len(token) > 1 and token[0] == "{":
+            count = max([1, *map(int, re.findall("[0-9]+", token))])
+        if before == ")" or before in ("*", "+", "?") or before.endswith("}"):
+            groups *= count
+        else:
+            single = max(single, count)
+        before = token
+    return groups * single
 
 
 @dataclass(frozen=True)

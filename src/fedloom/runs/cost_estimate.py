@@ -19,20 +19,20 @@ from fedloom.accounting.network import Link
 from fedloom.accounting.traffic import FEDLLM, Done, Sent
 from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import TokenShare
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, SettingsError
 from fedloom.experiment.experiment import Experiment, view_of
 from fedloom.methods import DEFAULT, METHODS
 from fedloom.methods.contract.closed_forms import compressed_traffic
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.split_model import ClientPart
-from fedloom.randomness import generator
+from fedloom.objectives import make_objective
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.initial_adapter import find_start, with_adapter_settings
 from fedloom.runs.partitioning import partition_data
 from fedloom.training.layout import Budget, budget_of, scoring_budget
 from fedloom.training.memory import client_memory
 from fedloom.training.passes import Layout
-from fedloom.training.steps import within
+from fedloom.training.steps import batch_order, within
 from fedloom.wire.settings import WireSettings
 
 CLOSE = 1.5
@@ -82,8 +82,10 @@ def advise(
         stage: Called with a text about the current work.
 
     Raises:
+        SettingsError: The objective has answers generated.
         FedloomError: The experiment itself cannot be built; see ``fedloom.errors``.
     """
+    require_rows_trained_on(experiment, "fedloom advise")
     experiment, options = with_adapter_settings(experiment, find_start(experiment)), []
     for name, framework, changes, remark in _variants(experiment):
         stage(f"counting {name}")
@@ -102,6 +104,22 @@ def advise(
         option = _option(name, framework, variant, parts, link, memory)
         options.append(replace(option, remark=remark))
     return options
+
+
+def require_rows_trained_on(experiment: Experiment, command: str) -> None:
+    """Refuse an objective that has answers generated, of whose passes rows say nothing.
+
+    Args:
+        experiment: Its settings.
+        command: The one that would count or time passes over rows.
+
+    Raises:
+        SettingsError: It is such a one.
+    """
+    settings = experiment.objective
+    if make_objective(settings).generation is not None:
+        text = f"objective.name = {settings.name!r} trains on answers that it generates"
+        raise SettingsError([f"{text}: their costs are not estimated from rows"], command)
 
 
 def recommend(options: list[Estimate]) -> str:
@@ -196,7 +214,7 @@ def _own_rows(
     """Return what a client's first round does on its own rows, and its compute."""
     training = experiment.training
     work = training.work(len(share), parts.local.participations)
-    order = generator(experiment.federation.seed, "batches", client, 1)
+    order = batch_order(training, experiment.federation.seed, "", client, 1)
     steps = rows = tokens = targets = 0
     flops = 0.0
     batches = epoch_batches(

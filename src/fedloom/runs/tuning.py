@@ -26,6 +26,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.cost_estimate import require_rows_trained_on
 from fedloom.runs.initial_adapter import find_start, with_adapter_settings
 from fedloom.runs.partitioning import partition_data
 from fedloom.tensors import Tensors
@@ -168,9 +169,11 @@ def tune(
         stage: Told what is being done.
 
     Raises:
-        SettingsError: The experiment counts examples in a pass, or the time does not suffice.
+        SettingsError: The experiment counts examples in a pass or trains on generated answers, or the
+            time does not suffice.
         ModelError: One step does not fit into memory.
     """
+    require_rows_trained_on(experiment, "fedloom tune")
     _require_tokens_counted(experiment)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)

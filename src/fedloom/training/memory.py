@@ -215,10 +215,17 @@ def _memory(
     sizes: tuple[int, int],
     objective: Objective | None,
 ) -> float:
-    """Return what :func:`client_memory` does, given :func:`_frozen_and_trained`."""
+    """Return what :func:`client_memory` does, given :func:`_frozen_and_trained`.
+
+    Of generated answers those that are as long as they may be, each with its prompt; what the cache of
+    their generation takes is not in it.
+    """
     budget = budget_of(training, model)
-    longest = int(row_costs(share).max())
-    rows = min(budget.rows, len(share))
+    longest, rows = int(row_costs(share).max()), min(budget.rows, len(share))
+    drawn = None if objective is None else objective.generation
+    if drawn is not None:
+        longest = int(share.tokens.prompts.max()) + drawn.max_new_tokens
+        rows = min(budget.rows, training.batch_size * drawn.group)
     if budget.tokens is not None:
         rows = max(1, min(rows, budget.tokens // longest))
     tokens = rows * (longest + share.tokens.width * model.virtual_tokens)

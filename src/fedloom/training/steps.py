@@ -255,8 +255,7 @@ def local_steps(
         making = Making(seed, client, round, purpose, work, again)
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
-        of_order = seed if settings.data_seed is None else settings.data_seed
-        order = generator(of_order, f"{purpose}batches", client, round)
+        order = batch_order(settings, seed, purpose, client, round)
         batches = _shuffled(model, share, settings, order, work)
     for parts in batches:
         for _ in range(repeats):
@@ -281,6 +280,14 @@ def local_steps(
                 on_step(StepRecord(round, client, purpose.strip(), *done))
     kept = optimizer_state(parameters, optimizer) if settings.keep_optimizer_state else {}
     return totals.result(kept)
+
+
+def batch_order(
+    settings: TrainingSettings, seed: int, purpose: str, client: int, round: int
+) -> np.random.Generator:
+    """Return what draws the order of a training's rows; args are those of :func:`local_steps`."""
+    own = seed if settings.data_seed is None else settings.data_seed
+    return generator(own, f"{purpose}batches", client, round)
 
 
 def _shuffled(
