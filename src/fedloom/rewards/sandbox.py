@@ -6,9 +6,10 @@ other processes, ctypes, and files outside of Python's own library.
 
 **This is no security boundary.** An audit hook is none against code that is written to break it, the
 kernel's own faults are not guarded against, an answer that searches the interpreter's memory for the
-number by which success is told can claim it, and one whose objects equal everything passes tests that compare.
-Whoever chooses the model, between machines the coordinator, may do what this process's user may as far as
-the guard can be escaped: run fedloom in a container or a virtual machine, and give that no secrets.
+number by which success is told can claim it, and one whose objects equal everything passes tests that
+compare. Whoever chooses the model, between machines the coordinator, may do what this process's user may
+as far as the guard can be escaped: run fedloom in a container or a virtual machine, and give that no
+secrets.
 """
 
 from __future__ import annotations
