@@ -37,6 +37,7 @@ OPEN = dict.fromkeys(
         "activations",
         "targets",
         "embeddings",
+        "first_tokens",
         "expert_probes",
         "inner_products",
         "public_rows",
@@ -260,7 +261,8 @@ def suited(table, mixture_folder):
             own |= {"evaluation": {**table["evaluation"], "per_client": False}}
         own["data"] = {**own["data"], "builtin_rows": 30}
         own["training"] = {**table["training"], "local_steps": 2}
-        return {**own, "method": {"name": method}}
+        few = {"selectors": 1} if method == "fedbiscuit" else {}  # few rounds
+        return {**own, "method": {"name": method, **few}}
 
     return make
 

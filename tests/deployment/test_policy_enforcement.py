@@ -539,6 +539,13 @@ def test_labels_at_the_client_need_no_targets(own):
     assert not ask(own({"data": LABELLED["data"]}, activations=True), **asked).refusals
 
 
+def test_first_tokens_of_rows_need_a_line_of_their_own(own):
+    asked = distilling(rows=8) | {"method": {"name": "feddm", "start": "rows"}}
+    table = {"data": LABELLED["data"]}
+    assert lines(ask(own(table, embeddings=True), **asked)) == ["policy.first_tokens"]
+    assert not ask(own(table, embeddings=True, first_tokens=True), **asked).refusals
+
+
 def test_objectives_may_be_listed(own):
     assert lines(ask(own(SHARED, objectives=["kto"]))) == ["policy.objectives"]
     assert not ask(own(SHARED, objectives=["kto", "dpo"])).refusals

@@ -1,14 +1,16 @@
 """FedDM: what clients send, how far the server goes, and what both learn."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedloom.errors import MessageError, SettingsError
+from fedloom.methods import METHODS
 from fedloom.methods.bases.distribution_matching import CLASSES, MATCHING, Edge, together
 from fedloom.tensors import part_of
-from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of
+from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of, width_of
 from fedloom.wire.messages import Payload, Reply
 
 LABELLED = {
@@ -114,3 +116,24 @@ def test_what_it_does_not_go_with_is_said(experiment, sections, message):
     with pytest.raises(SettingsError) as error:
         experiment(**{"method": {"name": "feddm"}, **sections})
     assert message in str(error.value)
+
+
+def test_first_tokens_of_rows_are_revealed_where_they_are_sent():
+    settings, kind = METHODS["feddm"]
+    assert kind(settings()).reveals == {"embeddings"}
+    assert kind(settings(start="rows")).reveals == {"embeddings", "first_tokens"}
+    assert kind(settings()).reveals == {"embeddings"}  # of one object, not of the class
+
+
+def test_embeddings_are_what_the_module_returns_without_its_hooks():
+    """Gemma 3 scales them inside of it; NEFTune's noise is a hook."""
+
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return 8 * super().forward(ids)
+
+    module = Scaled(5, 3)
+    module.register_forward_hook(lambda own, given, found: found + 1)
+    model = SimpleNamespace(model=SimpleNamespace(get_input_embeddings=lambda: module))
+    assert torch.equal(embeddings_of(model), 8 * module.weight.detach())
+    assert not embeddings_of(model).requires_grad and width_of(model) == 3

@@ -20,6 +20,7 @@ REVEALING = (
     "activations",
     "targets",
     "embeddings",
+    "first_tokens",
     "expert_probes",
     "inner_products",
     "public_rows",
@@ -135,8 +136,12 @@ class PolicySettings(Settings):
     """The class, or the tokens of the completion, of every row that is trained on, as they are. Split
     learning needs them unless the experiment says method.labels = "client"."""
     embeddings: bool = False
-    """Means of what the layers make of some rows, in every round. They show what rows are about and,
-    of few rows, more; method.embedding_noise hides single rows."""
+    """Means of what the layers make of some rows, in every round; or synthetic input embeddings that
+    look to the model as rows of each class do, and which classes there are. They show what rows are about
+    and, of few rows, more; of means, method.embedding_noise hides single rows."""
+    first_tokens: bool = False
+    """The first tokens of some rows of each class, as input embeddings that can be read back word by
+    word. FedDM sends them where the experiment says method.start = "rows"."""
     expert_probes: bool = False
     """How many tokens of some rows pass each expert of the model. It shows roughly what rows are
     about."""

@@ -13,7 +13,8 @@ synthetic rows of all, until it is ``radius`` away from what it sent, as they sa
 A reconstruction for text. Each optimizer step takes a batch of rows, and a model drawn within the radius,
 by which the adapter moves in a random direction. Synthetic rows are those of the round before, trained
 further; at first they are noise as large as embeddings (``start``), as those of real rows would be sent
-as they are. Which classes a client has is sent too. What this gives away is in docs/privacy_audit.md.
+as they are, which a client's file must allow ([policy] first_tokens). Which classes it has is sent too.
+What this gives away is in docs/privacy_audit.md.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from fedloom.training.synthetic_inputs import (
     SYNTHETIC_INPUTS,
     SyntheticRows,
     embeddings_of,
+    width_of,
 )
 from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import Schema, TensorSpec, amount
@@ -78,7 +80,7 @@ class FedDMSettings(NamedSettings):
     """Optimizer steps of the server on synthetic rows at most."""
     start: Literal["noise", "rows"] = "noise"
     """What synthetic rows are at first. rows: the first tokens of real ones, as in the paper: whoever
-    gets them reads these tokens."""
+    gets them reads these tokens, so that clients must allow it ([policy] first_tokens)."""
 
 
 class FedDM(Method):
@@ -104,13 +106,15 @@ class FedDM(Method):
         ),
         problem="slow links",
     )
-    reveals: frozenset[Reveal] = frozenset({"embeddings"})
+    reveals: frozenset[Reveal] = frozenset({"embeddings", "first_tokens"})
     taken = ("input_rate", "radius", "server_steps", "start")
     bounded = MappingProxyType({"per_class": "max_batch", "length": "max_tokens"})
 
     def __init__(self, settings: FedDMSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+        if settings.start == "noise":
+            self.reveals = self.reveals - {"first_tokens"}
 
     @classmethod
     def check(cls, view: ExperimentView) -> Iterator[str]:
@@ -136,7 +140,7 @@ class FedDM(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter; train it on what comes back."""
         server, own = self.server, self.settings
-        shape = (server.width, own.per_class, own.length, embeddings_of(server.model).shape[1])
+        shape = (server.width, own.per_class, own.length, width_of(server.model))
 
         def check(client: int, payload: Payload) -> None:
             if int(payload.tensors[CLASSES].max()) > 1 or not int(payload.tensors[CLASSES].sum()):
@@ -197,7 +201,7 @@ class FedDM(Method):
 
     def traffic(self, adapter: Tensors) -> Traffic:
         """Count the adapter down, and synthetic rows of all classes up."""
-        own, width = self.settings, embeddings_of(self.server.model).shape[1]
+        own, width = self.settings, width_of(self.server.model)
         classes = self.server.width
         up = 4 * classes * own.per_class * own.length * width + classes
         return ParameterTraffic(tensor_bytes(adapter), up)

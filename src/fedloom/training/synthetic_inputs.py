@@ -34,9 +34,29 @@ NO_ROWS = TokenShare(
 
 
 def embeddings_of(model: AdapterModel) -> Tensor:
-    """Return ``(vocabulary, width)``, what a model reads for each token, without a gradient."""
+    """Return ``(vocabulary, width)``, what a model reads for each token, without a gradient.
+
+    It is what the embedding module returns, as some scale its weights (Gemma 3), and takes as
+    ``inputs_embeds``; hooks on the module, such as one that adds noise in training, are left out.
+    """
+    module, weight = _module(model), _weight(model)
+    with torch.no_grad():
+        found: Tensor = module.forward(torch.arange(len(weight), device=weight.device))
+    return found.detach()
+
+
+def width_of(model: AdapterModel) -> int:
+    """Return how many numbers a model reads for each token."""
+    return _weight(model).shape[1]
+
+
+def _module(model: AdapterModel) -> Any:
     anyone: Any = model.model
-    weight: Tensor = anyone.get_input_embeddings().weight.detach()
+    return anyone.get_input_embeddings()
+
+
+def _weight(model: AdapterModel) -> Tensor:
+    weight: Tensor = _module(model).weight
     return weight
 
 
@@ -68,7 +88,7 @@ def read_inputs(model: AdapterModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
         model.count(rows, length, length)
     mask = torch.ones(rows, length, dtype=torch.int64, device=inputs.device)
     anyone: Any = model.model
-    given = inputs.to(embeddings_of(model).dtype)
+    given = inputs.to(_weight(model).dtype)
     output = anyone(inputs_embeds=given, attention_mask=mask, output_hidden_states=True)
     return last_states(output, mask), output.logits.float()
 

@@ -53,6 +53,7 @@ Reveal = Literal[
     "activations",
     "targets",
     "embeddings",
+    "first_tokens",
     "expert_probes",
     "inner_products",
     "rows",
