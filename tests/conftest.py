@@ -135,6 +135,11 @@ RANKS = {"ravan": 4, "hilora": 3}
 """Of methods that divide a rank: one that can be divided."""
 
 
+def few_selectors(rounds):
+    """How many FedBiscuit can warm up in so many rounds, and one with groups; two at most."""
+    return max(1, min(2, rounds - 1))
+
+
 @pytest.fixture
 def experiment(table):
     """Make an experiment from the small table with some sections changed."""
@@ -145,6 +150,9 @@ def experiment(table):
         if rank:
             sections["adapter"] = {"rank": rank, **sections.get("adapter", {})}
         changed = {name: {**table.get(name, {}), **section} for name, section in sections.items()}
+        if changed.get("method", {}).get("name") == "fedbiscuit":
+            rounds = {**table, **changed}["federation"]["rounds"]
+            changed["method"] = {"selectors": few_selectors(rounds), **changed["method"]}
         return Experiment.from_table({**table, **changed})
 
     return make

@@ -26,6 +26,7 @@ SECTIONS = {
         "partition": {"kind": "column", "column": "domain"},
     },
     "ravan": {"adapter": {"rank": 4}},
+    "fedbiscuit": {"method": {"selectors": 1}},
     "hilora": {"adapter": {"rank": 3}},
     "fedlease": {"adapter": {"kind": "experts", "rank": 2, "experts": 3, "router": "linear"}},
     "fedmoe": {"adapter": {"kind": "submixture"}, "method": {"experts_per_client": 3}},

@@ -46,6 +46,8 @@ def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path)
         "training": {"local_steps": 2, "batch_size": 8},
         "output": {"folder": str(tmp_path / "here")},
     }
+    if method == "fedbiscuit":
+        table["method"]["selectors"] = 2
     if method == "fedmoe":
         table["model"] = {"path": str(mixture_folder)}
     if method in ("distillation", "fed_et", "feddm", "split"):

@@ -1,12 +1,14 @@
 """FedBis and FedBiscuit: one adapter is FedAvg, groups are balanced and found, steps are damped as published."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fedloom.errors import SettingsError
 from fedloom.methods.bases.client_groups import groups_of
-from fedloom.methods.bases.selectors import stepped
+from fedloom.methods.bases.selectors import stepped, validation_rows
 from fedloom.methods.fedbiscuit import CHOSEN, warm_up_rounds
 from fedloom.tensors import part_of
 from linear_bench import A, B, play, target_of
@@ -58,8 +60,9 @@ def test_a_damped_step_is_a_share_of_the_mean_s():
 
 
 def test_adapters_are_warmed_up_one_after_the_other(found):
-    assert warm_up_rounds(0.3, 500) == 150 and warm_up_rounds(0.3, 12) == 4
-    assert warm_up_rounds(0.0, 9) == 1
+    assert warm_up_rounds(0.3, 500, 5) == 150 and warm_up_rounds(0.3, 12, 2) == 4
+    assert warm_up_rounds(0.3, 5, 1) == 2 and warm_up_rounds(0.0, 9, 1) == 1
+    assert warm_up_rounds(0.0, 9, 3) == 3  # each of them is trained
     zero, one = (adapter(found.states[1], number)[B] for number in range(2))
     assert zero.any() and not one.any()
     assert (
@@ -115,3 +118,65 @@ def test_the_global_adapter_is_that_of_most_clients_and_all_are_saved(found):
     assert torch.equal(method.shared(state)[B], adapter(state, 0)[B])
     assert list(method.ensemble(state)) == ["selector-000", "selector-001"]
     assert torch.equal(method.ensemble(state)["selector-001"][B], adapter(state, 1)[B])
+
+
+def test_a_short_run_trains_each_adapter_that_votes():
+    own = {"selectors": 3, "warm_up_share": 0.0}
+    short = biscuit(rounds=4, settings=own, there=lambda round, client: True)
+    for number in range(3):
+        assert adapter(short.states[2], number)[B].any(), number
+
+
+def problems(experiment, **sections):
+    with pytest.raises(SettingsError) as told:
+        experiment(**sections)
+    return told.value.problems
+
+
+def test_too_few_rounds_for_the_warm_up_are_refused(experiment):
+    own = {"name": "fedbiscuit", "selectors": 3}
+    (told,) = problems(experiment, method=own, federation={"rounds": 3})
+    assert told.startswith("federation.rounds = 3: method.selectors = 3") and "use 4 rounds" in told
+    assert experiment(method=own, federation={"rounds": 4}).federation.rounds == 4
+    assert experiment(method={**own, "selectors": 1}, federation={"rounds": 1})
+
+
+@pytest.mark.parametrize("size", [{"clients": 8}, {"clients": 30, "clients_per_round": 20}])
+def test_a_rule_needs_enough_clients_of_each_group(experiment, size):
+    own = {"name": "fedbiscuit", "selectors": 3}
+    rule = {"rule": "trimmed_mean", "bad": 1}
+    sections = {"method": own, "aggregation": rule, "data": {"builtin_rows": 300}}
+    (told,) = problems(experiment, **sections, federation={"rounds": 4, **size})
+    assert "needs 3 clients of each of method.selectors = 3 groups" in told
+    assert experiment(**sections, federation={"rounds": 4, "clients": 9})
+    assert experiment(
+        **sections | {"method": {**own, "selectors": 1}}, federation={"rounds": 4, **size}
+    )
+    geometric = {"rule": "geometric_median"}
+    assert experiment(**sections | {"aggregation": geometric}, federation={"rounds": 4, **size})
+
+
+def test_a_damped_step_tells_how_many_answered_so_client_privacy_refuses_it(experiment):
+    private = {"unit": "client", "delta": 1e-2, "clip": 0.5, "noise_multiplier": 1.0}
+    damped = {"name": "fedbis", "step": "damped"}
+    (told,) = problems(experiment, method=damped, privacy=private)
+    assert told.startswith('privacy.unit = "client": method.step = "damped"')
+    assert experiment(method={"name": "fedbis"}, privacy=private)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "most", "held"),
+    [(1, 0.5, 8, 0), (8, 0.05, 8, 0), (15, 0.9, 200, 0), (16, 0.05, 200, 8), (100, 0.05, 200, 8),
+     (400, 0.05, 200, 20), (400, 0.9, 200, 200)],
+)  # fmt: skip
+def test_a_loss_that_is_told_is_of_eight_rows_or_of_all(count, share, most, held):
+    client = SimpleNamespace(share=range(count), seed=0, id=3)
+    rows = validation_rows(client, share, most)
+    assert len(set(rows.tolist())) == len(rows) == held
+    assert rows.tolist() == validation_rows(client, share, most).tolist()
+
+
+def test_fewer_validation_rows_than_eight_are_no_setting(experiment):
+    own = {"name": "fedbiscuit", "selectors": 1, "validation_rows": 7}
+    (told,) = problems(experiment, method=own)
+    assert "method.validation_rows" in told

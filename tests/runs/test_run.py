@@ -101,7 +101,10 @@ def suited(table, mixture_folder):
         own = {**table, "adapter": {**table["adapter"], **ADAPTERS.get(method, {})}}
         if method == "fedmoe":
             own |= {"adapter": {"kind": "submixture"}, "model": {"path": str(mixture_folder)}}
-        return Experiment.from_table({**own, "method": {"name": method}, **sections})
+        named = {"name": method} | (
+            {"selectors": 1} if method == "fedbiscuit" else {}
+        )  # in two rounds
+        return Experiment.from_table({**own, "method": named, **sections})
 
     return make
 

@@ -30,6 +30,7 @@ NEEDED = {
     "distillation": {**LABELLED, "public": {"rows": 8}},
     "fed_et": {**LABELLED, "public": {"rows": 8}},
     "feddm": LABELLED,
+    "fedbiscuit": {"method": {"name": "fedbiscuit", "selectors": 1}},
     "split": {**LABELLED, "evaluation": {"per_client": False}},
     "fedpdpo": {"method": {"name": "fedpdpo", "schedule": "alternating"}},
 }

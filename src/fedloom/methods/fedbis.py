@@ -11,12 +11,14 @@ step that they are of all N clients: ``step = "damped"``, with means by rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import train_and_upload, training_exchange
 from fedloom.methods.bases.selectors import Step, stepped
 from fedloom.methods.contract.client import Handler
+from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import TOGETHER, averaging
 from fedloom.settings.schema import NamedSettings
@@ -50,6 +52,17 @@ class FedBis(Method):
     def __init__(self, settings: FedBisSettings) -> None:
         """Keep the settings."""
         self.settings = settings
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that how many answered is no secret of a damped step."""
+        yield from super().check(view)
+        hidden = view.privacy is not None and view.privacy.unit == "client"
+        if hidden and view.method.step == "damped":
+            yield (
+                'privacy.unit = "client": method.step = "damped" goes a share of the way that tells '
+                'exactly how many clients answered, without noise: use method.step = "mean"'
+            )
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, go towards the mean of what comes back."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -30,11 +30,14 @@ import torch
 from pydantic import Field
 
 from fedloom.aggregation.clusters import balanced_groups
+from fedloom.aggregation.rules import NEEDED
+from fedloom.federation.informed_selection import LEAST_ROWS
 from fedloom.federation.protocol import Cohort, Replies, Round
 from fedloom.methods.bases.client_groups import groups_of, numbers_of
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.bases.selectors import Step, stepped, validation_rows
 from fedloom.methods.contract.client import Client, Handler, Trainings
+from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.contract.row_losses import summary
 from fedloom.methods.declaration import EACH_ANSWER, TOGETHER, Absence, Declaration, no
@@ -62,15 +65,16 @@ class FedBiscuitSettings(NamedSettings):
     """U, adapters (published: 3 or 5); an odd number has no ties when they vote."""
     warm_up_share: float = Field(default=0.3, ge=0, le=1)
     """Share of the rounds in which adapters are trained one after the other by all who are drawn, one
-    round at least (published: 150 of 500)."""
+    round of each at least (published: 150 of 500)."""
     regroup_every: int = Field(default=10, ge=1)
     """Rounds after which groups are formed anew (published: 50 of 500)."""
     step: Step = "mean"
     """mean: to the mean of a group's answers; damped: of that way the share that those who answered are
     of all clients (published, after the warm-up)."""
     validation_share: float = Field(default=0.05, gt=0, lt=1)
-    """Share of a client's rows that it chooses by and does not train on (published: 0.05)."""
-    validation_rows: int = Field(default=200, ge=1, le=100_000)
+    """Share of a client's rows that it chooses by and does not train on (published: 0.05), 8 rows at
+    least; a client with fewer than 16 chooses by all of them, and trains on all."""
+    validation_rows: int = Field(default=200, ge=LEAST_ROWS, le=100_000)
     """Most of these (published: 200)."""
 
 
@@ -104,8 +108,34 @@ class FedBiscuit(Method):
     personal = True
 
     def __init__(self, settings: FedBiscuitSettings) -> None:
-        """Keep the settings."""
+        """Keep the settings; rules other than the mean see a group's few answers alone."""
         self.settings = settings
+        self.averages = settings.selectors == 1
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also too few rounds to train each adapter, and too few clients of a group for a rule."""
+        yield from super().check(view)
+        federation, rule, count = view.federation, view.aggregation, view.method.selectors
+        if federation is None or count == 1:
+            return
+        if federation.rounds <= count:
+            yield (
+                f"federation.rounds = {federation.rounds}: method.selectors = {count} adapters are "
+                f"warmed up in one round each at least, and then groups train: use {count + 1} rounds or "
+                "more, or fewer selectors"
+            )
+        if rule is None or rule.rule not in NEEDED:
+            return
+        needed = 2 * rule.bad + NEEDED[rule.rule]
+        whole = federation.cohort_size == federation.clients
+        if not whole or federation.clients // count < needed:
+            yield (
+                f"aggregation.rule = {rule.rule!r} with aggregation.bad = {rule.bad} needs {needed} "
+                f"clients of each of method.selectors = {count} groups in every round: have all of "
+                f"{needed * count} clients or more take part in each, or use a rule that goes with any "
+                'number, such as "geometric_median"'
+            )
 
     def initial_state(self, adapter: Tensors) -> State:
         """Return so many times the same adapter."""
@@ -120,7 +150,7 @@ class FedBiscuit(Method):
     def round(self, state: State, cohort: Cohort) -> Round:
         """Warm an adapter up; or form groups, if they are due, and train each group's."""
         own, groups, tensors = self.settings, groups_of(state), dict(state.tensors)
-        warm = warm_up_rounds(own.warm_up_share, self.server.rounds)
+        warm = warm_up_rounds(own.warm_up_share, self.server.rounds, own.selectors)
         if cohort.round <= warm or own.selectors == 1:
             number = (cohort.round - 1) * own.selectors // warm if cohort.round <= warm else 0
             of = dict.fromkeys(cohort.clients, number)
@@ -210,7 +240,7 @@ class FedBiscuit(Method):
     def _rows(self, client: Client) -> np.ndarray:
         """Return the rows that a client chooses by; none where there is nothing to choose."""
         own = self.settings
-        if own.selectors == 1 or len(client.share) < 2:
+        if own.selectors == 1:
             return np.zeros(0, np.int64)
         return validation_rows(client, own.validation_share, own.validation_rows)
 
@@ -237,9 +267,9 @@ class FedBiscuit(Method):
         return Payload(client.model.read(), {"examples": trained_on}, result.metrics)
 
 
-def warm_up_rounds(share: float, rounds: int) -> int:
-    """Return the rounds of the warm-up, one at least."""
-    return max(1, math.floor(share * rounds + 0.5))
+def warm_up_rounds(share: float, rounds: int, selectors: int) -> int:
+    """Return the rounds of the warm-up, one of each adapter at least."""
+    return max(selectors, math.floor(share * rounds + 0.5))
 
 
 def _name(number: int) -> str:

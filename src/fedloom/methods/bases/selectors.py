@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.federation.informed_selection import LEAST_ROWS
 from fedloom.methods.contract.client import Client
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
@@ -32,14 +33,19 @@ def stepped(start: Tensors, mean: Tensors, step: Step, answered: int, members: i
 
 
 def validation_rows(client: Client, share: float, most: int) -> NDArray[np.int64]:
-    """Draw the rows by which a client chooses, the same in every round; none where it has a single row.
+    """Draw the rows by which a client chooses and does not train on, the same in every round.
+
+    The server is told their mean loss, so they are :data:`LEAST_ROWS` at least; of a client with fewer
+    than twice as many, none are held out, and it chooses by all.
 
     Args:
         client: Whose rows.
-        share: Of its rows; at least one is drawn.
-        most: Rows.
+        share: Of its rows, above 0 and below 1.
+        most: Rows, :data:`LEAST_ROWS` or more.
     """
     count = len(client.share)
-    wanted = min(max(1, round(share * count)), most, count - 1)
+    if count < 2 * LEAST_ROWS:
+        return np.zeros(0, np.int64)
+    wanted = min(max(LEAST_ROWS, round(share * count)), most)
     rng = generator(client.seed, "validation rows", client.id)
     return np.sort(rng.choice(count, size=wanted, replace=False)).astype(np.int64)
