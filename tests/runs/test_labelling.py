@@ -1,13 +1,20 @@
 """``fedloom label``: a run's selectors vote on pairs, and DPO is trained on what they say."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import fedloom
+from fedloom.data.token_set import Untokenized
+from fedloom.data.tokenize import NO_PROMPT, NOTHING_LEFT
 from fedloom.data.unlabelled_pairs import read_pairs
 from fedloom.errors import DataError, ModelError
+from fedloom.runs import labelling
 from fedloom.runs.labelling import label_pairs, selectors_of
 
 ROWS = [
@@ -56,6 +63,51 @@ def test_a_run_that_selects_nothing_is_refused(experiment, tmp_path):
     with pytest.raises(ModelError) as told:
         selectors_of(folder)
     assert "objective.name = 'dpo'" in str(told.value) and "selector" in str(told.value)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of three selectors that ended, as far as labelling looks before it loads."""
+    folder = tmp_path / "run"
+    for number in range(3):
+        (folder / "adapters" / f"selector-{number:03d}").mkdir(parents=True)
+    (folder / "experiment.toml").write_text(
+        '[objective]\nname = "selector"\n[method]\nname = "fedbiscuit"\n[federation]\nrounds = 5\n'
+    )
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def test_a_run_that_was_cut_off_does_not_vote(run):
+    assert len(selectors_of(run)[1]) == 3
+    (run / "adapters" / "selector-002").rmdir()
+    with pytest.raises(ModelError, match=r"adapters has 2 of method\.selectors = 3 adapters"):
+        selectors_of(run)
+    (run / "summary.json").unlink()
+    with pytest.raises(ModelError, match=r"has not ended.*fedloom run --resume"):
+        selectors_of(run)
+
+
+def test_what_is_left_out_is_counted_by_its_reason(run, rows_file, monkeypatch, tmp_path):
+    reasons = [(1, NOTHING_LEFT), (2, NO_PROMPT), (4, "no place for a system prompt")]
+    dropped = tuple(Untokenized(place, place + 1, why) for place, why in reasons)
+
+    class Tokens(SimpleNamespace):
+        def __len__(self):
+            return len(self.index)
+
+    tokens = Tokens(index=np.array([0, 3, 5]), dropped=dropped)
+    margins = torch.tensor([[1.0, -1.0, 2.0], [1.0, -1.0, 2.0]])
+    model = SimpleNamespace(model=None, evaluating=nullcontext)
+    for name, own in {
+        "load_saved": lambda *own: (None, model), "context_length": lambda model: 64,
+        "tokenize": lambda *own, **options: tokens, "TokenShare": lambda own: own,
+        "tokens_per_pass": lambda *own: 1,
+        "HeldOut": lambda *own, **options: SimpleNamespace(margins=lambda model: margins),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(labelling, name, own)
+    found = label_pairs(run, Path(rows_file(ROWS, "pairs.jsonl")), tmp_path / "out.jsonl")
+    assert (found.pairs, found.labelled, found.too_long, found.unreadable) == (6, 3, 1, 2)
 
 
 @pytest.mark.slow

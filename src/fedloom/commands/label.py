@@ -43,6 +43,7 @@ def label(
     say(
         f"{found.pairs} pairs, each asked of {voters} in both orders: {found.labelled} labelled, "
         f"{found.unanimous} of them by all; {found.ties} ties and {found.too_long} too long are left out"
+        + (f", and {found.unreadable} that cannot be read" if found.unreadable else "")
     )
     if found.agreement is not None:
         say(f"agreement with the file's own labels: {found.agreement:.4f}")

@@ -15,7 +15,7 @@ import torch
 from fedloom.aggregation.votes import Votes, votes
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.examples import Preference
-from fedloom.data.tokenize import tokenize
+from fedloom.data.tokenize import NOTHING_LEFT, tokenize
 from fedloom.data.unlabelled_pairs import UnlabelledPair, read_pairs
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import HeldOut
@@ -25,7 +25,7 @@ from fedloom.runs.adapter_paths import adapter_folder
 from fedloom.runs.saved_models import load_saved
 from fedloom.runs.token_rows import longest
 from fedloom.storage.files import write_atomically
-from fedloom.storage.run_folder import EXPERIMENT, RunFolder
+from fedloom.storage.run_folder import EXPERIMENT, SUMMARY, RunFolder
 from fedloom.training.layout import tokens_per_pass
 
 
@@ -39,6 +39,7 @@ class Labels:
         labelled: Pairs that were written.
         ties: Pairs left out as no answer has more votes.
         too_long: Pairs left out as both answers do not fit beside the question.
+        unreadable: Pairs left out as the chat template has no place for them, or leaves no prompt.
         unanimous: Of those labelled, pairs on which all selectors agree.
         by_position: Share of pairs, over all selectors, that one answers by position, not by answer.
         agreement: Share of the labelled pairs whose winner is the file's chosen one, where it says one.
@@ -49,6 +50,7 @@ class Labels:
     labelled: int
     ties: int
     too_long: int
+    unreadable: int
     unanimous: int
     by_position: float
     agreement: float | None
@@ -59,7 +61,7 @@ def selectors_of(run: Path) -> tuple[Experiment, list[Path]]:
 
     Raises:
         OutputError: It is no run folder.
-        ModelError: The run has not ended, or its objective selects nothing.
+        ModelError: The run has not ended, its objective selects nothing, or an adapter is missing.
     """
     folder = RunFolder.existing(run)
     experiment = Experiment.from_toml(run / EXPERIMENT)
@@ -68,7 +70,18 @@ def selectors_of(run: Path) -> tuple[Experiment, list[Path]]:
             f"{run} was trained with objective.name = {experiment.objective.name!r}, which says of no "
             'pair which answer is better: train one with objective.name = "selector"'
         )
-    return experiment, folder.named_adapters or [adapter_folder(run)]
+    if not (run / SUMMARY).is_file():
+        raise ModelError(
+            f"{run} has not ended, and fewer selectors would vote than it trains: go on with it first, "
+            f"fedloom run --resume {run}"
+        )
+    found, wanted = folder.named_adapters, getattr(experiment.method, "selectors", None)
+    if wanted is not None and len(found) != wanted:
+        raise ModelError(
+            f"{run}/adapters has {len(found)} of method.selectors = {wanted} adapters: copy the whole "
+            "folder, or run it anew"
+        )
+    return experiment, found or [adapter_folder(run)]
 
 
 def label_pairs(
@@ -98,11 +111,12 @@ def label_pairs(
     pairs = read_pairs(source)
     done = begin(len(pairs) * len(folders))
     found = [_margins(experiment, folder, pairs, done) for folder in folders]
-    kept = [pairs[place] for place in found[0][0]]
-    said = votes(torch.stack([margins for _, margins in found]))
+    places, too_long, _ = found[0]
+    kept = [pairs[place] for place in places]
+    said = votes(torch.stack([margins for *_, margins in found]))
     lines = [line for line in map(_line, kept, *_counts(said)) if line]
     write_atomically(target, "".join(lines).encode(), 0o644)
-    return _labels(len(folders), len(pairs), kept, said)
+    return _labels(len(folders), len(pairs), too_long, kept, said)
 
 
 def _margins(
@@ -110,8 +124,10 @@ def _margins(
     folder: Path,
     pairs: Sequence[UnlabelledPair],
     done: Callable[[int], None],
-) -> tuple[list[int], torch.Tensor]:
-    """Return the places of pairs that fit, and ``(2, pairs)`` margins for their first answers.
+) -> tuple[list[int], int, torch.Tensor]:
+    """Return the places of pairs that fit, how many are too long, and margins for their first answers.
+
+    Margins are ``(2, pairs)``, of both orders.
 
     Raises:
         DataError: None fits.
@@ -130,7 +146,8 @@ def _margins(
     size, most = experiment.evaluation.batch_size, tokens_per_pass(experiment.training, model)
     asked = HeldOut(TokenShare(tokens), "selection", 0.0, 0.0, size, done=done, tokens=most)
     with model.evaluating():
-        return tokens.index.tolist(), asked.margins(model)
+        long = sum(own.reason == NOTHING_LEFT for own in tokens.dropped)
+        return tokens.index.tolist(), long, asked.margins(model)
 
 
 def _counts(said: Votes) -> tuple[list[int], list[int]]:
@@ -147,7 +164,9 @@ def _line(pair: UnlabelledPair, first: int, second: int) -> str:
     return json.dumps(row | {"votes": counted}, ensure_ascii=False) + "\n"
 
 
-def _labels(selectors: int, pairs: int, kept: Sequence[UnlabelledPair], said: Votes) -> Labels:
+def _labels(
+    selectors: int, pairs: int, too_long: int, kept: Sequence[UnlabelledPair], said: Votes
+) -> Labels:
     winners = said.winners.tolist()
     known = [w for pair, w in zip(kept, winners, strict=True) if pair.labelled and w]
     most = torch.maximum(said.first, said.second)
@@ -156,7 +175,8 @@ def _labels(selectors: int, pairs: int, kept: Sequence[UnlabelledPair], said: Vo
         pairs,
         sum(w != 0 for w in winners),
         sum(w == 0 for w in winners),
-        pairs - len(kept),
+        too_long,
+        pairs - len(kept) - too_long,
         int((most == selectors).sum()),
         said.by_position,
         sum(w > 0 for w in known) / len(known) if known else None,
