@@ -1,11 +1,16 @@
 """FedLEASE: groups by what clients trained alone, an expert and a router of each, the others held."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from absent import ALL_OF_IT, CLIENTS, ROUNDS, Schedule, played
+from fedloom.aggregation.rules import AggregationSettings
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.bases.client_groups import groups_of
 from fedloom.methods.bases.expert_groups import (
     OthersHeld,
@@ -15,10 +20,11 @@ from fedloom.methods.bases.expert_groups import (
     own_expert,
     single,
 )
-from fedloom.methods.fedlease import warm_up_rounds
+from fedloom.methods.fedlease import TRIAL, FedLEASE, FedLEASESettings, warm_up_rounds
 from fedloom.models.experts import ExpertModel, attach_experts
 from fedloom.models.load import load_backbone
-from fedloom.tensors import join_parts
+from fedloom.tensors import join_parts, tensor_bytes
+from fedloom.wire.messages import Payload, Reply, decode
 
 ADAPTER = {"kind": "experts", "router": "linear", "rank": 2, "experts": 3, "targets": ["q_proj"]}
 
@@ -79,6 +85,96 @@ def test_another_adapter_is_refused(table):
     table["method"] = {"name": "fedamole"}
     with pytest.raises(SettingsError, match="routes by the experts themselves"):
         Experiment.from_table(table)
+
+
+@pytest.fixture
+def lease(model_folder, table):
+    """Make the method with a server of 3 experts and so many rounds."""
+    table["adapter"] = ADAPTER
+    settings = Experiment.from_table(table).adapter
+    backbone = attach_experts(load_backbone(str(model_folder), pad_token_id=0), settings)
+    model = ExpertModel(backbone, settings, 0)
+
+    def make(rounds=5, **own):
+        method = FedLEASE(FedLEASESettings(**own))
+        method.setup(SimpleNamespace(model=model, aggregation=AggregationSettings(), rounds=rounds))
+        return method
+
+    return make
+
+
+def drive(method, answering, members=6):
+    """Play rounds in which all members are asked and some answer at random; return what was asked."""
+    draws, state, asked = torch.Generator().manual_seed(0), method.initial_state({}), []
+    presence = Presence.of(dict.fromkeys(range(members), 4))
+    for number, there in enumerate(answering, 1):
+        cohort = Cohort(number, tuple(range(members)), presence, 1e-3)
+        steps = method.round(state, cohort)
+        exchange = next(steps)
+        try:
+            while True:
+                replies = []
+                for client in sorted(exchange.requests.keys() & there):
+                    specs = exchange.reply_schema.tensors
+                    own = {s.name: torch.randn(s.shape, generator=draws) for s in specs}
+                    replies.append(Reply(client, Payload(own, {"examples": 4})))
+                asked.append((cohort, exchange))
+                exchange = steps.send(Replies(replies))
+        except StopIteration as stop:
+            state = stop.value
+    return state, asked
+
+
+def test_a_round_after_the_warm_up_is_what_is_counted(lease):
+    method = lease()
+    whole = method.drawn
+    up = {n: t for n, t in whole.items() if ".experts.0." in n or n.endswith("router")}
+    found = method.traffic(own_expert(whole))
+    assert (found.down, found.up) == (tensor_bytes(whole), tensor_bytes(up)) and found.up > 0
+
+
+def test_the_warm_up_goes_on_until_three_are_known(lease):
+    """Nobody answers in it: without clients there are no groups, and no round would train."""
+    everybody = set(range(6))
+    state, asked = drive(lease(), [set(), {1}, {1, 2}, {1, 4}, everybody])
+    actions = [(cohort.round, exchange.action) for cohort, exchange in asked]
+    assert actions == [
+        (1, "alone"),
+        (2, "alone"),
+        (3, "alone"),
+        (4, "alone"),
+        (5, "alone"),
+        (5, "train"),
+    ]
+    trials = [
+        decode(next(iter(e.requests.values())), e.request_schema).numbers[TRIAL.name]
+        for _, e in asked
+        if e.action == "alone"
+    ]
+    assert trials == [0, 0, 0, 0, 1]  # whole trainings, but in a round that trains a mixture too
+    assert asked[-2][1].requests.keys() == {0, 3, 5} and groups_of(state).keys() == everybody
+
+
+@pytest.mark.parametrize(
+    ("there", "members", "own", "warned"),
+    [({0, 1, 2}, 6, {}, True), ({0, 1, 2, 3}, 6, {}, False), ({0, 1, 2}, 3, {}, False),
+     ({0, 1, 2}, 6, {"groups": 2}, False), ({0, 1, 2}, 6, {"groups": 3}, True)],
+)  # fmt: skip
+def test_groups_of_too_few_clients_are_said(lease, there, members, own, warned):
+    _, asked = drive(lease(**own), [there, set(range(members))], members)
+    (first, *_), last = asked[0], asked[-1][0]
+    assert not first.warnings and bool(last.warnings) == warned
+    if warned:
+        assert "formed of the 3 of 6 clients that answered" in last.warnings[0]
+        assert "method.warm_up_share" in last.warnings[0]
+
+
+def test_row_level_privacy_is_refused_by_the_method(table):
+    table |= {"method": {"name": "fedlease"}, "adapter": ADAPTER}
+    table["privacy"] = {"unit": "row", "target_epsilon": 5.0, "delta": 1e-3}
+    with pytest.raises(SettingsError) as told:
+        Experiment.from_table(table)
+    assert any("method.name = 'fedlease' cannot: it needs" in text for text in told.value.problems)
 
 
 @pytest.fixture

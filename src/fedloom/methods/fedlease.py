@@ -7,8 +7,9 @@ average linkage, of the number with the best silhouette; the mean of a group's a
 Then a client trains its group's expert and a router over all experts (``models/routed_experts.py``), the
 others being frozen, and the server takes means of both within each group.
 
-Ours: of the warm-up each client's last answer counts; there may be one group; a client that is first
-there when groups exist trains on trial, and joins the group whose members' B are nearest on average.
+Ours: of the warm-up each client's last answer counts, and it goes on while fewer than three are known;
+there may be one group; a client that is first there when groups exist trains on trial, and joins the
+group whose members' B are nearest on average.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, ServerSide
 from fedloom.methods.declaration import (
     EACH_ANSWER,
-    OWN_STEPS,
     PARTLY_HELD,
     TOGETHER,
     Absence,
@@ -57,7 +57,14 @@ from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, tensor_bytes
 from fedloom.training.settings import ALONE, Part
 from fedloom.wire.messages import Exchange, Payload, Reply, encode
-from fedloom.wire.schema import Schema
+from fedloom.wire.schema import NumberSpec, Schema
+
+TRIAL = NumberSpec("trial", 0.0, 1.0)
+"""Number of a request: whether a training alone is on trial, before that of a mixture in one round."""
+
+LEAST_KNOWN = 3
+"""Clients whose adapters groups are formed of at least, or all members where they are fewer: of two, and
+of none, a silhouette says nothing."""
 
 
 class FedLEASESettings(NamedSettings):
@@ -65,7 +72,8 @@ class FedLEASESettings(NamedSettings):
 
     name: Literal["fedlease"] = "fedlease"
     warm_up_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of the rounds in which clients train alone, one round at least (published: 5 of 25)."""
+    """Share of the rounds in which clients train alone, one round at least (published: 5 of 25), and as
+    many more as it takes until three clients have answered."""
     groups: int = Field(default=0, ge=0)
     """Number of groups; 0: of the best silhouette, from 1 to ``adapter.experts``."""
 
@@ -83,7 +91,7 @@ class FedLEASE(OwnMixture):
         "the mixture that it trained last",
         secure_aggregation=EACH_ANSWER,
         client_privacy=no("groups are formed of single answers"),
-        row_privacy=OWN_STEPS,
+        row_privacy=no('it needs adapter.kind = "experts", of which no row\'s gradient is its own'),
         asynchronous=TOGETHER,
         compression=PARTLY_HELD,
         absence=Absence(
@@ -138,15 +146,18 @@ class FedLEASE(OwnMixture):
         """Have clients train alone; or form groups, if there are none, and train their mixtures."""
         groups, tensors = groups_of(state), dict(state.tensors)
         warm = warm_up_rounds(self.settings.warm_up_share, self.server.rounds)
-        if not groups and cohort.round <= warm:
-            replies = yield self._alone(cohort, cohort.clients)
+        known, members = len(factors_of(tensors)), len(cohort.presence.members)
+        least = min(LEAST_KNOWN, max(1, members))
+        if not groups and (cohort.round <= warm or known < least):
+            replies = yield self._alone(cohort, cohort.clients, trial=False)
             return State({**tensors, **kept_alone(replies)})
         if not groups:
             groups = self._formed(tensors)
             tensors = self._experts(tensors, groups)
+            self._warn(cohort, known, members)
         unknown = tuple(client for client in cohort.clients if client not in groups)
-        if unknown and groups:
-            replies = yield self._alone(cohort, unknown)
+        if unknown:
+            replies = yield self._alone(cohort, unknown, trial=True)
             tensors |= without_down(kept_alone(replies))
             groups |= nearest(tensors, groups, replies.answered)
         of = {client: groups[client] for client in cohort.clients if client in groups}
@@ -164,25 +175,38 @@ class FedLEASE(OwnMixture):
         return mixture(state.tensors, 0) or single(self.drawn)
 
     def traffic(self, adapter: Tensors) -> Traffic:
-        """Count a round of the warm-up: one expert up."""
-        return ParameterTraffic(0, tensor_bytes(own_expert(adapter)))
+        """Count a round after the warm-up: experts and a router down, one expert and it up.
+
+        It is the most: of as many groups as there may be. A round of the warm-up has one expert up alone,
+        as has what a client that is first there later sends before.
+        """
+        return ParameterTraffic(tensor_bytes(self.drawn), tensor_bytes(trained_part(self.drawn)))
 
     def sent_shapes(self, adapter: Tensors) -> Tensors:
         """Return one expert."""
         return own_expert(adapter)
 
-    def _alone(self, cohort: Cohort, clients: tuple[int, ...]) -> Exchange:
+    def _warn(self, cohort: Cohort, known: int, members: int) -> None:
+        """Warn where groups are formed of few clients, while others were not there."""
+        needed = (self.settings.groups or self.most) + 1
+        if known >= min(needed, members):
+            return
+        cohort.warnings.append(
+            f"round {cohort.round}: groups are formed of the {known} of {members} clients that answered "
+            f"in the warm-up, and do not change; {needed} or more could show so many groups: raise "
+            "method.warm_up_share or federation.clients_per_round"
+        )
+
+    def _alone(self, cohort: Cohort, clients: tuple[int, ...], *, trial: bool) -> Exchange:
         """Return the exchange in which clients train a LoRA of their own."""
-        numbers = {LEARNING_RATE.name: cohort.learning_rate}
+        numbers = {LEARNING_RATE.name: cohort.learning_rate, TRIAL.name: float(trial)}
         reply = Schema.of(own_expert(self.drawn), TRAIN_REPLY_NUMBERS, cohort.reported)
-        request, sent = Schema((), (LEARNING_RATE,)), Payload(numbers=numbers)
+        request, sent = Schema((), (LEARNING_RATE, TRIAL)), Payload(numbers=numbers)
         return Exchange.broadcast("alone", cohort.round, clients, sent, request, reply)
 
     def _formed(self, tensors: Tensors) -> dict[int, int]:
         """Return the groups of all that answered in the warm-up."""
         factors = factors_of(tensors)
-        if not factors:
-            return {}
         apart, fixed = cosine_distances(factors), min(self.settings.groups, len(factors))
         labels = average_linkage(apart, fixed) if fixed else silhouette_groups(apart, self.most)
         return dict(zip(sorted(factors), labels, strict=True))
@@ -224,10 +248,10 @@ class FedLEASE(OwnMixture):
         start = client.store.get(ADAPTER, {})
         client.model.write(start or single(client.initial))
         rate = payload.numbers["learning_rate"]
-        late = client.round > warm_up_rounds(self.settings.warm_up_share, client.rounds)
-        part = Part(0, 2) if late else ALONE
+        trial = payload.numbers[TRIAL.name] > 0
+        part = Part(0, 2) if trial else ALONE
         result = yield from client.training_steps(rate, purpose="alone ", part=part)
-        client.session["probed"] = late
+        client.session["probed"] = trial
         client.store[ADAPTER] = client.model.read()
         sent = own_expert(client.store[ADAPTER])
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
