@@ -45,6 +45,27 @@ def test_shares_are_finite_where_nobody_is_sure_of_anything(value):
     assert all(torch.isfinite(part).all() for part in confident_consensus(tie))
 
 
+@pytest.mark.parametrize("claim", [25.0, 1e4, 1e30])
+def test_who_claims_to_be_sure_of_everything_does_not_take_over(claim):
+    """Ten models; the bad one is at most 4 / 13 of the weight, with logits twice as wide."""
+    noise = torch.randn(10, 50, 6, generator=torch.Generator().manual_seed(2))
+    logits = 0.1 * noise
+    logits[:, :, 2] += 3.0
+    logits[0] = -claim
+    logits[0, :, 5] = 0.0
+    found = confident_consensus(logits)
+    assert found.shares[0].max() < 4 / 13 + 0.02
+    assert (found.logits.argmax(-1) == 2).all() and found.disagreed.all()
+    assert found.diverse.argmax(-1).eq(5).all() and torch.isfinite(found.diverse).all()
+
+
+def test_one_entry_that_is_impossible_decides_nothing():
+    own = torch.tensor([[[1.0, 0.0, -1e4]], [[1.0, 0.0, -1e6]]])
+    found = confident_consensus(own)
+    assert found.shares[:, 0].tolist() == pytest.approx([0.5, 0.5])
+    assert found.logits.min() >= -29.0
+
+
 def test_what_a_student_is_given_by_parts_is_what_it_is_at_once(monkeypatch):
     tables = torch.randn(3, 30, 9, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     answers = [likeliest(own, 4) for own in tables]

@@ -4,6 +4,12 @@ Source: Cho et al. 2022, "Heterogeneous Ensemble Knowledge Transfer for Training
 Learning" (Fed-ET), https://arxiv.org/abs/2204.12703, as a public re-implementation has it: a model counts
 at a position by the variance of its logits over the classes, which adding a number to all of them does
 not change, so that log-probabilities have the same.
+
+Ours, against clients that claim more than they know: entries are :data:`LOWEST` below the largest of
+their position at least, and a model whose variance is above :data:`LARGEST` times the median of those at
+the position has its logits shrunk to that variance. Of K models that are otherwise alike one then has at
+most 4 / (K + 3) of the weight, with logits twice as wide: it still decides a position alone where K is
+below 9, or where the others disagree. Whoever controls half of the models moves the median itself.
 """
 
 from __future__ import annotations
@@ -17,13 +23,19 @@ from torch import Tensor
 
 from fedloom.aggregation.soft_labels import CHUNK, SoftLabels, joined, likeliest
 
+LOWEST = -30.0
+"""Least logit beside the largest: a probability of 1e-13, below which nothing can be learnt."""
+
+LARGEST = 4.0
+"""A model's variance at most, in medians: twice the others' spread is beyond what sure clients say."""
+
 
 class Consensus(NamedTuple):
     """Of K models about N positions.
 
     Attributes:
         shares: ``(K, N)`` alpha, which add up to 1 at each position.
-        logits: ``(N, width)`` sum_k alpha_k z_k.
+        logits: ``(N, width)`` sum_k alpha_k z_k, of z that are bounded.
         diverse: ``(N, width)`` the same over the models alone whose likeliest entry is another than that
             of ``logits``, their shares scaled to add up to 1; zeros where there is none.
         disagreed: ``(N,)`` bool, where there is one.
@@ -62,7 +74,7 @@ def confident_consensus(logits: Tensor) -> Consensus:
     Args:
         logits: ``(K, N, width)``, finite; of models whose logits are all alike the shares are equal.
     """
-    sure = logits.double().var(-1, correction=0)
+    logits, sure = _bounded(logits)
     shares = _scaled(sure)
     total = (shares.unsqueeze(-1) * logits).sum(0)
     others = logits.argmax(-1) != total.argmax(-1)
@@ -97,6 +109,20 @@ def ensemble_labels(
         shares.append(found.shares)
     taught = EnsembleLabels(torch.cat(labels), torch.cat(disagreed), joined(diverse))
     return joined(said), taught, torch.cat(shares, 1).mean(1).tolist()
+
+
+def _bounded(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits of which none counts too much, and ``(K, N)`` their variances.
+
+    Medians are over the models whose variance is above 0, the lower of two.
+    """
+    found = logits.clamp(min=logits.amax(-1, keepdim=True) + LOWEST)
+    sure = found.double().var(-1, correction=0)
+    most = LARGEST * torch.where(sure > 0, sure, torch.nan).nanmedian(0).values
+    shrunk = (most / sure).clamp(max=1.0).nan_to_num(1.0)
+    middle = found.mean(-1, keepdim=True)
+    scaled = middle + (found - middle) * shrunk.sqrt().unsqueeze(-1).to(found.dtype)
+    return torch.where(shrunk.unsqueeze(-1) < 1, scaled, found), sure * shrunk
 
 
 def _scaled(sure: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ layer, by which clients learn from the server, is replaced by distillation of wh
 Of a few likeliest entries the variance is that after the rest is filled evenly.
 
 A client that is sure of what it does not know gets more weight, not less: the rule is made for clients
-that are unreliable and therefore unsure, and does not help where each knows its own classes alone.
+that are unreliable and therefore unsure, and does not help where each knows its own classes alone. What
+a client can claim is bounded by what the others say (``aggregation/ensemble.py``).
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class FedET(LogitExchange):
         "Fed-ET",
         "https://arxiv.org/abs/2204.12703",
         "reconstructed",
-        "logits in place of small models; clients learn from the server's logits, no layer is shared",
+        "logits in place of small models; clients learn from the server's logits, no layer is shared; a "
+        "client's variance counts up to 4 times the median",
     )
     reveals: frozenset[Reveal] = frozenset({"logits"})
     taken = ("diversity", *TAKEN)
