@@ -295,7 +295,7 @@ def _bytes(name: str) -> str:
     if found is not None:
         return " / ".join(f"{share:.2g}" for share in found)
     return {
-        "FedLLM": "by cohort, ranks or experts",
+        "FedLLM": "by cohort, ranks, classes or experts",
         "KD-FedLLM": "by public rows",
         "Split-FedLLM": "by the tokens of every step",
     }[METHODS[name][1].declares.framework]
@@ -323,7 +323,7 @@ SITUATIONS: dict[str, Any] = {
     "links": _sends_little,
     "speeds": lambda name: METHODS[name][1].asynchronous,
     "small": lambda name: not METHODS[name][1].whole_at_clients or METHODS[name][1].submixtures,
-    "rules": lambda name: METHODS[name][1].averages,
+    "rules": lambda name: METHODS[name][1](METHODS[name][0]()).averages,
     "summed": lambda name: METHODS[name][1].declares.secure_aggregation.holds,
     "private": lambda name: METHODS[name][1].declares.client_privacy.holds,
 }
