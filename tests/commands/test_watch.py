@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +30,26 @@ def test_what_is_no_run_folder_is_one_error(call, tmp_path):
     ):
         code, printed = call("watch", folder)
         assert code == 1 and said in printed
+
+
+def test_the_page_of_a_folder_answers_until_the_command_is_ended(call, tmp_path, monkeypatch):
+    """Ctrl-C is what ``wait`` raises here; what is asked before that is answered at the address."""
+    folder = begin(tmp_path / "run")
+    append(folder, 0, {0: 0.5})
+    seen, said = [], []
+
+    def ask_and_end(self, timeout=None):
+        seen.append(state(ADDRESS.match(said[-1])[1]))
+        raise KeyboardInterrupt
+
+    ended = type("Ended", (), {"wait": ask_and_end, "set": lambda self: None})
+    monkeypatch.setattr(watch, "say", said.append)
+    monkeypatch.setattr(watch, "threading", SimpleNamespace(Event=ended))
+    code, printed = call("watch", folder.path, "--port", 0)
+    assert (code, printed) == (0, "")
+    assert [row["value"] for row in seen[0]["rows"]] == [0.5]
+    with pytest.raises(OSError, match="refused"):
+        state(ADDRESS.match(said[-1])[1])
 
 
 @pytest.mark.slow

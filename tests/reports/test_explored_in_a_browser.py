@@ -133,7 +133,11 @@ def test_an_address_shows_the_same_again(window, report):
 
 
 @pytest.mark.parametrize(
-    "broken", ["from.x=NaN", "hide=", "hide=%ff", "from.SLUG=abc&to.SLUG=-5", "&&=&"]
+    "broken",
+    [
+        *("from.x=NaN", "hide=", "hide=%ff", "from.SLUG=abc&to.SLUG=-5", "&&=&"),
+        "from.SLUG=9007199254740992&to.SLUG=9007199254740996",
+    ],
 )
 def test_an_address_that_means_nothing_shows_everything(window, report, broken):
     window.show(report, 1280, "light")

@@ -46,6 +46,37 @@ def test_a_record_that_lacks_something_is_told_and_no_traceback(tmp_path):
     assert "a record is not what a run writes" in LiveRun(folder.path).state()["problem"]
 
 
+def test_what_follows_such_a_record_is_not_shown_and_the_problem_stays(tmp_path):
+    folder = begin(tmp_path / "run")
+    append(folder, 0, {0: 0.5})
+    folder.append("rounds.jsonl", [{"round": 1}, record(2, {0: 0.7})])
+    live = LiveRun(folder.path)
+    first = live.state()
+    append(folder, 3, {0: 0.8})
+    for state in (first, live.state()):
+        assert "'absent'" in state["problem"] and "nothing after it" in state["problem"]
+        assert [row["round"] for row in state["rows"]] == [0]
+    (folder.path / "rounds.jsonl").write_text("")  # the run is begun anew
+    append(folder, 0, {0: 0.6})
+    state = live.state()
+    assert (state["problem"], [row["value"] for row in state["rows"]]) == ("", [0.6])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"metric": None}, {"metric": "accuracy"}, {"model": {}}, {"model": "tiny"}]
+)
+def test_a_run_that_does_not_say_what_it_is_is_told(tmp_path, changed):
+    folder = begin(tmp_path / "run")
+    append(folder, 0, {0: 0.5})
+    folder.write_json("run.json", {**folder.read_json("run.json"), **changed})
+    live = LiveRun(folder.path)
+    for _ in range(2):
+        state = live.state()
+        assert "a record is not what a run writes" in state["problem"] and "rows" not in state
+    folder.write_json("run.json", {})
+    assert "KeyError('metric')" in live.state()["problem"]
+
+
 def test_totals_and_clients_are_those_of_the_records(tmp_path):
     folder = begin(tmp_path / "run", clients=3, members=[{"client": 1, "name": "north\x1b[31m"}])
     append(folder, 0, {0: 0.5, 1: 0.5, 2: 0.5})

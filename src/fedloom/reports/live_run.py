@@ -124,12 +124,20 @@ class LiveClient:
 
 @dataclass
 class _Read:
-    """Everything added up from the records so far."""
+    """Everything added up from the records so far.
+
+    Attributes:
+        metric: Name, help and direction of the held-out metric.
+        model: The model's name.
+        planned: Rounds of the run.
+        problem: Why nothing more is added up, or empty; it stays until all is read again.
+    """
 
     generation: str
     rounds: Tail
     costs: Tail
-    run: Record
+    metric: Record
+    model: str
     planned: int
     rows: list[Record] = field(default_factory=list)
     clients: dict[int, LiveClient] = field(default_factory=dict)
@@ -137,6 +145,7 @@ class _Read:
     more_events: int = 0
     down: int = 0
     up: int = 0
+    problem: str = ""
 
 
 class LiveRun:
@@ -214,14 +223,13 @@ class LiveRun:
             read = self._read
             if read is None or not (read.rounds.is_same() and read.costs.is_same()):
                 self._read = read = self._begin()
-            if read is not None:
-                _add_costs(read, read.costs.read())
-                _add_rounds(read, read.rounds.read())
-            self._problem = ""
+            if read is not None and not read.problem:
+                _add_new(read)
+            self._problem = read.problem if read else ""
         except FedloomError as error:
             self._problem = short(str(error), LONGEST)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            self._problem = short(f"a record is not what a run writes: {error!r}", LONGEST)
+            self._problem = _not_written(error)
 
     def _begin(self) -> _Read | None:
         """Return a state without rounds; nothing while the run has not written what it is."""
@@ -233,7 +241,9 @@ class LiveRun:
         path = self.folder.path
         id = hashlib.sha256(f"{time.time_ns()} {self._count}".encode()).hexdigest()[:12]
         rounds, costs = Tail(path / names.ROUNDS), Tail(path / names.COSTS)
-        read = _Read(id, rounds, costs, run, int(table["federation"]["rounds"]))
+        metric = {key: run["metric"].get(key) for key in ("name", "help", "higher_is_better")}
+        model = short(str(run["model"]["name"]), LONGEST)
+        read = _Read(id, rounds, costs, metric, model, int(table["federation"]["rounds"]))
         partition = self.folder.read_json(names.PARTITION) or {"clients": []}
         for own in partition["clients"]:
             read.clients[int(own["client"])] = LiveClient()
@@ -258,7 +268,6 @@ class LiveRun:
 
 def _headline(read: _Read, status: str) -> Record:
     """Return what stands above the curves."""
-    metric = read.run["metric"]
     values = [row["value"] for row in read.rows if row["value"] is not None]
     done = read.rows[-1]["round"] if read.rows else None
     trained = [row["seconds"] for row in read.rows if row["round"] > 0][-RECENT:]
@@ -267,8 +276,8 @@ def _headline(read: _Read, status: str) -> Record:
         left = sum(trained) / len(trained) * (read.planned - done)
     states = [client.state for client in read.clients.values()]
     return {
-        "metric": {key: metric.get(key) for key in ("name", "help", "higher_is_better")},
-        "model": short(str(read.run["model"]["name"]), LONGEST),
+        "metric": read.metric,
+        "model": read.model,
         "before": values[0] if values else None,
         "now": values[-1] if values else None,
         "round": done,
@@ -297,6 +306,23 @@ def _client_row(number: int, client: LiveClient) -> list[Any]:
     ]
 
 
+def _not_written(error: Exception) -> str:
+    return short(f"a record is not what a run writes: {error!r}", LONGEST)
+
+
+def _add_new(read: _Read) -> None:
+    """Add what is new; what follows a record that no run writes is not read, and the problem says so.
+
+    Raises:
+        OutputError: A line is no record, or a file may not be read; another look tries it again.
+    """
+    try:
+        _add_costs(read, read.costs.read())
+        _add_rounds(read, read.rounds.read())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        read.problem = f"{_not_written(error)}; nothing after it is shown"
+
+
 def _add_costs(read: _Read, costs: Iterable[Record]) -> None:
     for cost in costs:
         if cost["phase"] == REPEATED:
@@ -308,7 +334,7 @@ def _add_costs(read: _Read, costs: Iterable[Record]) -> None:
 
 
 def _add_rounds(read: _Read, records: Iterable[Record]) -> None:
-    metric = read.run["metric"]
+    metric = read.metric
     for record in records:
         round = int(record["round"])
         _add_presence(read, record, round)

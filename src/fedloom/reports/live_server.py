@@ -27,11 +27,18 @@ from urllib.parse import parse_qs, urlsplit
 from fedloom.errors import OutputError, first_line
 from fedloom.reports.html import fill
 from fedloom.reports.live_run import CURVES, LiveRun
+from fedloom.security.bounded_server import BoundedServer
 
 HOST = "127.0.0.1"
 
 SECONDS = 10
 """After which a connection that sends nothing is closed."""
+
+CONNECTIONS = 16
+"""Connections at once; a browser opens six."""
+
+LONGEST = 30.0
+"""Seconds of a connection, which asks one question."""
 
 LATELY = 3.5
 """Seconds in which a page that is open asks again."""
@@ -153,12 +160,10 @@ def _json(content: object) -> tuple[int, str, bytes]:
     return 200, "application/json", json.dumps(content, allow_nan=False).encode()
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class _Server(BoundedServer):
     def __init__(self, address: tuple[str, int], page: LivePage) -> None:
         self.live = page
-        super().__init__(address, _Handler)
+        super().__init__(address, _Handler, CONNECTIONS, LONGEST)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of connections that break."""

@@ -1,1 +1,1 @@
-"""Keys, certificates, the registry of clients, the audit log."""
+"""Keys, certificates, the registry of clients, the audit log, bounds on who connects."""

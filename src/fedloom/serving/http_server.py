@@ -11,11 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from fedloom.display.untrusted_text import short
+from fedloom.security.bounded_server import BoundedServer
 from fedloom.serving.access import Access
 from fedloom.serving.answers import Answers
 from fedloom.serving.requests import (
@@ -49,11 +50,8 @@ class ClientGone(Exception):
     """Nobody waits for an answer any more, or the server is being stopped."""
 
 
-class ModelServer(ThreadingHTTPServer):
+class ModelServer(BoundedServer):
     """Listens, and has at most :data:`CONNECTIONS` threads."""
-
-    daemon_threads = True
-    request_queue_size = CONNECTIONS
 
     def __init__(
         self, host: str, port: int, answers: Answers, access: Access, log: Log = lambda text: None
@@ -72,35 +70,9 @@ class ModelServer(ThreadingHTTPServer):
         """
         self.answers, self.access, self.log = answers, access, log
         self.stopping = threading.Event()
-        self._free = threading.Semaphore(CONNECTIONS)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = found[0], found[4]
-        super().__init__(address[:2], Handler)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """Bind without asking a name server what the address is called."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread, or close it where there are too many."""
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._free.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, and have its place free again."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+        super().__init__(address[:2], Handler, CONNECTIONS)  # type: ignore[arg-type]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say on one line that a connection was closed by an error."""

@@ -109,7 +109,7 @@ const charts = (() => {
     }
     const raw = (high - low) / many, base = 10 ** Math.floor(Math.log10(raw));
     const step = base * [1, 2, 5, 10].find((times) => times * base >= raw * 0.999);
-    for (let place = Math.ceil(low / step - 1e-9); place * step <= high + step * 1e-9; place++) found.push(Number((place * step).toPrecision(12)));
+    for (let place = Math.ceil(low / step - 1e-9); place * step <= high + step * 1e-9 && found.length < 100; place++) found.push(Number((place * step).toPrecision(12)));
     return found;
   };
 
