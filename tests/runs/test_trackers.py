@@ -1,6 +1,7 @@
 """Trackers get each round's numbers once, are closed, and are missed with the command that helps."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import SettingsError
+from fedloom.runs.trackers import open_trackers
 
 
 class Recorder(ModuleType):
@@ -53,6 +55,31 @@ def test_every_round_is_logged_as_it_is_recorded_and_the_trackers_are_closed(
         logged = [(given[0], options[step]) for called, given, options in calls if called == log]
         assert logged == [(own, round) for round, own in enumerate(recorded)]
         assert calls[-1][0] == last
+
+
+def opened(name, folder, monkeypatch, **options):
+    """The first call that a tracker gets, which opens its run."""
+    recorder = Recorder(name)
+    monkeypatch.setitem(sys.modules, name, recorder)
+    open_trackers([name], folder, "run", {"federation": {"rounds": 1}}, **options)
+    return recorder.calls[0]
+
+
+def test_mlflow_neither_tags_user_path_and_repository_nor_reports_its_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    called, _, options = opened("mlflow", tmp_path, monkeypatch)
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    tags = options["tags"]
+    assert called == "start_run" and options["log_system_metrics"] is False
+    assert tags.pop("mlflow.source.name") == "fedloom"
+    hidden = {f"mlflow.source.git.{own}" for own in ("commit", "branch", "repoURL")}
+    assert tags.keys() == {"mlflow.user", *hidden} and not any(tags.values())
+
+
+@pytest.mark.parametrize(("resumed", "said"), [(False, "never"), (True, "allow")])
+def test_trackio_goes_on_with_a_run_that_is_resumed_alone(resumed, said, tmp_path, monkeypatch):
+    called, _, options = opened("trackio", tmp_path, monkeypatch, resumed=resumed)
+    assert (called, options["resume"]) == ("init", said)
 
 
 def numbers_of(record):

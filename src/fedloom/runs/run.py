@@ -326,7 +326,7 @@ def resume_run(
         made = _made_again(folder, begun, experiment, given)
         clock = simulated_clock(experiment, remote)
         log = log_of(folder)
-        trackers = _open_trackers(experiment, folder)
+        trackers = _open_trackers(experiment, folder, resumed=True)
         privacy = RunPrivacy.of(experiment, observer.stage)
         observer.stage("reading data")
         division = given.partitioned(experiment)
@@ -985,7 +985,10 @@ def _report_start(experiment: Experiment, parts: RunComponents, observer: RunObs
         )
 
 
-def _open_trackers(experiment: Experiment, folder: RunFolder) -> list[Tracker]:
+def _open_trackers(
+    experiment: Experiment, folder: RunFolder, *, resumed: bool = False
+) -> list[Tracker]:
+    table = experiment.to_table()
     return open_trackers(
-        experiment.output.trackers, folder.path, experiment.name, experiment.to_table()
+        experiment.output.trackers, folder.path, experiment.name, table, resumed=resumed
     )

@@ -1,14 +1,16 @@
 """Figures of a run for TensorBoard, Weights & Biases, MLflow or trackio, by accelerate's names for them.
 
 Each is an optional extra. They get the settings and, of each round, the numbers of its line in
-``rounds.jsonl``; what they would gather by themselves (console, code, git, use of the machine) is
-switched off. Nothing is sent anywhere that ``[output] trackers`` of whoever starts the run does not
-name: clients of a federation never take that setting from a server.
+``rounds.jsonl``; what they would gather by themselves (console, code, git, user, use of the machine)
+is switched off, and so are MLflow's reports of how it is used. Nothing is sent anywhere that
+``[output] trackers`` of whoever starts the run does not name: clients of a federation never take that
+setting from a server.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +35,9 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files under ``FOLDER/events``."""
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
+    ) -> None:
         """Open an event file."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -52,7 +56,9 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run in the project ``fedloom`` of the account that ``wandb`` is logged in to."""
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
+    ) -> None:
         """Start a run."""
         import wandb
 
@@ -81,15 +87,28 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+MLFLOW_TAGS = {
+    "mlflow.user": "",
+    "mlflow.source.name": "fedloom",
+    "mlflow.source.git.commit": "",
+    "mlflow.source.git.branch": "",
+    "mlflow.source.git.repoURL": "",
+}
+"""Stand in for what MLflow would put there: who is logged in, the program's path, and its repository."""
+
+
 class MLflow:
     """A run in the tracking store that ``mlflow`` is set up for."""
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
+    ) -> None:
         """Start a run."""
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it is read when mlflow is imported
         import mlflow
 
         self._mlflow: Any = mlflow
-        mlflow.start_run(run_name=name)
+        mlflow.start_run(run_name=name, tags=dict(MLFLOW_TAGS), log_system_metrics=False)
         mlflow.log_dict(dict(settings), "experiment.json")
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
@@ -104,14 +123,17 @@ class MLflow:
 class Trackio:
     """A run in the project ``fedloom`` of trackio: on this machine, unless it is set up for a Space."""
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-        """Start a run."""
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
+    ) -> None:
+        """Start a run, or go on with the newest of this name where the run is resumed."""
         import trackio
 
         self._run: Any = trackio.init(
             project="fedloom",
             name=name,
             config=dict(settings),
+            resume="allow" if resumed else "never",
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
@@ -135,9 +157,21 @@ TRACKERS: dict[str, Any] = {
 
 
 def open_trackers(
-    names: Sequence[str], folder: Path, name: str, settings: Mapping[str, Any]
+    names: Sequence[str],
+    folder: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    resumed: bool = False,
 ) -> list[Tracker]:
     """Open the trackers that ``[output] trackers`` names.
+
+    Args:
+        names: Of the trackers.
+        folder: Of the run.
+        name: Of the experiment.
+        settings: The experiment's, as a table.
+        resumed: Whether the run goes on that was begun before.
 
     Raises:
         SettingsError: A tracker's package is not installed.
@@ -146,7 +180,7 @@ def open_trackers(
     missing = []
     for tracker in names:
         try:
-            trackers.append(TRACKERS[tracker](folder, name, settings))
+            trackers.append(TRACKERS[tracker](folder, name, settings, resumed=resumed))
         except ImportError:
             missing.append(
                 f'output.trackers: {tracker} is not installed; pip install "fedloom[{tracker}]"'
