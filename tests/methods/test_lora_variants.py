@@ -173,3 +173,56 @@ def test_rules_of_products_and_parts_of_a_model_refuse_it_too():
         SettingsError, match=r"adapter.use_dora: .*(?s:.*)adapter.modules_to_save: "
     ):
         Experiment.from_table(table)
+
+
+def test_a_pattern_is_of_one_model(table):
+    pattern = r".*\.(q|v)_proj"
+    other = {"groups": {"large": {"clients": [1], "model": "other"}}}
+    place = r"clients\.groups\.large\.model"
+    refused = {
+        place: {"method": {"name": "local_only"}, "clients": other},
+        r"method\.server_model": {
+            "method": {"name": "distillation", "server_model": "other"},
+            "objective": {"name": "sft"},
+            "data": {"source": "builtin:instructions"},
+            "public": {"rows": 4},
+        },
+    }
+    for where, sections in refused.items():
+        given = {**table, **sections, "adapter": {"targets": pattern}}
+        with pytest.raises(
+            SettingsError, match=rf"adapter.targets .* {where} is another model: give"
+        ):
+            Experiment.from_table(given)
+        Experiment.from_table({**given, "adapter": {"targets": ["q_proj"]}})
+    same = {"groups": {"large": {"clients": [1], "model": table["model"]["path"], "rank": 4}}}
+    Experiment.from_table(
+        {**table, **refused[place], "clients": same, "adapter": {"targets": pattern}}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+@pytest.mark.parametrize(
+    ("own", "tolerance"),
+    [
+        ({"privacy": {"secure_aggregation": True}}, 0.02),  # of fixed point
+        ({"wire": {"up": "int4", "keep_plain_below": 0}}, 0.2),
+    ],
+    ids=["secure sums", "int4"],
+)
+def test_sums_and_codecs_keep_what_a_variant_learns(experiment, federate, variant, own, tolerance):
+    """Of magnitudes too, which are far larger than their changes."""
+    sections = {
+        "adapter": {"rank": RANK, **VARIANTS[variant]},
+        "federation": {"rounds": 1, "clients": 3},
+        "training": {"learning_rate": RATE, "local_steps": 3},
+        "evaluation": {"samples": 0, "per_client": False},
+    }
+    plain, other = (federate(experiment(**sections, **more)) for more in ({}, own))
+    first, mine, theirs = plain.parts.initial, plain.adapter, other.adapter
+    for kind in {name.split(".lora_")[1].split(".")[0] for name in first}:
+        names = [name for name in first if f".lora_{kind}" in name]
+        moved = sum(float((mine[n] - first[n]).square().sum()) for n in names)
+        apart = sum(float((theirs[n] - mine[n]).square().sum()) for n in names)
+        assert moved > 0 and (apart / moved) ** 0.5 < tolerance, kind

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.errors import ModelError
 from fedloom.models.adapters import AdapterModel, AdapterSettings, attach_adapter, load_adapter
@@ -183,6 +184,27 @@ def test_cut_factors_need_weights_of_their_own_in_float32(model_folder):
     second.weight = first.weight
     with pytest.raises(ModelError, match="up_proj have theirs in common"):
         attach_adapter(backbone, settings)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_no_more_factors_are_cut_out_than_a_weight_has(kind):
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    backbone = LlamaForCausalLM(config)
+    settings = {"init_lora_weights": kind, "alpha": 5.0}
+    message = r"model\.layers\.0\.self_attn\.k_proj is 4 x 8, .*of rank 5; use a rank of at most 4"
+    with pytest.raises(ModelError, match=message):
+        attach_adapter(backbone, AdapterSettings(rank=5, **settings))
+    model = attach_adapter(backbone, AdapterSettings(rank=4, **settings))
+    shapes = {tuple(p.shape) for n, p in model.named_parameters() if ".lora_A." in n}
+    assert shapes == {(4, 8), (4, 12)}
 
 
 def test_stacks_of_experts_have_no_factors_cut_out(mixture_folder):

@@ -51,6 +51,20 @@ def test_what_is_advised_is_what_a_run_does(experiment, sections, method):
     assert option.memory <= run["client_memory"] * 1.0001
 
 
+def test_tokens_are_counted_in_the_order_of_a_run(experiment):
+    """How many rows a number of tokens is depends on which come first."""
+    own = experiment(
+        adapter={"rank": 2},
+        training={"local_tokens": 300, "batch_size": 3, "data_seed": 11},
+        federation={"rounds": 1, "clients": 1},
+    )
+    (option,) = advise(own, LINK, 1e9)
+    folder = fedloom.run(own).folder
+    costs = [json.loads(line) for line in (folder / "costs.jsonl").read_text().splitlines()]
+    flops = sum(cost["flops"] for cost in costs if cost["phase"] == "train")
+    assert option.flops == pytest.approx(flops, rel=1e-9)
+
+
 def test_what_does_not_fit_is_said_and_another_proposed(experiment):
     own = experiment(**CLASSIFICATION)
     generous = advise(own, LINK, 1e12)

@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from fedloom.errors import ModelError, SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.models.adapters import AdapterSettings, attach_adapter
 from fedloom.models.embedding_noise import EmbeddingNoise
-from fedloom.training.optimizers import make_optimizer, require_optimizer
+from fedloom.models.load import load_backbone
+from fedloom.training.optimizers import make_optimizer, optimizer_state, require_optimizer
 from fedloom.training.settings import TrainingSettings
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
@@ -30,6 +34,23 @@ def test_lora_plus_steps_b_by_its_ratio():
     # 1 - 0.01 * 2 and 1 - 16 * 0.01 * 2
     torch.testing.assert_close(own[A].data, torch.full((2, 2), 0.98))
     torch.testing.assert_close(own[B].data, torch.full((2, 2), 0.68))
+
+
+def test_rates_of_lora_plus_are_those_of_peft(model_folder):
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    settings = AdapterSettings(rank=2, use_dora=True, modules_to_save=["model.norm"])
+    model = attach_adapter(backbone, settings)
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0)
+    ours = make_optimizer(own, TrainingSettings(loraplus_lr_ratio=16.0), 0.01)
+    found, expected = (
+        {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+        for made in (ours, theirs)
+    )
+    assert found == expected
+    rates = {n: expected[id(p)] for n, p in own.items()}
+    assert {rate for n, rate in rates.items() if "magnitude" in n or "norm" in n} == {0.16}
+    assert {rate for n, rate in rates.items() if ".lora_A." in n} == {0.01}
 
 
 def test_a_head_has_its_own_rate_beside_lora_plus():
@@ -69,22 +90,36 @@ def test_adamw_of_8_bits_is_adamw_by_its_rounding():
     assert 0 < difference < 0.05
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
-def test_those_of_torch_are_torchs_and_go_on_with_their_state(optimizer):
-    from fedloom.training.optimizers import optimizer_state
+def test_adafactor_takes_a_first_step_of_the_rate_whatever_the_size_of_a_tensor():
+    own = parameters() | {"m": nn.Parameter(torch.zeros(3))}
+    own[B].data.zero_()
+    own["m"].grad = torch.tensor([1.0, -2.0, 3.0])
+    make_optimizer(own, TrainingSettings(optimizer="adafactor"), 1e-3).step()
+    torch.testing.assert_close(own[A].data, torch.full((2, 2), 0.999))
+    torch.testing.assert_close(own[B].data, torch.full((2, 2), -1e-3))
+    torch.testing.assert_close(own["m"].data, torch.tensor([-1e-3, 1e-3, -1e-3]))
 
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_those_of_others_are_theirs_and_go_on_with_their_state(optimizer, tmp_path):
     settings = TrainingSettings(optimizer=optimizer, weight_decay=0.1)
-    kind = {"adafactor": torch.optim.Adafactor, "muon": torch.optim.Muon}[optimizer]
+    kind, options = torch.optim.Muon, {"lr": 0.01}
+    if optimizer == "adafactor":
+        theirs = TrainingArguments(
+            str(tmp_path), optim="adafactor", learning_rate=0.01, report_to="none", use_cpu=True
+        )
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(theirs)
     ours, theirs = parameters(), parameters()
-    kept = kind(list(theirs.values()), 0.01, weight_decay=0.1)
+    kept = kind(list(theirs.values()), **options, weight_decay=0.1)
     state = None
-    for k in range(2):  # made anew between the steps, with its state
+    for k in range(3):  # made anew between the steps, with its state
         made = make_optimizer(ours, settings, 0.01, state)
         for own in (*ours.values(), *theirs.values()):
-            own.grad = torch.eye(2) * (k + 1)
+            own.grad = torch.tensor([[1.0, 0.5], [0.0, 2.0]]) * (k + 1)
         made.step()
         kept.step()
         state = optimizer_state(ours, made)
+        assert all(isinstance(own, torch.Tensor) for own in state.values())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

@@ -68,14 +68,15 @@ def folders(model_folder, tmp_path_factory):
 def parts(folders, once):
     """Return an objective by rows, a model whose factors are not zero, and one client's rows."""
 
-    def make(name, shape, rows):
+    def make(name, shape, rows, adapter):
         kind, source = OBJECTIVES[name]
         examples = builtin_examples(source, rows, np.random.default_rng(0))
         classes = tuple(sorted({e.label for e in examples})) if name == "classification" else ()
         folder = str(folders[shape])
         backbone = load_backbone(folder, pad_token_id=0, classes=classes)
-        adapter = attach_adapter(backbone, AdapterSettings(rank=2), classification=bool(classes))
-        model = AdapterModel(adapter, 0)
+        settings = AdapterSettings(rank=2, **dict(adapter))
+        attached = attach_adapter(backbone, settings, classification=bool(classes))
+        model = AdapterModel(attached, 0)
         tokens = tokenize(examples, load_encoder(folder), 128, classes)
         mixed = mismatch(tokens, np.random.default_rng(1), 128, 1) if kind is KTO else None
         share = TokenShare(tokens, mixed)
@@ -87,8 +88,8 @@ def parts(folders, once):
         )
         return kind(), model, share
 
-    return lambda name, shape="llama", rows=8: once(
-        (name, shape, rows), lambda: make(name, shape, rows)
+    return lambda name, shape="llama", rows=8, **adapter: once(
+        (name, shape, rows, own := tuple(adapter.items())), lambda: make(name, shape, rows, own)
     )
 
 
@@ -145,6 +146,19 @@ def test_gradients_of_rows_are_those_of_each_alone(parts, name, shape, at_a_time
         expected = (factors[:, None] * alone).sum(0)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert bool(reason_for_one_by_one(model)) == (name == "classification")
+
+
+@pytest.mark.parametrize("setting", [("use_dora", True), ("init_lora_weights", "pissa")])
+def test_gradients_of_rows_under_variants_of_lora(parts, setting):
+    """Magnitudes are clipped with the factors, as one vector; factors cut out are factors."""
+    objective, model, share = parts("sft", rows=4, **dict([setting]))
+    alone = one_by_one(objective, model, share)
+    assert alone.shape[1] == sum(p.numel() for p in model.parameters.values())
+    clip = float(alone.norm(dim=1).median())
+    found = clipped_sum(objective, model, share, range(len(share)), clip, 32)
+    expected = ((clip / alone.norm(dim=1)).clamp(max=1)[:, None] * alone).sum(0)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert bool(reason_for_one_by_one(model)) == (setting[0] == "use_dora")
 
 
 def test_each_row_of_a_pass_has_its_own_gradient(parts):

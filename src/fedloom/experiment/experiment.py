@@ -349,6 +349,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += METHODS[parts["method"].name][1].check(_view(parts))
     if "adapter" in parts:
         found += _start_contradictions(parts)
+        found += _pattern_contradictions(parts)
     if "clients" in parts and parts["clients"].newcomers:
         found += _unseen_client_contradictions(parts)
     if "data" in parts:
@@ -411,6 +412,26 @@ def _start_contradictions(parts: Mapping[str, Any]) -> list[str]:
             "model as model.path"
         )
     return found
+
+
+def _pattern_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which models a regular expression for layers cannot be of, since it is matched once."""
+    adapter: AdapterSettings = parts["adapter"]
+    if adapter.pattern is None or "model" not in parts:
+        return
+    others: dict[str, str | None] = {}
+    if "clients" in parts:
+        groups = parts["clients"].groups.items()
+        others |= {f"clients.groups.{name}.model": group.model for name, group in groups}
+    if "method" in parts:
+        own = METHODS[parts["method"].name][1].named_models
+        others |= {f"method.{name}": getattr(parts["method"], name) for name in own}
+    for place, path in others.items():
+        if path not in (None, parts["model"].path):
+            yield (
+                f"adapter.targets = {adapter.pattern!r} is matched with layers of one model, and {place} "
+                'is another model: give names of layers, such as ["q_proj", "v_proj"]'
+            )
 
 
 def _quantization_contradictions(adapter: str, quantization: str) -> list[str]:

@@ -674,7 +674,8 @@ def attach_adapter(
     """
     config = _peft_config(backbone, settings, "SEQ_CLS" if classification else "CAUSAL_LM")
     if settings.cuts:
-        require_own_weights(backbone, target_layers(backbone, settings), settings.init_lora_weights)
+        layers = target_layers(backbone, settings)
+        require_own_weights(backbone, layers, settings.init_lora_weights, settings.rank)
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(derive_seed(seed, "adapter"))
         try:

@@ -26,20 +26,22 @@ CUT = ("pissa", "olora")
 """Values of PEFT's ``init_lora_weights`` with which frozen weights change."""
 
 
-def require_own_weights(backbone: nn.Module, layers: list[str], kind: str) -> None:
-    """Check that no weight would be cut twice, or in fewer bits than float32.
+def require_own_weights(backbone: nn.Module, layers: list[str], kind: str, rank: int) -> None:
+    """Check that no weight would be cut twice, in fewer bits than float32, or into more than it has.
 
     Args:
         backbone: A Hugging Face model.
         layers: The full names of those that get factors.
         kind: The setting's value, for the message.
+        rank: Of the factors, from 1.
 
     Raises:
-        ModelError: Two layers have a weight in common, or it is not float32.
+        ModelError: Two layers have a weight in common, it is not float32, or the rank is above its
+            smaller side, so that PEFT would cut out smaller factors than it reads again.
     """
     seen: dict[int, str] = {}
     for name in layers:
-        weight: Any = backbone.get_submodule(name).weight
+        weight = _weight(backbone, name)
         opening = f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: '
         if id(weight) in seen:
             raise ModelError(
@@ -52,6 +54,18 @@ def require_own_weights(backbone: nn.Module, layers: list[str], kind: str) -> No
                 'training.precision = "fp32" without quantisation, or "default"'
             )
         seen[id(weight)] = name
+    shapes = {name: tuple(_weight(backbone, name).shape) for name in layers}
+    name = min(layers, key=lambda name: min(shapes[name]))
+    if rank > (least := min(shapes[name])):
+        raise ModelError(
+            f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: {name} is '
+            f"{' x '.join(map(str, shapes[name]))}, which has no factors of rank {rank}; use a rank of "
+            f"at most {least}, or name other layers as adapter.targets"
+        )
+
+
+def _weight(backbone: nn.Module, layer: str) -> Any:
+    return backbone.get_submodule(layer).weight
 
 
 def save_beside_whole(folder: Path, first: Tensors) -> None:

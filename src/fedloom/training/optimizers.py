@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,11 @@ def _made(tensors: Any, settings: TrainingSettings, learning_rate: float) -> tor
                 tensors, learning_rate, momentum=settings.momentum, weight_decay=decay
             )
         case "adafactor":
-            return torch.optim.Adafactor(tensors, learning_rate, weight_decay=decay)
+            from transformers.optimization import Adafactor  # for those who train with it alone
+
+            # as transformers' Trainer makes it: the rate is the rate, whatever the size of a tensor
+            fixed: Any = partial(Adafactor, scale_parameter=False, relative_step=False)
+            made = fixed(tensors, learning_rate, weight_decay=decay)
         case "muon":
             return torch.optim.Muon(tensors, learning_rate, weight_decay=decay)
         case "adamw_8bit":
@@ -139,7 +144,7 @@ def _groups(
         rate = learning_rate
         if is_head(name) and settings.head_learning_rate is not None:
             rate *= settings.head_learning_rate / settings.learning_rate
-        elif B in name:
+        elif B in name or parameter.ndim == 1:  # as PEFT does: DoRA's magnitudes too
             rate *= settings.loraplus_lr_ratio
         groups.setdefault(rate, []).append(parameter)
     return [{"params": own, "lr": rate} for rate, own in groups.items() if own]
@@ -148,10 +153,10 @@ def _groups(
 def optimizer_state(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Tensors:
-    """Return an optimizer's tensors under ``parameter name/slot``."""
+    """Return an optimizer's tensors, and its numbers as tensors, under ``parameter name/slot``."""
     return {
-        f"{name}/{slot}": value.detach().cpu().clone()
+        f"{name}/{slot}": torch.as_tensor(value).detach().cpu().clone()
         for name, parameter in parameters.items()
         for slot, value in optimizer.state[parameter].items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor | int | float)
     }

@@ -111,9 +111,9 @@ class TrainingSettings(Settings):
     """``[training]``: what a client does in a round."""
 
     optimizer: Optimizer = "adamw"
-    """Made anew in every round, as in the papers, unless keep_optimizer_state is true. adafactor and
-    muon (of matrices alone, momentum 0.95) are torch's; adamw_8bit and lion are of bitsandbytes, in
-    fedloom[quantization]."""
+    """Made anew in every round, as in the papers, unless keep_optimizer_state is true. adafactor is that
+    of transformers' Trainer, whose rate is not scaled by a tensor's size; muon (of matrices alone,
+    momentum 0.95) is torch's; adamw_8bit and lion are of bitsandbytes, in fedloom[quantization]."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """In the first round, or the first after warmup_rounds; constant inside a round."""
     schedule: Literal["constant", "cosine", "linear", "exponential"] = "constant"
@@ -128,7 +128,8 @@ class TrainingSettings(Settings):
     """Of heads and a client's other own parts, at the first round (default: learning_rate). They are
     as they were pretrained or small: a rate that suits LoRA's factors is often too high for them."""
     loraplus_lr_ratio: Annotated[float, Of("adapter.kind", ("lora",))] = Field(default=1.0, gt=0)
-    """Learning rate of LoRA's factors B over that of A (LoRA+, 2402.12354, which uses 16)."""
+    """Learning rate of LoRA's factors B over that of A (LoRA+, 2402.12354, which uses 16). As in PEFT,
+    one-dimensional tensors have that of B: DoRA's magnitudes, norms and biases."""
     neftune_noise_alpha: float = Field(default=0.0, ge=0)
     """Noise on the embeddings of tokens while training: uniform, alpha / sqrt(L d) at most in a row of L
     tokens (NEFTune, 2310.05914, which uses 5); 0 for none."""
@@ -202,6 +203,10 @@ class TrainingSettings(Settings):
         """Settings by which tensors have learning rates of their own."""
         head = ["training.head_learning_rate"] * (self.head_learning_rate is not None)
         return head + ["training.loraplus_lr_ratio"] * (self.loraplus_lr_ratio != 1)
+
+    def order_seed(self, seed: int) -> int:
+        """Return the seed of the order of rows: data_seed, or else the experiment's ``seed``."""
+        return seed if self.data_seed is None else self.data_seed
 
     @property
     def micro_batch(self) -> int:

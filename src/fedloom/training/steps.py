@@ -256,6 +256,7 @@ def local_steps(
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
         order = batch_order(settings, seed, purpose, client, round)
+        order = generator(settings.order_seed(seed), f"{purpose}batches", client, round)
         batches = _shuffled(model, share, settings, order, work)
     for parts in batches:
         for _ in range(repeats):
