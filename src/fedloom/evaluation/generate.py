@@ -315,7 +315,7 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
     kept = [part.generation_config for part in holders]
     try:
         for part in holders:
-            part.generation_config = GenerationConfig()
+            part.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         yield
     finally:
         for part, own in zip(holders, kept, strict=True):

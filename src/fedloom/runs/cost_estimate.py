@@ -215,8 +215,6 @@ def _own_rows(
     training = experiment.training
     work = training.work(len(share), parts.local.participations)
     order = batch_order(training, experiment.federation.seed, "", client, 1)
-    seed = training.order_seed(experiment.federation.seed)
-    order = generator(seed, "batches", client, 1)
     steps = rows = tokens = targets = 0
     flops = 0.0
     batches = epoch_batches(

@@ -256,7 +256,6 @@ def local_steps(
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
         order = batch_order(settings, seed, purpose, client, round)
-        order = generator(settings.order_seed(seed), f"{purpose}batches", client, round)
         batches = _shuffled(model, share, settings, order, work)
     for parts in batches:
         for _ in range(repeats):
@@ -287,8 +286,7 @@ def batch_order(
     settings: TrainingSettings, seed: int, purpose: str, client: int, round: int
 ) -> np.random.Generator:
     """Return what draws the order of a training's rows; args are those of :func:`local_steps`."""
-    own = seed if settings.data_seed is None else settings.data_seed
-    return generator(own, f"{purpose}batches", client, round)
+    return generator(settings.order_seed(seed), f"{purpose}batches", client, round)
 
 
 def _shuffled(
