@@ -7,9 +7,10 @@ returned value. The same number is drawn of each part of STRATA by the hash of t
 tried, with ``-x``, by the tests of its module: of ``src/fedloom/a/b.py`` these are ``tests/a/test_b.py``,
 the test files that import it, those in ``tests/a`` that have "b" as a name in quotes (a method's), and
 where there is none of these all of ``tests/a``. It is killed where a test fails or the tests take ten
-times as long and a minute more. With PATHs (modules), only theirs are drawn. Exit status 1: fewer than
-WANTED of them are killed, those in ``equivalent_mutants.txt`` aside, which change nothing that can be
-seen and say why.
+times as long and a minute more. Who survives those of the default suite is tried by the slow ones, and is
+killed where one fails that passes without the change. With PATHs (modules), only theirs are drawn. Exit
+status 1: fewer than WANTED of them are killed, those in ``equivalent_mutants.txt`` aside, which change
+nothing that can be seen and say why.
 
 Kept libraries (mutmut, cosmic-ray) start an interpreter for each mutant, which takes 8 to 20 s to import
 torch and transformers; here a mutant is a fork of a process that has imported them.
@@ -69,6 +70,12 @@ SLOW_FOLDERS = ("deployment", "security", "recipes", "architectures")
 """Folders of ``tests`` that try a module through processes or whole sweeps: not the tests of a module."""
 
 WANTED = 0.9
+
+SLOW = "slow and not full and not serial"
+"""The tests that survivors of the default ones are tried by."""
+
+SLOW_SECONDS = 900.0
+"""After which a survivor has survived those."""
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -441,6 +448,21 @@ def equivalent() -> dict[str, str]:
     return {name.strip(): why for name, why in pairs}
 
 
+def tried_slowly(
+    survivors: list[Mutant], tests: dict[str, list[str]], processes: int
+) -> Iterator[tuple[Mutant, bool]]:
+    """Yield whether each mutant survives the slow tests of its module too."""
+    slow = ("-x", "-m", SLOW)
+    jobs = [Job(mutant, tests[mutant.path], SLOW_SECONDS, slow) for mutant in survivors]
+    for mutant, outcome in run_all(jobs, processes):
+        assert mutant is not None
+        killed = False
+        if outcome is not None and outcome["failed"]:
+            ((_, plain),) = run_all([Job(None, outcome["failed"], SLOW_SECONDS, slow)], 1)
+            killed = plain is not None and not plain["failed"]
+        yield mutant, not killed
+
+
 def main() -> None:
     """Print each survivor, and how many of each part were killed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -468,17 +490,23 @@ def main() -> None:
         jobs.append(Job(mutant, tests[mutant.path], limit, ("-x", *left_out)))
     counts = {part: [0, 0, 0] for part in STRATA}
     outcomes = run_all(jobs, asked.processes)
+    survivors: list[Mutant] = []
     for mutant, outcome in outcomes:
         assert mutant is not None
         killed = outcome is None or bool(outcome["failed"])
         place = 0 if killed else 2 if mutant.name in known else 1
-        counts[mutant.part][place] += 1
         if place == 1:
-            print(f"\nsurvived: {mutant.path}:{mutant.line}")
-            print(f"  - {mutant.before}\n  + {mutant.after}", flush=True)
+            survivors.append(mutant)
+        else:
+            counts[mutant.part][place] += 1
         if time.monotonic() > end:
             outcomes.close()
             break
+    for mutant, survives in tried_slowly(survivors, tests, asked.processes):
+        counts[mutant.part][survives] += 1
+        if survives:
+            print(f"\nsurvived: {mutant.path}:{mutant.line}")
+            print(f"  - {mutant.before}\n  + {mutant.after}", flush=True)
     print("\npart          killed  survived  equivalent")
     for part, row in counts.items():
         print(f"{part:12} {row[0]:7} {row[1]:9} {row[2]:11}")

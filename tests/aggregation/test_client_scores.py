@@ -65,6 +65,7 @@ def test_the_preferred_duration_and_its_pace():
     assert paced(98, [1.0] * 4, 2, 5) == 100
     assert paced(50, [1.0, 1.0, 6.0, 6.0], 2, 5) == 45  # 12 after 2: five times more
     assert paced(50, [1.0, 1.0, 2.0, 2.0], 2, 5) == 50
+    assert paced(50, [1.0] * 2, 2, 5) == paced(50, [1.0] * 3, 3, 5) == 50  # one window alone
     assert paced(50, [1.0] * 3, 2, 5) == paced(50, [1.0] * 5, 2, 5) == 50  # no window ends
 
 

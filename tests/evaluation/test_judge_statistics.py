@@ -56,6 +56,8 @@ def test_the_bootstrap_holds_the_mean_and_narrows():
 def test_few_or_equal_questions_do_not_look_certain():
     none = bootstrap([0.0] * 6, rng())  # 0 of 6 answers refused
     assert (none.mean, none.low) == (0, 0) and none.high == pytest.approx(0.39033, abs=1e-5)
+    half = bootstrap([0.5, 1.0, 0.0, 0.5], rng())  # ties make it no other than Wilson's: 2 of 4
+    assert (half.low, half.high) == pytest.approx((0.15004, 0.84996), abs=2e-6)
     two = bootstrap([9.0, 9.0], rng(), (1, 10))
     assert two.low < 6 and two.high > 9.0 == two.mean
     assert bootstrap([10.0] * 3, rng(), (1, 10)).high == 10.0

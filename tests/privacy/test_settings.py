@@ -35,3 +35,15 @@ def test_what_the_file_says_goes_first():
 def test_no_profile_of_that_name():
     with pytest.raises(SettingsError, match="profile"):
         privacy(profile="strict")
+
+
+@pytest.mark.parametrize(
+    "own", [{"clip_quantile": 0.5}, {"clip_quantile": 0.5, "clip_count_noise": 2.0}]
+)
+def test_a_clip_that_adapts_is_of_updates_and_not_of_rows(own):
+    given = {"delta": 1e-3, "noise_multiplier": 1.0, **own}
+    assert privacy(unit="client", **given).clip_quantile == 0.5
+    with pytest.raises(SettingsError) as caught:
+        privacy(unit="row", **given)
+    for name in own:
+        assert f'privacy.{name} goes with privacy.unit = "client" alone' in str(caught.value)
