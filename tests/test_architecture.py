@@ -24,6 +24,8 @@ IMPORTERS = {
         "models/exported_modeling.py",
         "models/tree_attention.py",
         "data/chat.py",
+        "evaluation/generate.py",
+        "training/optimizers.py",
     ),
     "peft": ("models/",),
     "trl": (),

@@ -386,6 +386,15 @@ class Stopping(io.StringIO):
         return super().write(text)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal has it; what runs in the background may have been started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_what_a_pipe_asks(models, monkeypatch, capsys):
     out = Stopping()
     monkeypatch.setattr(sys, "stdout", out)
@@ -407,6 +416,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly():
         assert (done.stderr.read(), done.wait(30)) == (b"", 141)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(models, monkeypatch, capsys):
     out = Stopping()
     monkeypatch.setattr(sys, "stdout", out)
