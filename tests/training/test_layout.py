@@ -51,7 +51,7 @@ def party(model_folder):
         objective = OBJECTIVES[name][1]()
         examples = builtin_examples(SETS[objective.kind], rows, np.random.default_rng(0))
         classes = tuple(sorted({e.label for e in examples})) if name == "classification" else ()
-        encoder = load_encoder(str(model_folder))
+        encoder = load_encoder(str(model_folder), compares=objective.compares)
         backbone = load_backbone(str(model_folder), pad_token_id=0, classes=classes)
         adapted = attach_adapter(backbone, AdapterSettings(rank=2), classification=bool(classes))
         if objective.needs_reward:
@@ -232,7 +232,7 @@ def test_final_adapters_are_those_of_padded_batches(party, name):
     expected = padded()
     tokens = int(row_costs(share).max()) * 3 // 2
     found = train(tokens_per_pass=tokens)
-    assert (expected - first).norm() > 0.02
+    assert (expected - first).norm() > 0.01
     assert (found - expected).norm() < 1e-4 * (expected - first).norm()
     assert torch.equal(train(tokens_per_pass=tokens), found)
 
