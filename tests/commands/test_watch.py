@@ -14,6 +14,7 @@ from fedloom.commands import watch
 from fedloom.experiment.experiment import Experiment
 from fedloom.settings.toml import write_toml
 from live_records import append, begin
+from machines import heed_interrupts
 
 ADDRESS = re.compile(r"live page: (http://127\.0\.0\.1:\d+/[\w-]+/)")
 
@@ -58,14 +59,21 @@ def test_a_run_of_another_process_is_shown_until_the_command_is_stopped(tmp_path
     append(folder, 0, {0: 0.5})
     words = [sys.executable, "-m", "fedloom", "watch", str(folder.path)]
     for sign in (signal.SIGINT, signal.SIGTERM):
-        with subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as own:
+        own = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
+        )
+        try:
             address = ADDRESS.match(own.stdout.readline())[1]
             assert len(state(address)["rows"]) >= 1
             append(folder, 1, {0: 0.6})
             own.send_signal(sign)
             out, error = own.communicate(timeout=60)
+        finally:
+            own.kill()
         assert (own.returncode, error) == (0, ""), out
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -386,6 +387,15 @@ class Stopping(io.StringIO):
         return super().write(text)
 
 
+@contextmanager
+def killed_in_the_end(process):
+    """Kill a process that a failed test has left, for which Popen would wait for ever."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.fixture
 def ctrl_c():
     """Ctrl-C as a terminal has it; what runs in the background may have been started deaf to it."""
@@ -492,7 +502,7 @@ def test_the_commands_in_processes_of_their_own(run, answer):
     served = subprocess.Popen(
         [*words, "serve", str(run), "--port", "0"], stdout=subprocess.PIPE, text=True, env=own
     )
-    with served:
+    with served, killed_in_the_end(served):
         address = served.stdout.readline().split(" at ")[1].split()[0]
         reply = httpx.post(f"{address}/chat/completions", json=HELLO, trust_env=False, timeout=60)
         assert reply.json()["choices"][0]["message"]["content"] == answer
