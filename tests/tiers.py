@@ -321,10 +321,11 @@ SLOW = {
     "deployment/test_faults.py::test_a_client_that_is_started_anew_still_has_what_it_keeps": 1,
     "deployment/test_faults.py::test_what_a_client_kept_over_an_answer_that_does_not_count_is_undone": 1,
     "deployment/test_faults.py::test_what_does_not_count_is_undone_by_a_run_that_is_resumed_too": 1,
-    "deployment/test_kills.py": 1,  # 3 minutes each
+    "deployment/test_kills.py": 0,  # 3 minutes each
     "deployment/test_malformed.py::test_fifteen_malformed_updates": 0,
-    "deployment/test_members_lives.py": 2,  # 40 s each
+    "deployment/test_members_lives.py": 1,  # 40 s each
     "deployment/test_methods_on_machines.py": 1,
+    "deployment/test_network.py": 1,  # a minute each
     "deployment/test_policy.py::test_a_round_of_many_exchanges_is_one": 2,
     "deployment/test_private_rows.py::test_a_simulation_of_a_file_for_each_client_has_the_bits_of_clients_with_rows_of_their_own": 2,
     "deployment/test_releases.py": 1,
