@@ -108,7 +108,9 @@ def test_a_client_of_another_protocol_is_told_what_to_install(tmp_path, client_o
         pytest.skip("no history of the project is here")
     with machines(1) as own:
         own.start_server()
-        client_of(source_of(before, tmp_path / "older"))
+        source = source_of(before, tmp_path / "older")
+        client_of(source)
+        without_new_lines(own.folder / "c0.toml", source)
         done = own.call(*own.joining(0), check=False)
         assert done.returncode != 0
         assert "a newer fedloom than this client" in done.stderr
