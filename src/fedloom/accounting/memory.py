@@ -18,8 +18,8 @@ OPTIMIZER_SLOTS = {
     "adafactor": 0.0,
     "muon": 1.0,
     "lion": 1.0,
+    "adamw_8bit": 0.5,
 }
-OPTIMIZER_SLOTS["adamw_8bit"] = 0.5
 """Optimizer states of four bytes per trained parameter; sgd has one with momentum. Of tensors below 4,096
 numbers adamw_8bit keeps two."""
 

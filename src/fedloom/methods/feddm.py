@@ -39,7 +39,7 @@ from fedloom.methods.bases.distribution_matching import (
     Matching,
     together,
 )
-from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.checks import optimizer_anew
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -59,8 +59,8 @@ from fedloom.training.synthetic_inputs import (
     embeddings_of,
     width_of,
 )
-from fedloom.wire.messages import Exchange, Payload
-from fedloom.wire.schema import Schema, TensorSpec, amount
+from fedloom.wire.messages import Payload
+from fedloom.wire.schema import TensorSpec, amount
 
 
 class FedDMSettings(NamedSettings):
@@ -146,21 +146,12 @@ class FedDM(Method):
             if int(payload.tensors[CLASSES].max()) > 1 or not int(payload.tensors[CLASSES].sum()):
                 raise MessageError("its classes are not 0 or 1, or it has none", "out_of_range")
 
-        replies = yield Exchange.broadcast(
-            "train",
-            cohort.round,
-            cohort.clients,
-            Payload(state.tensors, {LEARNING_RATE.name: cohort.learning_rate}),
-            Schema.of(state.tensors, (LEARNING_RATE,)),
-            Schema(
-                (
-                    TensorSpec(SYNTHETIC_INPUTS, shape, torch.float32),
-                    TensorSpec(CLASSES, shape[:1], torch.uint8),
-                ),
-                TRAIN_REPLY_NUMBERS,
-                (*cohort.reported, amount(MATCHING)),
-            ),
-            check,
+        synthetic = (
+            TensorSpec(SYNTHETIC_INPUTS, shape, torch.float32),
+            TensorSpec(CLASSES, shape[:1], torch.uint8),
+        )
+        replies = yield training_exchange(
+            cohort, state.tensors, metrics=(amount(MATCHING),), answered=synthetic, check=check
         )
         model = server.model
         with server.ledger.measure(cohort.round, SERVER, "train") as cost:

@@ -39,9 +39,8 @@ from fedloom.aggregation.trajectory import descended, extrapolated, fitted
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import (
     ADAPTER,
-    LEARNING_RATE,
-    TRAIN_REPLY_NUMBERS,
     proximal_gradient,
+    training_exchange,
 )
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -51,8 +50,7 @@ from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of, tensor_bytes
 from fedloom.training.synthetic_examples import EmbeddingLoss
-from fedloom.wire.messages import Exchange, Payload
-from fedloom.wire.schema import Schema
+from fedloom.wire.messages import Payload
 
 PREVIOUS = "previous"
 """Part of the state: w_{t-1}."""
@@ -149,14 +147,7 @@ class FedPTR(Method):
         adapter = self.shared(state)
         ahead = self._projected(part_of(state.tensors, PREVIOUS), adapter, cohort)
         sent = {**adapter, **join_parts(offset=difference(ahead, adapter))}
-        replies = yield Exchange.broadcast(
-            "train",
-            cohort.round,
-            cohort.clients,
-            Payload(sent, {"learning_rate": cohort.learning_rate}),
-            Schema.of(sent, (LEARNING_RATE,)),
-            Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported),
-        )
+        replies = yield training_exchange(cohort, sent, answered=adapter)
         mean = self.averaged(replies, cohort, adapter, noted=True)
         return State(join_parts(adapter=mean, previous=adapter))
 

@@ -33,7 +33,7 @@ from fedloom.aggregation.means import weighted_mean
 from fedloom.aggregation.pruning import expanded, kept_mask, l0_mean, pruned_numbers
 from fedloom.errors import MessageError
 from fedloom.federation.protocol import Cohort, Round
-from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.checks import optimizer_anew
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -186,15 +186,7 @@ class FedSpaLLM(Method):
             if sent != total:
                 raise MessageError(f"it sent {sent} numbers, and its mask keeps {total}")
 
-        return Exchange.broadcast(
-            "train",
-            cohort.round,
-            cohort.clients,
-            Payload(adapter, {LEARNING_RATE.name: cohort.learning_rate}),
-            Schema.of(adapter, (LEARNING_RATE,)),
-            Schema(reply, TRAIN_REPLY_NUMBERS, cohort.reported),
-            check,
-        )
+        return training_exchange(cohort, adapter, answered=reply, check=check)
 
     def _read(self, reply: Reply, adapter: Tensors, round: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return what a client kept of each factor that it was given, and its mask."""

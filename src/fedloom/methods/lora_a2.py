@@ -29,7 +29,7 @@ from fedloom.errors import MessageError
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.alternating_factors import fixed_names, trained_factor
 from fedloom.methods.bases.masked_ranks import MaskedRanks
-from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
+from fedloom.methods.bases.parameter_averaging import training_exchange
 from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
@@ -158,15 +158,7 @@ class LoRAA2(Method):
                     f"asked for, and those that it chose have {numbers}"
                 )
 
-        return Exchange.broadcast(
-            "train",
-            cohort.round,
-            cohort.clients,
-            Payload(adapter, {LEARNING_RATE.name: cohort.learning_rate}),
-            Schema.of(adapter, (LEARNING_RATE,)),
-            Schema(reply, TRAIN_REPLY_NUMBERS, cohort.reported),
-            check,
-        )
+        return training_exchange(cohort, adapter, answered=reply, check=check)
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
         received, factor = payload.tensors, trained_factor(client.round)

@@ -39,10 +39,10 @@ def require_own_weights(backbone: nn.Module, layers: list[str], kind: str, rank:
         ModelError: Two layers have a weight in common, it is not float32, or the rank is above its
             smaller side, so that PEFT would cut out smaller factors than it reads again.
     """
+    opening = f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: '
     seen: dict[int, str] = {}
     for name in layers:
         weight = _weight(backbone, name)
-        opening = f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: '
         if id(weight) in seen:
             raise ModelError(
                 f"{opening}{name} and {seen[id(weight)]} have theirs in common; name one of them as "
@@ -58,8 +58,8 @@ def require_own_weights(backbone: nn.Module, layers: list[str], kind: str, rank:
     name = min(layers, key=lambda name: min(shapes[name]))
     if rank > (least := min(shapes[name])):
         raise ModelError(
-            f'adapter.init_lora_weights = "{kind}" cuts factors out of frozen weights: {name} is '
-            f"{' x '.join(map(str, shapes[name]))}, which has no factors of rank {rank}; use a rank of "
+            f"{opening}{name} is {' x '.join(map(str, shapes[name]))}, which has no factors of rank "
+            f"{rank}; use a rank of "
             f"at most {least}, or name other layers as adapter.targets"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from fedloom.tensors import Tensors
 from fedloom.training.results import StepHook
 from fedloom.training.settings import ALONE, Part
 from fedloom.wire.messages import Exchange, Payload
-from fedloom.wire.schema import FINITE, NumberSpec, Schema, amount
+from fedloom.wire.schema import FINITE, NumberSpec, Schema, TensorSpec, amount
 
 EXAMPLES = NumberSpec("examples", 1.0, 2.0**40)
 """Number of training rows, a client's weight; at most the registered number (``admission.py``)."""
@@ -60,7 +60,8 @@ def training_exchange(
     metrics: tuple[NumberSpec, ...] = (),
     *,
     by_rows: bool = True,
-    answered: Tensors | None = None,
+    answered: Tensors | tuple[TensorSpec, ...] | None = None,
+    check: Callable[[int, Payload], None] | None = None,
 ) -> Exchange:
     """Return the exchange in which the cohort trains ``adapter``; replies hold the number of examples.
 
@@ -70,8 +71,12 @@ def training_exchange(
         more: Numbers that travel with the learning rate.
         metrics: Names and ranges of what clients report beside the objective's own metrics.
         by_rows: Whether the mean of the replies is by rows; otherwise it is over clients alike.
-        answered: Tensors of the names and shapes of the replies (default: those of ``adapter``).
+        answered: Tensors of the names and shapes of the replies, or these themselves (default: those of
+            ``adapter``).
+        check: Checks what the schema cannot say of a client's reply; see :class:`Exchange`.
     """
+    own = adapter if answered is None else answered
+    specs = own if isinstance(own, tuple) else Schema.of(own).tensors
     numbers = {LEARNING_RATE: cohort.learning_rate, **(more or {})}
     return Exchange.broadcast(
         "train",
@@ -79,11 +84,8 @@ def training_exchange(
         cohort.clients,
         Payload(adapter, {spec.name: value for spec, value in numbers.items()}),
         Schema.of(adapter, tuple(numbers)),
-        Schema.of(
-            adapter if answered is None else answered,
-            TRAIN_REPLY_NUMBERS,
-            (*cohort.reported, *metrics),
-        ),
+        Schema(specs, TRAIN_REPLY_NUMBERS, (*cohort.reported, *metrics)),
+        check,
         alike=() if by_rows else ALL,
     )
 
