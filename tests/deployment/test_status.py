@@ -1,12 +1,12 @@
 """What a server says of itself: to people, and to programs."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from fedloom.deployment import status as module
 from fedloom.deployment.folders import ServerFolder, ServerStatus
 from fedloom.deployment.status import server_status, shown
 from fedloom.deployment.violations import FILE, ViolationLog
@@ -14,6 +14,13 @@ from fedloom.federation.violations import Violation
 from fedloom.security.keys import make_key
 
 RUN = "a" * 32
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    """The time of every status: a loaded machine must not change what is read."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: NOW))
 
 
 @pytest.fixture
@@ -30,9 +37,7 @@ def look(home):
     """The status as a table, and as lines of a terminal."""
 
     def status(presence, runs=(), problems=(), warnings=()):
-        serving = ServerStatus(
-            host="h", port=9, flower=1, insecure=False, pid=7, since=time.time() - 3700
-        )
+        serving = ServerStatus(host="h", port=9, flower=1, insecure=False, pid=7, since=NOW - 3700)
         gateway = SimpleNamespace(presence=lambda: presence, open_connections=lambda: (3, 1))
         health = SimpleNamespace(problems=lambda: list(problems), warnings=lambda: list(warnings))
         queue = SimpleNamespace(listed=lambda: list(runs))
@@ -48,7 +53,7 @@ def look(home):
 
 def playing(**facts):
     return {
-        "id": RUN, "name": "exp", "state": "playing", "since": time.time() - 60, "folder": "/r/exp",
+        "id": RUN, "name": "exp", "state": "playing", "since": NOW - 60, "folder": "/r/exp",
         "round": 3, "rounds": 9, "attendance": [], "left_out": [], "warning": "",
         **facts,
     }  # fmt: skip
@@ -56,8 +61,7 @@ def playing(**facts):
 
 def test_each_member_is_there_or_it_is_said_since_when_and_why_not(home, look):
     home.members().revoke("west")
-    now = time.time()
-    found, lines = look({0: (True, now - 5), 1: (False, now - 200)})
+    found, lines = look({0: (True, NOW - 5), 1: (False, NOW - 200)})
     assert [own["connected"] for own in found["members"]] == [True, False, False]
     assert lines[0].endswith("process 7, port 9, TLS, for 1 h 01 min")
     assert lines[1].split() == ["member", "name", "state", "since", "why"]
@@ -79,7 +83,7 @@ def test_a_run_names_who_is_missing_and_why(look):
             "client": 1,
             "number": 1,
             "name": "south",
-            "since": time.time() - 65,
+            "since": NOW - 65,
             "reason": "[b]no rows",
         },
     ]
