@@ -65,13 +65,22 @@ def test_plain_lines_estimate_after_the_start_how_long_it_will_take():
     assert out.getvalue().count("estimate") == 1  # nothing is known of the work of others' machines
 
 
+def wait_for(text, out, times=1):
+    """Wait until the text was said so many times: how soon depends on the machine's load."""
+    end = time.monotonic() + 30
+    while out.getvalue().count(text) < times:
+        assert time.monotonic() < end, out.getvalue()
+        time.sleep(0.01)
+
+
 def test_plain_lines_say_what_is_under_way_when_nothing_was_said_for_a_while(monkeypatch):
     monkeypatch.setattr(terminal, "SILENCE", 0.1)
     out = io.StringIO()
     shown = Terminal(Console(file=out, width=200))
     shown.begin(plan())
-    time.sleep(0.35)
-    assert out.getvalue().count("evaluating the start, ") in (2, 3)
+    begun = time.monotonic()
+    wait_for("evaluating the start, ", out, times=2)
+    assert time.monotonic() - begun > 0.15  # once every 0.1 s and not faster
     shown.said = time.perf_counter() - 1
     shown.client_done(2, 5, 3, 8)
     assert "round 2: 3 of 8 clients have answered\n" in out.getvalue()
@@ -104,14 +113,15 @@ def test_a_comparison_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
     shown = ComparisonTerminal(Console(file=out, width=200))
     shown.stage("checking data and models of every configuration")
     shown.begin(GRID, 2, 3, lambda: (rounds[0], 40))
-    time.sleep(0.25)
+    wait_for("10 of 40 rounds", out)
+    time.sleep(0.15)
     rounds[0] += 5  # of three workers one has not done two
-    time.sleep(0.05)
+    wait_for("15 of 40 rounds", out)
     assert "estimate" not in out.getvalue()
     rounds[0] += 1
-    time.sleep(0.15)
+    wait_for("estimate", out)
     shown.run_done("dpo-fedavg-s0", "accuracy", 0.5, 1, 2)
-    time.sleep(0.15)
+    wait_for("1 of 2 runs have ended, 16 of 40", out)
     shown.end()
     told = out.getvalue().splitlines()
     assert told[:3] == [
@@ -147,21 +157,21 @@ def without_times(text):
 
 def test_an_evaluation_says_how_far_it_is_and_how_long_it_may_take(monkeypatch):
     monkeypatch.setattr(terminal, "SILENCE", 0.1)
-    monkeypatch.setattr(terminal, "human_seconds", "{:.0f} s".format)
+    monkeypatch.setattr(terminal, "human_seconds", lambda own: f"{round(own, -3):.0f} s")
     out, real, ahead = io.StringIO(), time.perf_counter, [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: real() + ahead[0])
     with Bars(Console(file=out, width=200)) as bars:
         bars.stage("scoring adapter")
-        time.sleep(0.15)
+        wait_for("scoring adapter, ", out)
         advance = bars.begin("held-out rows", 80)
-        ahead[0] += 2.0
+        ahead[0] += 2000.0
         advance(8)
         advance(8)
         bars.begin("quick", 8)(8)
-        time.sleep(0.15)
+        wait_for("quick: 8 of 8", out)
     assert without_times(out.getvalue()) == [
         "scoring adapter", "scoring adapter, after the beginning",
-        "held-out rows: 80", "estimate, from the first 8: 20 s in all",
+        "held-out rows: 80", "estimate, from the first 8: 20000 s in all",
         "quick: 8", "quick: 8 of 8, after the beginning",
     ]  # fmt: skip
 
@@ -171,9 +181,9 @@ def test_what_a_command_does_is_said_for_as_long_as_it_does_it(monkeypatch):
     monkeypatch.setattr(terminal, "human_seconds", "{:.1f} s".format)
     out = io.StringIO()
     with working(Console(file=out, width=200), "reading [data]") as stage:
-        time.sleep(0.15)
+        wait_for("reading [data], ", out)
         stage("counting")
-        time.sleep(0.15)
+        wait_for("counting, ", out)
     time.sleep(0.15)
     assert without_times(out.getvalue()) == [
         "reading [data]", "reading [data], after the beginning",
