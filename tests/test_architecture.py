@@ -93,8 +93,13 @@ def imported(tree, when_loaded=False):
 
 
 @cache
+def tree_of(file):
+    return ast.parse(file.read_text("utf-8"))
+
+
+@cache
 def imported_by(file, when_loaded):
-    return imported(ast.parse(file.read_text("utf-8")), when_loaded)
+    return imported(tree_of(file), when_loaded)
 
 
 def importers(package, files=FILES, when_loaded=False):
@@ -156,7 +161,7 @@ def test_no_files_import_each_other_in_a_circle():
     """Neither inside a function nor for types alone, which import-linter does not look at by file."""
     files = structure().modules(PACKAGE.parents[1])
     assert len(files) > 300
-    arrows = structure().all_imports(files, structure().parsed(files))
+    arrows = structure().all_imports(files, {name: tree_of(own) for name, own in files.items()})
     assert structure().circles(arrows) == []
 
 
@@ -179,7 +184,7 @@ def test_no_file_outside_methods_names_a_method():
     found = {
         file.relative_to(PACKAGE).as_posix(): names
         for file in outside
-        if (names := methods_named(ast.parse(file.read_text("utf-8")), METHODS))
+        if (names := methods_named(tree_of(file), METHODS))
     }
     assert found == {}
 
@@ -247,6 +252,6 @@ def test_no_method_imports_another():
     assert set(files.values()) < set(shared)
     assert {f for f in shared if "bases" in f.parts}
     for file in shared:
-        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        nodes = ast.walk(tree_of(file))
         modules = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not modules & own, file

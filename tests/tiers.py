@@ -37,6 +37,7 @@ QUICK = {
     "commands/test_commands.py::test_a_benchmark_from_adapters_to_page": 0,
     "commands/test_commands.py::test_evaluate_and_report": 0,  # 6 s
     "commands/test_commands.py::test_partition_and_run_say_which_layout_was_recognised": 0,
+    "commands/test_commands.py::test_quiet_prints_the_result_alone": 0,
     "commands/test_commands.py::test_the_live_table_draws": 0,
     "commands/test_early_checks.py::test_a_mistake_is_told_in_the_words_of_the_check_and_what_is_right_passes": 0,
     "commands/test_early_checks.py::test_a_module_of_the_user_that_needs_what_is_absent_is_not_refused": 0,
@@ -44,6 +45,7 @@ QUICK = {
     "data/test_bad_files.py::test_a_file_that_is_not_what_it_claims_is_one_error": 12,
     "data/test_bad_files.py::test_a_line_of_300_mb_takes_no_memory": 1,
     "data/test_files_fuzz.py::test_a_hundred_files_end_in_rows_or_in_one_error": 0,
+    "data/test_row_accounting.py::test_a_test_set_that_cannot_be_read_stops_the_run_before_it_begins": 0,
     "deployment/test_equality.py::test_simulation_and_machines_give_the_same": 1,  # 16 s
     "deployment/test_faults.py::test_a_bad_answer_is_left_out_with_the_reason": 0,  # 31 s
     "deployment/test_faults.py::test_a_file_of_all_clients_can_be_dealt_as_a_simulation_deals_it": 0,
@@ -64,6 +66,7 @@ QUICK = {
     "deployment/test_malformed.py::test_the_same_client_twice_counts_once": 0,
     "deployment/test_page.py::test_commands_that_a_page_names_are_there": 17,
     "deployment/test_policy.py::test_schemas_beyond_the_bound_are_refused_before_anything_is_made": 3,
+    "deployment/test_policy_enforcement.py::test_each_method_needs_the_lines_that_it_says": 20,
     "deployment/test_private_rows.py::test_a_simulation_of_a_file_for_each_client_has_the_bits_of_clients_with_rows_of_their_own": 0,
     "deployment/test_private_rows.py::test_clients_with_models_of_their_own_are_judged_on_their_own_rows": 0,
     "deployment/test_row_privacy.py::test_a_budget_holds_over_runs_and_coordinators": 0,  # 7 s
@@ -100,9 +103,9 @@ QUICK = {
     "evaluation/test_metrics.py::test_rouge_l_by_hand": 0,
     "experiment/test_keywords.py::test_a_table_and_keywords_run_as_a_file_with_set": 0,
     "experiment/test_mistakes.py::test_a_mistake_is_one_message_at_once": 8,
-    "experiment/test_mistakes.py::test_a_mistake_is_told_in_these_words": 45,
-    "experiment/test_mistakes.py::test_an_experiment": 36,
-    "experiment/test_unused_settings.py::test_no_recipe_has_a_setting_that_does_nothing": 13,
+    "experiment/test_mistakes.py::test_a_mistake_is_told_in_these_words": 20,
+    "experiment/test_mistakes.py::test_an_experiment": 18,
+    "experiment/test_unused_settings.py::test_no_recipe_has_a_setting_that_does_nothing": 5,
     "federation/test_admission.py::test_a_record_says_whose_claim_was_cut_and_a_run_says_so_when_it_begins": 0,
     "federation/test_admission.py::test_a_repeat_offender_is_not_asked_for_some_rounds": 0,
     "federation/test_admission.py::test_an_offence_in_an_evaluation_counts": 0,
@@ -116,36 +119,44 @@ QUICK = {
     "federation/test_codec_choice.py::test_a_run_that_is_stopped_and_resumed_chooses_the_same": 0,
     "federation/test_codec_choice.py::test_a_tensor_of_which_nothing_is_sent_comes_once_its_change_has_grown": 0,
     "federation/test_codec_choice.py::test_no_answer_is_above_the_budget_and_bits_go_where_changes_are": 1,
+    "federation/test_codec_choice.py::test_the_strongest_preset_within_the_error_is_chosen_and_kept": 0,
     "federation/test_compressed_exchange.py::test_a_run_that_is_stopped_and_resumed_gives_the_same_bits": 0,
     "federation/test_compressed_exchange.py::test_answers_that_are_kept_on_disk_count": 0,
-    "federation/test_compressed_exchange.py::test_bytes_fall_and_the_loss_does_not_rise": 1,
+    "federation/test_compressed_exchange.py::test_bytes_fall_and_the_loss_does_not_rise": 0,
     "federation/test_compressed_exchange.py::test_control_variates_have_no_error_feedback": 0,
     "federation/test_compressed_exchange.py::test_factors_of_any_rank_are_coded": 0,
     "federation/test_compressed_exchange.py::test_what_an_absent_client_lost_decays_and_is_dropped": 1,
     "federation/test_compressed_exchange.py::test_workers_of_which_some_end_give_the_bits_of_one_process": 0,
     "federation/test_reported.py::test_all_that_honest_clients_report_is_declared_and_let_in": 1,
     "federation/test_reported.py::test_an_objective_of_ones_own_declares_what_it_reports": 0,
+    "federation/test_rounds.py::test_a_thousand_orders_of_arrival_give_the_same_bits": 0,  # 4 s
     "federation/test_secure_exchange.py::test_a_client_that_drops_out_at_any_stage_is_borne": 1,
+    "federation/test_secure_exchange.py::test_a_heavy_client_weighs_by_its_rows": 0,
     "federation/test_secure_exchange.py::test_it_is_the_same_bits_with_other_keys_and_with_workers_of_which_some_end": 0,
+    "federation/test_secure_exchange.py::test_the_mean_is_the_plain_one_up_to_rounding": 1,
     "federation/test_selection.py::test_a_run_records_its_selection_and_asks_those_that_it_draws": 0,
     "federation/test_server_memory.py::test_what_waits_on_disk_gives_the_same_bits": 0,
     "methods/contract/test_unseen_clients.py::test_they_are_in_no_round_and_judged_twice": 0,  # 13 s
     "methods/test_absent_clients.py::test_fedamole_gives_each_client_the_experts_that_were_assigned_to_it": 0,
     "methods/test_aggregation_rules.py::test_every_method_that_averages_knows_the_rules": 0,  # 8 s
-    "methods/test_aggregation_rules.py::test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule": 1,
+    "methods/test_aggregation_rules.py::test_one_attacker_of_five_moves_the_mean_far_and_no_robust_rule": 0,
     "methods/test_aggregation_rules.py::test_rules_of_model_merging_in_rounds": 0,
     "methods/test_aggregation_rules.py::test_the_mean_of_products_is_cut_to_the_rank_with_a_note": 0,
+    "methods/test_distillation.py::test_a_client_that_gets_bad_knowledge_keeps_what_it_has": 0,
     "methods/test_distillation.py::test_all_logits_equal_the_k_likeliest_of_all": 0,
     "methods/test_distillation.py::test_answers_stand_in_the_order_of_the_rows_however_they_are_read": 1,
     "methods/test_distillation.py::test_bad_logits_leave_their_client_out_and_the_round_goes_on": 0,
     "methods/test_distillation.py::test_counts_that_do_not_add_up_leave_their_client_out": 1,
     "methods/test_distillation.py::test_every_rule_is_another": 0,
     "methods/test_distillation.py::test_no_parameter_travels": 0,  # 12 s
+    "methods/test_distillation.py::test_rows_of_a_round_are_drawn_anew_and_known_to_all": 0,
+    "methods/test_drift.py::test_moon_has_its_term_from_a_client_s_second_round_on": 0,
     "methods/test_drift.py::test_synthetic_examples_make_some_of_a_real_move": 1,
     "methods/test_exact_lora.py::test_factors_of_another_rank_than_the_clients_are_refused": 0,
     "methods/test_exact_lora.py::test_fedex_and_its_backbone_are_the_mean_of_products": 1,
     "methods/test_exact_lora.py::test_ffa_is_exact_and_fedavg_is_not": 0,
     "methods/test_exact_lora.py::test_flora_adds_the_mean_of_products_of_every_round": 0,
+    "methods/test_fed_sb.py::test_r_may_be_compressed_and_the_factors_are_sent_as_they_are": 0,
     "methods/test_fed_sb.py::test_rounds_keep_the_mean_of_products_and_the_factors": 1,
     "methods/test_fed_sb.py::test_what_is_saved_is_plain_lora": 0,
     "methods/test_fedamole.py::test_a_client_without_rows_for_an_embedding_set": 0,
@@ -164,9 +175,12 @@ QUICK = {
     "methods/test_fedbuff.py::test_a_buffer_for_all_is_a_synchronous_round_with_equal_weights": 0,
     "methods/test_fedbuff.py::test_a_change_is_of_what_its_client_was_sent_and_what_it_lost_is_its_own": 1,
     "methods/test_fedbuff.py::test_killed_and_resumed_with_work_in_flight_ends_with_the_same_bits": 0,
+    "methods/test_fedbuff.py::test_what_a_client_lost_before_an_answer_that_did_not_count_is_dropped": 0,
     "methods/test_fedbuff.py::test_with_codecs_a_run_that_is_killed_with_work_in_flight_ends_with_the_same_bits": 0,
     "methods/test_fedkseed.py::test_a_history_that_is_none_leaves_its_client_out": 1,
+    "methods/test_fedmoe.py::test_counts_that_cannot_be_ones_leave_their_client_out": 1,
     "methods/test_fedmoe.py::test_how_many_experts_a_client_may_hold": 1,
+    "methods/test_fedmoe.py::test_mixed_precision_trains_experts_in_float32": 0,
     "methods/test_fedpdpo.py::test_alternating_trains_either_part_with_the_other_frozen": 0,
     "methods/test_fedpdpo.py::test_each_client_is_judged_by_its_own_parts": 0,
     "methods/test_fedpdpo.py::test_nothing_personal_is_in_any_payload": 0,
@@ -175,11 +189,13 @@ QUICK = {
     "methods/test_lora_fair.py::test_less_is_lost_than_by_the_mean_of_the_factors": 0,
     "methods/test_lora_family.py::test_alpha_twice_as_large_is_b_twice_as_large": 4,
     "methods/test_lora_family.py::test_only_what_goes_to_the_backbone_is_below_the_floor_of_a_rank": 3,  # 8 s
+    "methods/test_lora_family.py::test_rolora_reaches_what_ffa_cannot": 0,
     "methods/test_lora_family.py::test_rounds_without_training_leave_the_model_as_it_is": 5,
     "methods/test_mixed_starts.py::test_fedala_mixes_the_last_tensors_alone_in_passes_until_the_loss_settles": 0,
     "methods/test_personalised.py::test_clients_are_judged_by_what_they_would_use": 0,  # 9 s
     "methods/test_personalised.py::test_ffa_lora_never_trains_a_and_halves_the_bytes": 0,
     "methods/test_personalised.py::test_what_travels_and_what_stays": 1,
+    "methods/test_plugins.py::test_it_runs_and_a_resume_with_another_file_is_refused": 0,
     "methods/test_random_projection.py::test_with_as_many_dimensions_as_numbers_it_is_fedavg": 0,
     "methods/test_reveals.py::test_labels_at_the_client_are_not_revealed": 0,
     "methods/test_reveals.py::test_replies_hold_what_it_says": 1,  # 8 s
@@ -188,15 +204,16 @@ QUICK = {
     "methods/test_split.py::test_a_client_lost_in_the_middle_of_a_round": 1,
     "methods/test_split.py::test_activations_that_blow_the_server_up_leave_their_client_out": 1,
     "methods/test_split.py::test_dropout_is_each_partys_own_and_repeatable": 0,
-    "methods/test_split.py::test_every_encoding_learns_nearly_the_same": 1,
+    "methods/test_split.py::test_every_encoding_learns_nearly_the_same": 0,
     "methods/test_split.py::test_gradients_that_blow_the_server_up_leave_their_client_out": 1,  # 5 s
     "methods/test_split.py::test_one_client_is_centralised_training_bit_for_bit": 1,  # 15 s
+    "methods/test_split.py::test_the_parallel_mean_is_the_mean_of_training_alone": 0,
     "methods/test_split.py::test_the_same_bits_again": 0,
     "methods/test_split.py::test_the_server_in_turn_learns_from_every_client": 0,
     "models/test_adapters.py::test_every_kind_is_saved_loaded_and_trained_by_peft": 5,
     "models/test_adapters.py::test_names_and_values_are_those_of_peft": 1,
     "models/test_experts.py::test_the_stacked_layer_is_the_loop_forward_and_backward": 6,
-    "models/test_heads.py::test_flops_are_those_torch_counts": 5,  # 6 s
+    "models/test_heads.py::test_flops_are_those_torch_counts": 2,
     "models/test_lora_variants.py::test_a_saved_variant_is_the_model_in_plain_peft": 4,
     "models/test_lora_variants.py::test_operations_are_those_that_torch_counts": 2,
     "models/test_matrix.py::test_each_trains_and_loads_as_it_was_or_is_refused": 1,
@@ -205,7 +222,9 @@ QUICK = {
     "models/test_split_model.py::test_every_cut_gives_the_whole_models_loss_and_gradients": 1,  # 12 s
     "oracles/test_chat.py::test_pairs_and_single_answers_are_trls": 6,
     "privacy/test_client_level.py::test_a_client_moves_the_sum_of_a_thousand_random_models_by_at_most_the_clip": 0,
+    "recipes/test_recipes.py::test_a_comparison_is_read": 8,  # 21 of 6 s
     "recipes/test_recipes.py::test_recipe": 1,  # 19 s
+    "reports/sections/test_expert_assignment.py::test_many_rounds_are_thinned_to_the_first_the_last_and_some_between": 0,
     "reports/test_comparison_sections.py::test_folders_of_earlier_releases_open_with_what_can_be_told_from_them": 0,
     "reports/test_comparison_sections.py::test_methods_of_one_framework_without_personal_models_have_neither": 0,
     "reports/test_comparison_sections.py::test_runs_say_which_sections_there_are_beside_the_one_that_was_asked_for": 0,
@@ -230,8 +249,11 @@ QUICK = {
     "runs/privacy_audit/test_audit.py::test_what_cannot_be_attacked_says_why": 0,
     "runs/test_benchmarks.py::test_a_real_adapter_answers_and_the_key_is_nowhere": 0,
     "runs/test_benchmarks.py::test_answers_are_kept_when_a_judge_fails_and_used_again": 0,
+    "runs/test_benchmarks.py::test_more_than_three_models_are_shown_in_drawn_orders": 0,
+    "runs/test_benchmarks.py::test_several_judges_and_their_agreement": 0,
     "runs/test_benchmarks.py::test_the_three_benchmarks_end_to_end": 0,  # 8 s
     "runs/test_client_privacy.py::test_a_resume_spends_once_and_ends_with_the_same_bits": 0,
+    "runs/test_client_privacy.py::test_a_round_for_which_nobody_is_drawn_releases_noise": 0,
     "runs/test_client_privacy.py::test_every_method_that_declares_it_takes_its_means_there": 1,
     "runs/test_comparison.py::test_a_grid_is_run_once_and_reported": 0,  # 17 s
     "runs/test_comparison.py::test_another_model_than_of_what_is_done_is_told": 0,
@@ -254,9 +276,10 @@ QUICK = {
     "runs/test_row_privacy.py::test_units_are_values_of_a_column_and_delta_is_below_one_over_them": 0,
     "runs/test_run.py::test_a_changed_model_is_refused": 0,
     "runs/test_run.py::test_a_full_disk_stops_cleanly_and_the_run_can_go_on": 0,
+    "runs/test_run.py::test_a_round_of_one_class_and_a_client_of_one_row_are_flagged": 0,
     "runs/test_run.py::test_a_tensorboard_file_is_written_when_asked": 0,
     "runs/test_run.py::test_a_truncated_checkpoint_is_refused_and_the_one_before_continues": 0,
-    "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 1,  # 11 s
+    "runs/test_run.py::test_every_method_is_judged_on_every_clients_own_rows": 0,
     "runs/test_run.py::test_every_objective_runs_under_every_method": 1,  # 50 s
     "runs/test_run.py::test_incomplete_pairs_are_dropped_and_counted_or_become_feedback": 0,
     "runs/test_run.py::test_interrupted_and_resumed_equals_uninterrupted": 0,
@@ -264,6 +287,7 @@ QUICK = {
     "runs/test_run.py::test_own_data_and_own_objective_need_no_change_to_the_package": 0,
     "runs/test_run.py::test_pairs_are_unrolled_for_kto_and_judged_as_pairs": 0,
     "runs/test_run.py::test_partial_participation_and_evaluation_every_n_rounds": 0,
+    "runs/test_run.py::test_resuming_a_finished_run_changes_nothing": 0,
     "runs/test_run.py::test_resuming_as_another_experiment_names_the_difference": 0,
     "runs/test_run.py::test_what_killed_writers_left_is_swept_and_nothing_else": 0,
     "runs/test_run.py::test_who_stops_a_resumed_run_at_once_is_told_what_is_saved": 0,
@@ -282,6 +306,7 @@ QUICK = {
     "security/test_damaged_log.py::test_the_coordinator_is_told_and_the_run_goes_on": 0,
     "storage/test_run_folders.py::test_a_damaged_record_stops_a_resume_and_is_named": 0,
     "storage/test_run_folders.py::test_a_run_made_with_objects_is_resumed_with_the_same": 0,
+    "storage/test_run_folders.py::test_lines_beyond_the_checkpoint_are_cut_off_and_the_totals_are_those_of_a_whole_run": 0,  # 5 s
     "test_docs.py::test_commands_on_a_page_exist_with_their_options": 7,
     "test_examples.py::test_example": 0,  # 5 s, and 33 s to train the tiny model
     "test_mutants.py::test_every_part_has_modules_and_every_module_tests": 0,
@@ -296,6 +321,7 @@ QUICK = {
     "training/test_row_privacy.py::test_gradients_of_rows_are_those_of_each_alone": 2,
     "training/test_steps.py::test_every_objective_learns": 0,  # 12 s
     "training/test_steps.py::test_micro_batches_change_nothing_beyond_rounding": 1,
+    "training/test_steps.py::test_micro_batches_of_a_mixture_change_nothing_either": 0,
     "training/test_steps.py::test_same_seed_same_bits_and_other_rounds_other_bits": 2,
     "training/test_steps.py::test_the_loss_without_training_is_that_of_the_first_step": 1,
 }
