@@ -101,6 +101,20 @@ def test_first_factors_and_the_rest_are_those_of_peft(model_folder, settings):
         torch.testing.assert_close(left[:4], values[4:8], rtol=1e-4, atol=1e-5)
 
 
+def test_the_qr_start_of_ilora(model_folder):
+    """https://arxiv.org/abs/2511.16069: W = Q R, B = Q[:, :r], A = R[:r], and the rest is W - s B A."""
+    q, r = torch.linalg.qr(torch.tensor([[3.0, 1.0], [4.0, 2.0]]))  # Q (0.6, 0.8), R (5, 2.2)
+    torch.testing.assert_close(q[:, :1] @ r[:1], torch.tensor([[3.0, 1.32], [4.0, 1.76]]))
+    model = build(model_folder, alpha=8.0, init_lora_weights="olora")
+    name = "model.layers.0.self_attn.q_proj"
+    whole = load_backbone(str(model_folder), pad_token_id=0).get_submodule(name).weight
+    q, r = torch.linalg.qr(whole)
+    near = model.model.get_submodule(f"base_model.model.{name}")
+    product = near.lora_B["default"].weight @ near.lora_A["default"].weight
+    torch.testing.assert_close(product, q[:, :4] @ r[:4])
+    torch.testing.assert_close(near.base_layer.weight, whole - 2 * q[:, :4] @ r[:4])
+
+
 def test_factors_beside_the_whole_weight_by_hand():
     a, b = "x.lora_A.weight", "x.lora_B.weight"
     now = {a: torch.tensor([[1.0, 2.0]]), b: torch.tensor([[3.0], [1.0]]), "m": torch.ones(2)}
