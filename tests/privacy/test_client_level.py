@@ -24,6 +24,11 @@ def summed(updates, start, clip):
     return total
 
 
+def noised_mean(total, multiplier, denominator):
+    drawn = total.drawn(multiplier * GRID, SOURCE.stream("sum", 1, -1))
+    return total.moved(drawn, denominator)
+
+
 def vector(total):
     return np.concatenate(list(total.steps.values())).astype(object)
 
@@ -106,9 +111,9 @@ def test_the_whole_update_is_one_vector():
 def test_hand_numbers_with_a_fixed_denominator_and_no_noise():
     start = {"a": torch.tensor([1.0, 2.0])}
     updates = [{"a": torch.tensor([1.5, 2.0])}, {"a": torch.tensor([1.0, 5.0])}]
-    mean = summed(updates, start, 1.0).noised_mean(0, 4.0, SOURCE.stream("sum", 1, -1))
+    mean = noised_mean(summed(updates, start, 1.0), 0, 4.0)
     assert mean["a"].tolist() == pytest.approx([1 + 0.5 / 4, 2 + 1 / 4])
-    empty = ClippedSum.empty(start, 1.0).noised_mean(0, 4.0, SOURCE.stream("sum", 1, -1))
+    empty = noised_mean(ClippedSum.empty(start, 1.0), 0, 4.0)
     assert torch.equal(empty["a"], start["a"])
 
 
@@ -122,9 +127,9 @@ def test_the_order_of_arrival_decides_no_bit():
 def test_noise_has_the_standard_deviation_of_the_clip_times_the_multiplier():
     start = {"a": torch.zeros(200_000)}
     total = ClippedSum.empty(start, 0.5)
-    noisy = total.noised_mean(1.5, 10.0, SOURCE.stream("sum", 1, -1))["a"]
+    noisy = noised_mean(total, 1.5, 10.0)["a"]
     assert float(noisy.std()) == pytest.approx(1.5 * 0.5 / 10, rel=0.01)
-    again = total.noised_mean(1.5, 10.0, SOURCE.stream("sum", 1, -1))["a"]
+    again = noised_mean(total, 1.5, 10.0)["a"]
     assert torch.equal(noisy, again)
 
 

@@ -19,7 +19,9 @@ def plan(rounds=3, **settings):
 
 
 def made(tmp_path, own, key=bytes(32)):
-    return PrivateMean(own, NoiseSource(key, "run"), PrivacyLedger(tmp_path / "ledger"))
+    return PrivateMean(
+        own, NoiseSource(key, "run"), PrivacyLedger(tmp_path / "ledger", compose=own.compose)
+    )
 
 
 def updates(*values):
@@ -83,3 +85,95 @@ def test_a_state_that_did_not_come_of_it_is_refused(tmp_path):
         private.require_released(1)
     private.mean([], START, 1)
     private.require_released(1)
+
+
+CORRELATED = [
+    {"mechanism": "tree", "min_separation": 2},
+    {"mechanism": "banded", "min_separation": 2, "bands": 3},
+    {"mechanism": "independent", "min_separation": 2},
+]
+
+
+@pytest.mark.parametrize("settings", CORRELATED)
+def test_a_target_is_solved_for_the_rounds_that_a_client_may_take_part_in(settings):
+    own = plan(target_epsilon=4.0, rounds=10, **settings)
+    assert own.promised.epsilon == pytest.approx(4.0, rel=1e-3) and own.promised.epsilon <= 4
+    moved = own.facts["sensitivity"]
+    assert own.promised == epsilon([Releases(own.noise_multiplier / moved, 1, 1)], 1e-3, "rdp")
+    if settings["mechanism"] == "independent":  # five of ten rounds
+        assert own.promised.epsilon == pytest.approx(
+            epsilon([Releases(own.noise_multiplier, 1, 5)], 1e-3, "rdp").epsilon
+        )
+    assert own.neighbours == "one with all its changes zero"
+
+
+def noises(private, rounds, values=(0.3,)):
+    """The noise that each round adds, in units of the clip."""
+    found = []
+    for round in rounds:
+        mean = private.mean(updates(*values), START, round)
+        clean = sum(values) * min(1, 2 / (values[0] * 50**0.5)) if values else 0
+        found.append((mean["a"].double() * 5 - clean) / 2)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("settings", CORRELATED[:2])
+def test_correlated_noise_is_the_same_after_a_kill_and_never_drawn_for_two_releases(
+    tmp_path, settings
+):
+    own = plan(noise_multiplier=3.0, rounds=6, **settings)
+    private = made(tmp_path, own)
+    whole, saved = noises(private, [1, 2, 3]), private.saved()
+    after = noises(private, [4, 5])
+    resumed = made(tmp_path, own)
+    resumed.restore(saved)
+    assert torch.equal(noises(resumed, [4, 5]), after)
+    assert len(resumed.ledger.entries) == 5
+    other = made(tmp_path, own)
+    other.restore(saved)
+    changed = noises(other, [4], ())  # nobody answers this time
+    assert float((changed[0] - after[0]).std()) > 2
+    followed = noises(other, [5])  # the same answers as before, after another round
+    assert float((followed[0] - after[1]).std()) > 2
+    counted = own.correlation.total([1, 2, 3, 4, 5, 4, 5])
+    assert other.spent() == epsilon([Releases(3.0 / counted, 1, 1)], 1e-3, "rdp")
+    assert other.spent().epsilon > resumed.plan.promised.epsilon * 0.5
+    c = torch.tensor(
+        [[1.0, 0, 0], [1, 1, 0], [0, 0, 1]]
+        if settings["mechanism"] == "tree"
+        else [[1, 0, 0], [0.5, 1, 0], [0.375, 0.5, 1]],
+        dtype=torch.float64,
+    )
+    assert (c @ whole).std(1).tolist() == pytest.approx([3, 3, 3], rel=0.35)  # independent again
+
+
+def test_a_chain_needs_its_releases_each_round_once_and_the_same_tensors(tmp_path):
+    own = plan(noise_multiplier=1.0, **CORRELATED[0])
+    private = made(tmp_path, own)
+    noises(private, [1])
+    with pytest.raises(PluginError, match="one mean of the same tensors in each"):
+        private.mean(updates(1), START, 1)
+    with pytest.raises(PluginError, match="with 50 numbers, this has 3"):
+        private.mean([], {"a": torch.zeros(3)}, 2)
+    saved = private.saved()
+    saved["chain"]["hashes"] = ["00" * 32]
+    with pytest.raises(PrivacyError, match="goes on from releases"):
+        made(tmp_path, own).restore(saved)
+    assert len(private.ledger.entries) == 1
+
+
+def test_repeated_rounds_of_correlated_noise_stop_before_the_budget_is_passed(tmp_path):
+    own = plan(target_epsilon=4.0, rounds=2, **CORRELATED[1])
+    private = made(tmp_path, own)
+    start = private.saved()
+    noises(private, [1, 2])
+    again = made(tmp_path, own)
+    again.restore({**start, "ledger": private.ledger.position})
+    with pytest.raises(PrivacyError, match="target_epsilon is 4"):
+        noises(again, [1], (0.1,))
+    assert again.spent() == private.spent()
+
+
+def test_banded_noise_that_is_too_large_is_refused():
+    with pytest.raises(SettingsError, match="above 1000"):
+        plan(noise_multiplier=2000.0, **CORRELATED[1])

@@ -167,8 +167,9 @@ LEFT = _names(
         "selection.flash": "losses rows largest ridge width speed",
         "aggregation": "rule bad max_norm density scale space",
         "admission": "max_value max_change on_excess max_examples offences pause",
-        "privacy": "profile clip_quantile clip_learning_rate clip_count_noise "
-        "amplification units_per_pass sum_bits sum_bound sum_rounding",
+        "privacy": "profile clip_quantile clip_learning_rate clip_count_noise mechanism "
+        "min_separation max_participations bands amplification units_per_pass sum_bits sum_bound "
+        "sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort",

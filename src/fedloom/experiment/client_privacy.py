@@ -50,9 +50,32 @@ def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
                 f"{WHAT} draws each client by a coin of its own, and those who give no answer add "
                 f"nothing: leave out federation.{key} = {getattr(federation, key)}"
             )
+    if parts["privacy"].separates:
+        yield from _rounds_of_clients(parts)
     if delta is not None and delta >= 1 / federation.clients:
         yield (
             f"privacy.delta = {delta:g} is not below 1 / federation.clients = "
             f"{1 / federation.clients:.2g}: a mechanism may then show a client whole; give a tenth of "
             "that, or less"
+        )
+
+
+def _rounds_of_clients(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield bounds on the rounds of a client that leave too few clients for a round."""
+    federation, privacy = parts["federation"], parts["privacy"]
+    newcomers = parts["clients"].newcomers if "clients" in parts else ()
+    members, drawn = federation.clients - len(set(newcomers)), federation.cohort_size
+    apart, most = privacy.min_separation, privacy.max_participations
+    asked = f"federation.clients_per_round = {drawn}"
+    if apart is not None and apart * drawn > members:
+        yield (
+            f"privacy.min_separation = {apart}: with {asked} every {apart} rounds need "
+            f"{apart * drawn} clients, and there are {members}: give {max(1, members // drawn)} at most, "
+            "or draw fewer clients for a round"
+        )
+    if most is not None and most * members < federation.rounds * drawn:
+        yield (
+            f"privacy.max_participations = {most}: {federation.rounds} rounds with {asked} need "
+            f"{federation.rounds * drawn} participations, and {members} clients have {most * members}: "
+            f"give {-(-federation.rounds * drawn // members)} at least, or draw fewer clients for a round"
         )

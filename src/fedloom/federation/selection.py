@@ -8,8 +8,8 @@ single clients tell have files of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from fedloom.federation.oort import Oort, OortSettings
 from fedloom.federation.power_of_choice import PowerOfChoice, PowerOfChoiceSettings
 from fedloom.federation.presence import Presence
 from fedloom.federation.selection_contract import Selection as Selection
-from fedloom.federation.selection_contract import first, in_proportion
+from fedloom.federation.selection_contract import Told, first, in_proportion
 from fedloom.randomness import generator
 from fedloom.settings.plugins import Choices, undefined
 from fedloom.settings.schema import NamedSettings
@@ -109,6 +109,8 @@ class Poisson(Selection):
         rate: q, the probability of each coin, in (0, 1].
     """
 
+    exact = False
+
     def __init__(self, rate: float) -> None:
         """Take the probability."""
         super().__init__(NamedSettings())
@@ -119,6 +121,53 @@ class Poisson(Selection):
         drawn = zip(presence.members, rng.random(len(presence.members)), strict=True)
         there = set(presence.available)
         return [client for client, coin in drawn if coin < self.rate and client in there]
+
+
+class Separated(Selection):
+    """Draws clients so that each takes part in few rounds, and those are apart.
+
+    It is what accountants assume of noise that is correlated over rounds, and is used with
+    ``privacy.unit = "client"`` alone. Whoever is drawn takes part, also if no answer comes. Those that
+    took part in the fewest rounds come first; those that are alike, uniformly. Where fewer can be drawn
+    than are asked for, there may be nobody.
+
+    Attributes:
+        separation: b, rounds from one in which a client is drawn to its next at least.
+        most: k, rounds in which it is drawn at most.
+    """
+
+    exact = False
+
+    def __init__(self, separation: int, most: int) -> None:
+        """Take the bounds, each at least 1."""
+        super().__init__(NamedSettings())
+        self.separation, self.most, self._round = separation, most, 0
+        self._drawn: dict[int, tuple[int, int]] = {}
+
+    def begin(self, round: int, told: Mapping[int, Told]) -> None:
+        """Begin a round; see :class:`Selection`."""
+        self._round = round
+
+    def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
+        """Return those of the clients that are there and may take part, at most ``size``."""
+        there = [client for client in presence.available if self._may(client)]
+        often = np.array([self._drawn.get(client, (0, 0))[0] for client in there], np.float64)
+        drawn = first(there, often + rng.random(len(there)), size)
+        for client in drawn:
+            self._drawn[client] = (self._drawn.get(client, (0, 0))[0] + 1, self._round)
+        return drawn
+
+    def _may(self, client: int) -> bool:
+        times, last = self._drawn.get(client, (0, -self.separation))
+        return times < self.most and self._round - last >= self.separation
+
+    def saved(self) -> dict[str, Any]:
+        """Return how often and when each client was drawn, as plain JSON."""
+        return {"drawn": {str(client): own for client, own in sorted(self._drawn.items())}}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take what :meth:`saved` returned."""
+        self._drawn = {int(client): (own[0], own[1]) for client, own in saved["drawn"].items()}
 
 
 def _lacks(kind: type[Selection]) -> list[str]:
@@ -172,7 +221,8 @@ def draw(
     Args:
         selection: How.
         presence: At the start of the round.
-        size: Number of clients; all are drawn where fewer are there. :class:`Poisson` has a rate instead.
+        size: Number of clients; all are drawn where fewer are there. What is not ``exact`` may draw
+            others.
         seed: The experiment's.
         round: From 1.
         purpose: Of the draw, for its seed.
@@ -182,7 +232,7 @@ def draw(
     """
     size = min(size, len(presence.available))
     drawn = selection.draw(presence, size, generator(seed, purpose, round=round))
-    count = None if isinstance(selection, Poisson) else size
+    count = size if selection.exact else None
     return _available("draw", selection, drawn, presence, count)
 
 

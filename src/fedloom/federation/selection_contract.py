@@ -69,6 +69,7 @@ class Selection:
     Attributes:
         informed: Whether it depends on what single clients tell. Where the server may see no single
             answer, such a selection is refused.
+        exact: Whether as many are drawn as are asked for, where so many are there.
         sections: What a report shows of it, from the rounds' details.
         settings: Instance of :attr:`Settings`.
         reasons: Why each client that was drawn last was, by id.
@@ -76,6 +77,7 @@ class Selection:
 
     Settings: ClassVar[type[NamedSettings]] = NamedSettings
     informed: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     sections: ClassVar[tuple[SectionSpec, ...]] = ()
 
     def __init__(self, settings: NamedSettings) -> None:

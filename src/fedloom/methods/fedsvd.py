@@ -23,7 +23,11 @@ from fedloom.aggregation.lora_coordinates import orthonormal
 from fedloom.errors import ModelError
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew, require_linear_layers
+from fedloom.methods.contract.checks import (
+    noise_of_each_round,
+    optimizer_anew,
+    require_linear_layers,
+)
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method, ServerSide
@@ -71,6 +75,7 @@ class FedSVD(Method):
         yield from super().check(view)
         if view.method.period:
             yield from optimizer_anew(view, "changes the coordinates of B between rounds")
+            yield from noise_of_each_round(view, "changes the coordinates of B between rounds")
 
     def setup(self, server: ServerSide) -> None:
         """Check that the factors are of linear layers, and wide enough for as many orthonormal rows.

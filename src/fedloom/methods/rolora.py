@@ -15,7 +15,7 @@ from fedloom.accounting.traffic import Traffic
 from fedloom.federation.protocol import Cohort, Round
 from fedloom.methods.bases.alternating_factors import fixed_names, half_up, trained_part
 from fedloom.methods.bases.parameter_averaging import training_exchange
-from fedloom.methods.contract.checks import optimizer_anew
+from fedloom.methods.contract.checks import noise_of_each_round, optimizer_anew
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
@@ -56,6 +56,7 @@ class RoLoRA(Method):
         """Yield also that no optimizer can go on from the round before."""
         yield from super().check(view)
         yield from optimizer_anew(view, "trains another factor in the next round")
+        yield from noise_of_each_round(view, "trains another factor in the next round")
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, average the factor that is trained."""

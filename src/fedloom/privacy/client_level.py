@@ -14,7 +14,7 @@ before anything is turned into a floating-point number again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,11 @@ class ClippedSum:
         squares = (float(np.sum((change / largest) ** 2)) for _, change in self._changes(update))
         return largest * math.sqrt(sum(squares))
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a change has."""
+        return sum(map(len, self.steps.values()))
+
     def content(self) -> Iterator[bytes]:
         """Yield all that the noise depends on."""
         yield f"{self.clip!r} {self.balance}".encode()
@@ -119,18 +124,27 @@ class ClippedSum:
             yield f" {name} {len(own)} ".encode()
             yield own.tobytes()
 
-    def noised_mean(self, multiplier: float, denominator: float, noise: NoiseStream) -> Tensors:
+    def drawn(self, deviation: float, noise: NoiseStream) -> dict[str, Integers]:
+        """Return independent noise for each number of the sum.
+
+        Args:
+            deviation: Its standard deviation in steps.
+            noise: Of this release alone.
+        """
+        return {
+            name: noise.discrete_gaussian(deviation, len(own)) for name, own in self.steps.items()
+        }
+
+    def moved(self, noise: Mapping[str, Integers], denominator: float) -> Tensors:
         """Return start + (sum + noise) / denominator.
 
         Args:
-            multiplier: Standard deviation of the noise over the clip.
+            noise: In steps, of each tensor.
             denominator: q N, the number of clients that is expected; never that of those who answered.
-            noise: Of this release alone.
         """
         found = {}
         for name, own in self.steps.items():
-            noisy = own + noise.discrete_gaussian(multiplier * GRID, len(own))
-            before = self.start[name]
+            noisy, before = own + noise[name], self.start[name]
             change = torch.from_numpy(noisy * (self.clip / GRID / denominator))
             moved = before.to(torch.float64) + change.view(before.shape)
             found[name] = moved.to(before.dtype)

@@ -17,6 +17,9 @@ from fedloom.errors import PrivacyError
 from fedloom.privacy.accounting import Releases
 from fedloom.privacy.ledger_file import FIRST, append_entry, entries
 
+Entries = list[dict[str, Any]]
+"""Lines of releases, each with its round, its noise multiplier and what names it."""
+
 
 class PrivacyLedger:
     """The releases of one run.
@@ -27,20 +30,27 @@ class PrivacyLedger:
         entries: The lines of releases, oldest first.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        facts: Mapping[str, Any] | None = None,
+        compose: Callable[[Entries], list[Releases]] | None = None,
+    ) -> None:
         """Open the ledger at ``path``, or begin it.
 
         Args:
             path: The file.
             facts: For its first line; those of a ledger that exists must be the same (default: whatever
                 they are).
+            compose: From its lines of releases to how they are accounted (default: each by itself).
 
         Raises:
             PrivacyError: It was changed, or is of another run.
             OutputError: It cannot be written.
         """
         self.path, self.facts = path, dict(facts or {})
-        self.entries: list[dict[str, Any]] = []
+        self.entries: Entries = []
+        self._compose = compose or _composed
         self.head = FIRST
         if not path.exists():
             self._append({"ledger": 1, **self.facts})
@@ -107,13 +117,13 @@ class PrivacyLedger:
         }
         if any(all(old[key] == own for key, own in entry.items()) for old in self.entries):
             return
-        allowed(_composed([*self.entries, entry]))
+        allowed(self._compose([*self.entries, entry]))
         self.entries.append(self._append(entry))
 
     @property
     def releases(self) -> list[Releases]:
         """All that was spent, as it is accounted."""
-        return _composed(self.entries)
+        return self._compose(self.entries)
 
     def _append(self, entry: dict[str, Any]) -> dict[str, Any]:
         entry = append_entry(self.path, self.head, entry)
@@ -121,7 +131,7 @@ class PrivacyLedger:
         return entry
 
 
-def _composed(entries: list[dict[str, Any]]) -> list[Releases]:
+def _composed(entries: Entries) -> list[Releases]:
     """Return releases as they are accounted.
 
     Where sampling counts, those of one round are one, as their cohort was drawn once: Gaussian releases

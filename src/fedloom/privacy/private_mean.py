@@ -6,26 +6,46 @@ It puts together the clipped sum (``client_level.py``), the noise (``noise.py``)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedloom.errors import PluginError, PrivacyError, SettingsError
 from fedloom.privacy.accounting import (
+    NEIGHBOURS,
     Accountant,
     Releases,
     Spent,
     epsilon,
     solve_noise_multiplier,
 )
-from fedloom.privacy.client_level import ClippedSum, next_clip, update_multiplier
-from fedloom.privacy.ledger import PrivacyLedger
+from fedloom.privacy.client_level import (
+    GRID,
+    ClippedSum,
+    Integers,
+    next_clip,
+    update_multiplier,
+)
+from fedloom.privacy.correlation import Banded, Correlation, Participation, Tree
+from fedloom.privacy.ledger import Entries, PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
-from fedloom.privacy.settings import PrivacySettings
+from fedloom.privacy.noise_chain import NoiseChain
+from fedloom.privacy.settings import Mechanism, PrivacySettings
 from fedloom.tensors import Tensors
 
 SERVER = -1
 """The party of noise that the server draws."""
+
+ZERO_OUT = "one with all its changes zero"
+"""The relation of draws of fixed size ("zero-out": Kairouz et al. 2021), as records name it."""
+
+MOST_BANDED_NOISE = 1000.0
+"""Noise multiplier up to which whole numbers of banded noise fit in 64 bits, by more than 100 standard
+deviations."""
+
+MOST_REPEATED = 16
+"""Releases for each planned round that banded noise is large enough for; see ``deviation``."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,9 @@ class ClientLevelPlan:
         quantile: Share of the changes that the clip is to leave as they are, where it follows one.
         clip_rate: How fast it follows.
         count_noise: sigma_b, noise on the number of clients within the clip.
+        mechanism: How the noise of rounds is correlated, by its name.
+        correlation: The same, with the rounds of a client, where these are bounded by the draw; ``None``
+            where clients are drawn by coins.
     """
 
     noise_multiplier: float
@@ -59,6 +82,8 @@ class ClientLevelPlan:
     quantile: float | None
     clip_rate: float
     count_noise: float
+    mechanism: Mechanism = "independent"
+    correlation: Correlation | None = None
 
     @classmethod
     def of(
@@ -76,11 +101,24 @@ class ClientLevelPlan:
             SettingsError: The budget cannot be met, or the noise on the number of clients is too little.
         """
         assert settings.delta is not None, "the section asks for it with a unit"
-        z, sampling = settings.noise_multiplier, 1.0
+        sampling, correlation = 1.0, _correlation(settings, members, cohort, rounds)
+        z = settings.noise_multiplier
         if z is None:
             assert settings.target_epsilon is not None, "one of both is given"
-            z = solve_noise_multiplier(
-                settings.target_epsilon, settings.delta, sampling, rounds, settings.accountant
+            moved = 1.0 if correlation is None else correlation.sensitivity(rounds)
+            z = moved * solve_noise_multiplier(
+                settings.target_epsilon,
+                settings.delta,
+                sampling,
+                rounds if correlation is None else 1,
+                settings.accountant,
+            )
+        if correlation is not None and correlation.rounded and z > MOST_BANDED_NOISE:
+            raise SettingsError(
+                [
+                    f'privacy.mechanism = "banded" with a noise multiplier of {z:.4g}: above '
+                    f'{MOST_BANDED_NOISE:g} its whole numbers could overflow; use "tree", or less noise'
+                ]
             )
         plan = cls(
             z,
@@ -95,6 +133,8 @@ class ClientLevelPlan:
             settings.clip_quantile,
             settings.clip_learning_rate,
             settings.clip_count_noise or cohort / 20,
+            settings.mechanism,
+            correlation,
         )
         try:
             plan.sum_multiplier  # noqa: B018
@@ -120,8 +160,86 @@ class ClientLevelPlan:
     @property
     def promised(self) -> Spent:
         """What all planned rounds cost."""
-        planned = [Releases(self.noise_multiplier, self.sampling, self.rounds)]
-        return epsilon(planned, self.delta, self.accountant)
+        return epsilon(self._planned, self.delta, self.accountant)
+
+    @property
+    def _planned(self) -> list[Releases]:
+        if self.correlation is None:
+            return [Releases(self.noise_multiplier, self.sampling, self.rounds)]
+        return self._together(range(1, self.rounds + 1), self.noise_multiplier)
+
+    def _together(self, rounds: Iterable[int], z: float) -> list[Releases]:
+        """Return releases of rounds as one with Gaussian noise."""
+        assert self.correlation is not None, "asked for where the draw bounds a client's rounds"
+        moved = self.correlation.total(rounds)
+        return [Releases(z / moved, self.sampling, 1)] if moved else []
+
+    @property
+    def compose(self) -> Callable[[Entries], list[Releases]] | None:
+        """How the ledger's lines are accounted; ``None`` for each by itself."""
+        return None if self.correlation is None else self._composed
+
+    def _composed(self, entries: Entries) -> list[Releases]:
+        least = min((entry["noise_multiplier"] for entry in entries), default=0.0)
+        return self._together((entry["round"] for entry in entries), least)
+
+    @property
+    def neighbours(self) -> str:
+        """The relation of the statement, as records name it.
+
+        Where a draw of fixed size bounds a client's rounds, another would be drawn in the place of one
+        that is not there. The client's changes are hidden, and not that it was drawn.
+        """
+        return NEIGHBOURS if self.correlation is None else ZERO_OUT
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What records and the ledger say of noise and draws, where the draw bounds a client's rounds."""
+        own = self.correlation
+        if own is None:
+            return {}
+        places = own.participation
+        found: dict[str, Any] = {
+            "mechanism": self.mechanism,
+            "min_separation": places.separation,
+            "max_participations": places.most,
+            "planned_rounds": places.rounds,
+            "sensitivity": own.sensitivity(places.rounds),
+        }
+        return {**found, "bands": own.bands} if isinstance(own, Banded) else found
+
+    def deviation(self, numbers: int) -> float:
+        """Return the standard deviation of a round's own noise, in steps of the grid.
+
+        Where parts of earlier noise are rounded, a client moves each number of each release by less than
+        a step more, and all of them by sqrt(releases numbers) steps; the noise is as much larger.
+
+        Args:
+            numbers: d, of a client's change.
+        """
+        steps = self.sum_multiplier * GRID
+        if self.correlation is None or not self.correlation.rounded:
+            return steps
+        return steps * (1 + math.sqrt(MOST_REPEATED * self.rounds * numbers) / GRID)
+
+    @property
+    def noise_of_rounds(self) -> tuple[float, float]:
+        """Standard deviations over z C of the noise that rounds add, and that the sum of all has.
+
+        The first is the root of the mean square over all rounds.
+        """
+        if self.correlation is None:
+            return 1.0, math.sqrt(self.rounds)
+        single, whole = self.correlation.variances()
+        return math.sqrt(float(single.mean())), math.sqrt(float(whole[-1]))
+
+    def _as_planned(self, releases: list[Releases]) -> bool:
+        """Return whether releases cost no more than those that are planned, without an accountant."""
+        if self.correlation is not None:
+            least = self._planned[0].noise_multiplier
+            return all(own.noise_multiplier >= least for own in releases)
+        planned = Releases(self.noise_multiplier, self.sampling, 1)
+        return len(releases) <= self.rounds and all(own == planned for own in releases)
 
     def require_budget(self, releases: list[Releases]) -> None:
         """Check that releases are within the budget.
@@ -131,8 +249,7 @@ class ClientLevelPlan:
         """
         if self.target_epsilon is None:
             return
-        planned = Releases(self.noise_multiplier, self.sampling, 1)
-        if len(releases) <= self.rounds and all(own == planned for own in releases):
+        if self._as_planned(releases):
             return  # the noise was solved for these
         spent = epsilon(releases, self.delta, self.accountant).epsilon
         if spent > self.target_epsilon:
@@ -141,6 +258,36 @@ class ClientLevelPlan:
                 f"{self.target_epsilon:g}: rounds were repeated with other answers, each of which costs "
                 "as a release of its own. Nothing more is released; start a new run with a larger budget"
             )
+
+
+def participation_of(
+    settings: PrivacySettings, members: int, cohort: int, rounds: int
+) -> Participation:
+    """Return in which rounds a client may take part, where the draw bounds that.
+
+    Args:
+        settings: With ``separates``.
+        members: N.
+        cohort: Clients that are drawn for a round.
+        rounds: T.
+    """
+    separation = settings.min_separation or max(1, members // cohort)
+    return Participation.of(rounds, separation, settings.max_participations)
+
+
+def _correlation(
+    settings: PrivacySettings, members: int, cohort: int, rounds: int
+) -> Correlation | None:
+    """Return how noise of rounds is correlated, where the draw bounds a client's rounds."""
+    if not settings.separates:
+        return None
+    participation = participation_of(settings, members, cohort, rounds)
+    if settings.mechanism == "tree":
+        return Tree(participation)
+    if settings.mechanism == "banded":
+        bands = settings.bands
+        return Banded(participation, min(bands, rounds)) if bands else Banded.best(participation)
+    return Banded(participation, 1)
 
 
 class PrivateMean:
@@ -157,6 +304,13 @@ class PrivateMean:
         """Begin with the clip of the first round."""
         self.plan, self._source, self.ledger = plan, source, ledger
         self.clip, self.latest = plan.clip, 0
+        own = plan.correlation
+        self._chain = NoiseChain(own, self._drawn) if own is not None and own.coupled else None
+
+    def _drawn(self, round: int, digest: bytes, total: ClippedSum) -> dict[str, Integers]:
+        """Return a round's own noise, for a release with a hash and a sum of such shapes, in steps."""
+        noise = self._source.stream("sum of changes", round, SERVER, digest)
+        return total.drawn(self.plan.deviation(total.numbers), noise)
 
     def mean(self, updates: Iterable[Tensors], start: Tensors, round: int) -> Tensors:
         """Return start + (clipped sum of changes + noise) / (q N).
@@ -170,20 +324,37 @@ class PrivateMean:
             PrivacyError: The budget would be passed.
             OutputError: The ledger cannot be written.
         """
-        plan = self.plan
-        total = ClippedSum.empty(start, self.clip)
+        plan, total, chain = self.plan, ClippedSum.empty(start, self.clip), self._chain
         for update in updates:
             total.add(update)
-        digest = self._source.digest(total.content())
+        if chain is None:
+            digest = self._source.digest(total.content())
+        else:
+            chain.require(round, total)
+            self._require_few()
+            digest = self._source.digest([*chain.content(), *total.content()])
         self.ledger.spend(round, plan.noise_multiplier, plan.sampling, digest, plan.require_budget)
-        noise = self._source.stream("sum of changes", round, SERVER, digest)
-        found = total.noised_mean(plan.sum_multiplier, plan.expected, noise)
+        draw = self._drawn if chain is None else chain.next
+        drawn = draw(round, digest, total)
+        found = total.moved(drawn, plan.expected)
         if plan.quantile is not None:
             noise = self._source.stream("number within the clip", round, SERVER, digest)
             share = total.noised_share(plan.count_noise, plan.expected, noise)
             self.clip = next_clip(self.clip, share, plan.quantile, plan.clip_rate)
         self.latest = round
         return found
+
+    def _require_few(self) -> None:
+        """Check that there are not more releases than a round's own noise is large enough for.
+
+        Raises:
+            PrivacyError: There are.
+        """
+        if len(self.ledger.entries) >= MOST_REPEATED * self.plan.rounds:
+            raise PrivacyError(
+                f"{self.ledger.path} has {MOST_REPEATED} times the releases that were planned: rounds "
+                "were repeated with other answers too often; start a new run"
+            )
 
     def require_released(self, round: int) -> None:
         """Check that the state of a round came of :meth:`mean`, before it is sent to anybody.
@@ -204,7 +375,8 @@ class PrivateMean:
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it, as plain JSON: numbers that were released."""
-        return {"clip": self.clip, "ledger": self.ledger.position}
+        found = {"clip": self.clip, "ledger": self.ledger.position}
+        return found if self._chain is None else {**found, "chain": self._chain.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint keeps.
@@ -214,3 +386,5 @@ class PrivateMean:
         """
         self.ledger.require(saved["ledger"])
         self.clip = float(saved["clip"])
+        if self._chain is not None:
+            self._chain.restore(saved["chain"], self.ledger)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedloom.privacy.correlation import MOST_BANDS
 from fedloom.privacy.secure_aggregation.quantisation import LEAST_BITS, MOST_BITS
 from fedloom.settings.schema import Of, Settings
 
@@ -17,6 +18,9 @@ Unit = Literal["client", "row"]
 """Whose presence is hidden: all of a client, or one of its rows."""
 
 Profile = Literal["research", "consortium", "regulated"]
+
+Mechanism = Literal["independent", "tree", "banded"]
+"""How the noise of rounds is correlated."""
 
 PROFILES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -62,6 +66,22 @@ class PrivacySettings(Settings):
     """Standard deviation of the noise on the number of clients within the clip, which the noise on the
     sum pays for: above half the noise multiplier (default: a twentieth of the clients expected in a
     round)."""
+    mechanism: Mechanism = "independent"
+    """For unit = "client": noise that is "independent" in each round, or correlated over
+    rounds, of which less is left in the sum of all (DP-FTRL): by a binary "tree", or by a "banded" matrix
+    factorisation, which leaves less than the tree."""
+    min_separation: int | None = Field(default=None, ge=1)
+    """For unit = "client": rounds from one in which a client takes part to its next at least. With it, or
+    with another mechanism than "independent", clients are drawn so in place of by coins (default: clients
+    / clients_per_round, rounded down)."""
+    max_participations: int | None = Field(default=None, ge=1)
+    """For unit = "client": rounds that a client takes part in at most, with the same draw (default: as
+    many as min_separation leaves)."""
+    bands: Annotated[int | None, Of("privacy.mechanism", ("banded",))] = Field(
+        default=None, ge=1, le=MOST_BANDS
+    )
+    """Rounds that noise of "banded" reaches over; each but the first keeps as many numbers in memory as
+    are sent (default: of up to 16 those with the least error)."""
     amplification: bool = False
     """Whether drawing clients by coins makes epsilon smaller. It must be false: the records of a run name
     the clients of each round, and against whoever reads them there is no amplification."""
@@ -105,6 +125,15 @@ class PrivacySettings(Settings):
         """Whether clients' own steps have noise from a secret key."""
         return self.unit == "row" and not self.seeded
 
+    @property
+    def separates(self) -> bool:
+        """Whether clients are drawn so that bounds on the rounds of each hold, in place of by coins."""
+        return self.unit == "client" and (
+            self.mechanism != "independent"
+            or self.min_separation is not None
+            or self.max_participations is not None
+        )
+
     def contradictions(self) -> Iterator[str]:
         """Yield what in this section contradicts itself."""
         if self.secure_aggregation and self.unit == "client":
@@ -130,6 +159,17 @@ class PrivacySettings(Settings):
         for name in ("clip_quantile", "clip_count_noise"):
             if getattr(self, name) is not None and self.unit != "client":
                 yield f'privacy.{name} goes with privacy.unit = "client" alone'
+        for name in ("mechanism", "min_separation", "max_participations"):
+            if getattr(self, name) not in (None, "independent") and self.unit != "client":
+                yield (
+                    f"privacy.{name} is about the rounds of clients: it goes with "
+                    'privacy.unit = "client" alone'
+                )
+        if self.clip_quantile is not None and self.mechanism != "independent":
+            yield (
+                f'privacy.clip_quantile: with privacy.mechanism = "{self.mechanism}" the noise of a '
+                "round takes back that of others, and needs their clip: leave clip_quantile out"
+            )
         if self.clip_count_noise is not None and self.clip_quantile is None:
             yield "privacy.clip_count_noise is read where privacy.clip_quantile is given: give both"
         if self.column is not None and self.unit != "row":

@@ -50,12 +50,33 @@ def promises(said: Sequence[str]) -> bool:
     return promised and not any(NOT_PRIVATE in sentence for sentence in said)
 
 
+MECHANISMS = {
+    "independent": "noise of each round by itself",
+    "tree": "noise correlated over rounds by a binary tree",
+    "banded": "noise correlated over {bands} rounds (banded matrix factorisation)",
+}
+"""How the noise of rounds is correlated, in words."""
+
+
+def _bounded(record: Mapping[str, Any]) -> str:
+    """Return which rounds a client takes part in by the draw, and what its rounds move together."""
+    most, apart = record["max_participations"], record["min_separation"]
+    separated = f", {apart} or more apart" if apart > 1 else ""
+    return (
+        f"{MECHANISMS[record['mechanism']].format(**record)}; a client is drawn in at most {most} of "
+        f"{record['planned_rounds']} rounds{separated}, and moves all releases together by at most "
+        f"{record['sensitivity']:.4g} clips"
+    )
+
+
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Return what ``summary.json`` holds under ``privacy`` in sentences: who learns what, and what not.
 
     Args:
         record: With unit, epsilon (``None`` where there is no bound), delta, noise_multiplier, clip,
-            sampling, steps, accountant, neighbours, seeded and not_covered.
+            sampling, steps, accountant, neighbours, seeded and not_covered; where the draw bounds a
+            client's rounds also mechanism, min_separation, max_participations, planned_rounds and
+            sensitivity.
     """
     found = []
     if record["seeded"]:
@@ -70,6 +91,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     if record["unit"] != "client":
         who += ", the coordinator among them,"
         of = f"{steps} noisy steps at the client that spends most"
+    elif "sensitivity" in record:
+        of += f", {_bounded(record)}"
     numbers = (
         f"noise multiplier {record['noise_multiplier']:.4g}, clip {record['clip']:.4g}, sampling counted "
         f"as {record['sampling']:.4g}"

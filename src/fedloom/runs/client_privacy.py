@@ -13,12 +13,11 @@ from typing import Any
 
 from fedloom.errors import PrivacyError
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.selection import Poisson, Selection, make_selection
+from fedloom.federation.selection import Poisson, Selection, Separated, make_selection
 from fedloom.methods import METHODS
-from fedloom.privacy.accounting import NEIGHBOURS
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
-from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean
+from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean, participation_of
 from fedloom.privacy.statement import sentences
 from fedloom.storage.run_folder import RunFolder
 
@@ -30,11 +29,14 @@ RUN = "client-level"
 
 
 def selection_of(experiment: Experiment) -> Selection:
-    """Return what draws the clients of each round: under client-level privacy each by its own coin."""
-    if experiment.privacy.unit == "client":
-        federation = experiment.federation
-        return Poisson(min(1.0, federation.cohort_size / _members(experiment)))
-    return make_selection(experiment.selection)
+    """Return what draws the clients of each round: under client-level privacy what is accounted for."""
+    if experiment.privacy.unit != "client":
+        return make_selection(experiment.selection)
+    federation, members = experiment.federation, _members(experiment)
+    if not experiment.privacy.separates:
+        return Poisson(min(1.0, federation.cohort_size / members))
+    own = participation_of(experiment.privacy, members, federation.cohort_size, federation.rounds)
+    return Separated(own.separation, own.most)
 
 
 class RunPrivacy:
@@ -91,7 +93,8 @@ class RunPrivacy:
         if own.privacy.seeded:
             source = NoiseSource.seeded(own.federation.seed, RUN)
         elif done == own.federation.rounds and not key.exists():
-            return PrivateMean(self.plan, NoiseSource.fresh(RUN), PrivacyLedger(path))
+            ledger = PrivacyLedger(path, compose=self.plan.compose)
+            return PrivateMean(self.plan, NoiseSource.fresh(RUN), ledger)
         else:
             if not path.exists():
                 key.unlink(missing_ok=True)
@@ -102,11 +105,12 @@ class RunPrivacy:
             "target_epsilon": self.plan.target_epsilon,
             "clip": self.plan.clip,
             "members": self.plan.members,
-            "neighbours": NEIGHBOURS,
+            "neighbours": self.plan.neighbours,
             "seeded": own.privacy.seeded,
             "commitment": source.commitment,
+            **self.plan.facts,
         }
-        return PrivateMean(self.plan, source, PrivacyLedger(path, facts))
+        return PrivateMean(self.plan, source, PrivacyLedger(path, facts, self.plan.compose))
 
     def promise(self, private: PrivateMean | None = None, numbers: int = 0) -> dict[str, Any]:
         """Return the record of ``run.json`` and ``summary.json``.
@@ -116,6 +120,7 @@ class RunPrivacy:
             numbers: d, how many numbers a client sends.
         """
         plan = self.plan
+        once, _ = plan.noise_of_rounds
         spent = private.spent() if private is not None else plan.promised
         record: dict[str, Any] = {
             "unit": "client",
@@ -126,12 +131,14 @@ class RunPrivacy:
             "sampling": plan.sampling,
             "steps": len(private.ledger.entries) if private is not None else plan.rounds,
             "accountant": spent.accountant,
-            "neighbours": NEIGHBOURS,
+            "neighbours": plan.neighbours,
             "seeded": self._experiment.privacy.seeded,
             "drawn": plan.rate,
             "target_epsilon": plan.target_epsilon,
             "clip_quantile": plan.quantile,
-            "noise_to_signal": plan.noise_multiplier * math.sqrt(numbers) / plan.expected,
+            "mechanism": plan.mechanism,
+            **plan.facts,
+            "noise_to_signal": once * plan.noise_multiplier * math.sqrt(numbers) / plan.expected,
             "not_covered": _not_covered(self._experiment),
         }
         return {**record, "sentences": sentences(record)}

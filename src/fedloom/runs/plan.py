@@ -80,6 +80,7 @@ def _ahead(
     if selection.informed:  # whom it draws follows from what is told by then
         selection = Uniform(UniformSettings())
     for round in range(1, federation.rounds + 1):
+        selection.begin(round, {})
         cohort = draw(selection, presence, federation.drawn, federation.seed, round)
         presence = presence.closed(round, cohort, ())
         first = new.intersection(cohort) if scores and round > done else set()

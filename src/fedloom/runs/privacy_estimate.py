@@ -51,7 +51,9 @@ def privacy_advice(
         record = of_clients.promise(numbers=numbers)
         return [
             *record["sentences"],
-            *_noise_beside_signal(record, numbers, of_clients.plan.expected),
+            *_noise_beside_signal(
+                record, numbers, of_clients.plan.expected, of_clients.plan.noise_of_rounds
+            ),
         ]
     local = parts.local
     hidden = row_privacies(
@@ -70,13 +72,20 @@ def privacy_advice(
     ]
 
 
-def _noise_beside_signal(record: dict[str, Any], numbers: int, expected: float) -> list[str]:
+def _noise_beside_signal(
+    record: dict[str, Any],
+    numbers: int,
+    expected: float,
+    factors: tuple[float, float] | None = None,
+) -> list[str]:
     """Return how long noise is beside the longest signal, at once and over the run.
 
     Args:
         record: Of what would be stated.
         numbers: d, numbers that are trained.
         expected: Units whose clipped changes a sum has on average.
+        factors: Noise of a release and of their sum, over that of a single one (default: 1 and the root
+            of their number).
     """
     z, steps = record["noise_multiplier"], max(1, record["steps"])
     what, many = (
@@ -84,8 +93,9 @@ def _noise_beside_signal(record: dict[str, Any], numbers: int, expected: float) 
         if record["unit"] == "client"
         else ("step", "larger batches")
     )
-    once = z * math.sqrt(numbers) / expected
-    whole = once / math.sqrt(steps)
+    one, all_of_them = factors or (1.0, math.sqrt(steps))
+    single = z * math.sqrt(numbers) / expected
+    once, whole = one * single, all_of_them * single / steps
     said = (
         f"Noise and signal (derived): with {human_count(numbers)} trained numbers the noise of a {what} "
         f"is {once:.3g} times as long as the longest mean change can be ({expected:.4g} units expected), "

@@ -781,8 +781,8 @@ class _Run:
         found = {"files": self.marks.now(), "audit": self.audit.position}
         if self.best is not None:
             found["best"] = self.best.saved()
-        if self.selection.informed:
-            found["selection"] = self.selection.saved()
+        if kept := self.selection.saved():
+            found["selection"] = kept
         return found if self.private is None else found | {"privacy": self.private.saved()}
 
     def _save(self, last: _Finished) -> None:

@@ -49,6 +49,15 @@ def optimizer_anew(view: ExperimentView, why: str) -> Iterator[str]:
         yield f"training.keep_optimizer_state: method.name = {view.name!r} {why}"
 
 
+def noise_of_each_round(view: ExperimentView, why: str) -> Iterator[str]:
+    """Yield that the noise of a round cannot take back that of the round before, and why."""
+    if view.privacy is not None and view.privacy.mechanism != "independent":
+        yield (
+            f'privacy.mechanism = "{view.privacy.mechanism}": method.name = {view.name!r} {why}, where '
+            'noise of earlier rounds cannot be taken back: use "independent"'
+        )
+
+
 def whole_answers(view: ExperimentView, why: str) -> Iterator[str]:
     """Yield that the server cannot shorten a client's answer, and why."""
     if view.admission is not None and view.admission.on_excess == "clip":
