@@ -24,6 +24,8 @@ ALTERNATELY = {"method": {"name": "fedrep"}}
 
 LION = dict.fromkeys(("beta1", "beta2"), " or 'lion'")
 
+HIDDEN = {"unit": "client", "delta": 1e-3, "noise_multiplier": 1.0}
+
 CASES = {
     "training.loraplus_lr_ratio": (
         {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
@@ -196,6 +198,11 @@ CASES = {
         )
         for name, value in (("sum_bits", 20), ("sum_bound", 0.5), ("sum_rounding", "nearest"))
     },
+    "privacy.bands": (
+        {"privacy": {**HIDDEN, "mechanism": "tree", "bands": 3}},
+        "privacy.bands = 3 does nothing: it is read where privacy.mechanism is 'banded', which is 'tree'",
+        {"privacy": {**HIDDEN, "mechanism": "banded", "bands": 3}},
+    ),
     "public.rows": (
         {"public": {"rows": 8}},
         "public.rows = 8 does nothing: this method has no public rows",

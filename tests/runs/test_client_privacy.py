@@ -8,19 +8,24 @@ import stat
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import dp_accounting
 import dp_accounting.rdp
+import numpy as np
 import pytest
 import torch
 
 from fedloom.errors import CheckpointError, PrivacyError, SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.presence import Presence
+from fedloom.federation.selection import draw
 from fedloom.methods import METHODS
 from fedloom.privacy.accounting import Releases, epsilon
+from fedloom.privacy.correlation import Banded, Participation
 from fedloom.reports.run_page import write_report
 from fedloom.runs import run as runs
-from fedloom.runs.client_privacy import key_file
+from fedloom.runs.client_privacy import key_file, selection_of
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.storage.run_folder import RunFolder
@@ -150,6 +155,28 @@ def test_other_methods_are_refused_with_their_reason(private, name):
         ({"privacy": {"amplification": True}}, "sampling hides nobody"),
         ({"privacy": {"target_epsilon": 3.0}}, "give one of privacy.noise_multiplier"),
         ({"privacy": {"clip_count_noise": 3.0}}, "give both"),
+        ({"privacy": {"mechanism": "tree", "clip_quantile": 0.5}}, "leave clip_quantile out"),
+        (
+            {"privacy": {"min_separation": 3}},
+            "every 3 rounds need 6 clients, and there are 4: give 2 at",
+        ),
+        (
+            {"privacy": {"max_participations": 1}, "federation": {"rounds": 3}},
+            "3 rounds with federation.clients_per_round = 2 need 6 participations, and 4 clients have 4",
+        ),
+        (
+            {"privacy": {"mechanism": "banded"}, "method": {"name": "rolora"}},
+            "trains another factor in the next round, where noise of earlier rounds",
+        ),
+        (
+            {"privacy": {"mechanism": "tree"}, "method": {"name": "fedsvd"}},
+            "changes the coordinates of B between rounds, where noise of earlier rounds",
+        ),
+        (
+            {"privacy": {"mechanism": "tree", "unit": "row"}},
+            "privacy.mechanism is about the rounds of",
+        ),
+        ({"privacy": {"max_participations": 0}}, "greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_private_is_refused_before_anything_is_read(private, sections, words):
@@ -293,11 +320,64 @@ def test_twenty_rounds_killed_twice_cost_what_one_direct_call_says(private, tmp_
     assert own["epsilon"] == direct.get_epsilon(1e-2)
 
 
-def test_poisson_cohorts_have_the_rate_of_the_accountant(private):
-    from fedloom.federation.presence import Presence
-    from fedloom.federation.selection import draw
-    from fedloom.runs.client_privacy import selection_of
+CORRELATED = {
+    "privacy": {"mechanism": "banded", "min_separation": 2, "seeded": True},
+    "federation": {"rounds": 4},
+    "evaluation": {"every": 4, "per_client": False},
+}
 
+
+@pytest.mark.slow
+def test_noise_that_is_correlated_over_rounds_survives_a_kill(private, tmp_path, monkeypatch):
+    """The run that was killed after round 3 ends with the bits of the one that was not."""
+    quiet, folder = tmp_path / "quiet", tmp_path / "stopped"
+    own = {name: dict(section) for name, section in CORRELATED.items()}
+    privacy = own.pop("privacy")
+    run_experiment(private(privacy, **own, output={"folder": str(quiet)}), observer=Silent())
+    killed = private(privacy, **own, output={"folder": str(folder)})
+    stopped_after(3, killed, folder, monkeypatch, "saved")
+    resume_run(folder)
+    assert weights(folder) == weights(quiet)
+    assert lines(folder, "privacy.jsonl") == lines(quiet, "privacy.jsonl")
+    cohorts = [set(record["clients"]) for record in lines(folder, "rounds.jsonl")[1:]]
+    assert cohorts[0].isdisjoint(cohorts[1]) and cohorts[2].isdisjoint(cohorts[3])
+    assert [len(cohort) for cohort in cohorts] == [2] * 4
+    stated = read(folder, "summary.json")["privacy"]
+    assert (stated["steps"], stated["max_participations"], stated["min_separation"]) == (4, 2, 2)
+    moved = Banded(Participation.of(4, 2, None), stated["bands"]).sensitivity(4)
+    assert stated["sensitivity"] == moved and stated["bands"] > 1
+    assert stated["epsilon"] == epsilon([Releases(1.0 / moved, 1, 1)], 1e-2, "rdp").epsilon
+    assert stated["neighbours"] == "one with all its changes zero" and stated["sampling"] == 1
+    assert "in at most 2 of 4 rounds, 2 or more apart" in "".join(stated["sentences"])
+
+
+@pytest.mark.parametrize("away", [0.0, 0.6])
+def test_a_draw_keeps_the_rounds_of_each_client_apart_and_few(private, away):
+    """Whoever is there, and with a restart in the middle."""
+    own: Experiment = private(
+        {"mechanism": "tree", "min_separation": 4, "max_participations": 30},
+        federation={"clients": 40, "clients_per_round": 8, "rounds": 120},
+    )
+    rng, selection, taken = np.random.default_rng(0), selection_of(own), dict[int, list[int]]()
+    presence = Presence.of(dict.fromkeys(range(40), 5))
+    for round in range(1, 121):
+        if round == 60:
+            saved = json.loads(json.dumps(selection.saved()))
+            selection = selection_of(own)
+            selection.restore(saved)
+        there = presence.without([c for c in range(40) if rng.random() < away])
+        selection.begin(round, {})
+        cohort = draw(selection, there, 8, 0, round)
+        assert len(cohort) == 8 if not away else len(cohort) <= 8
+        for client in cohort:
+            taken.setdefault(client, []).append(round)
+    assert max(map(len, taken.values())) <= 30
+    assert min(b - a for own in taken.values() for a, b in pairwise(own)) >= 4
+    if not away:
+        assert {len(own) for own in taken.values()} == {24}  # 120 * 8 / 40: the draw is even
+
+
+def test_poisson_cohorts_have_the_rate_of_the_accountant(private):
     own: Experiment = private(federation={"clients": 40, "clients_per_round": 10})
     presence = Presence.of(dict.fromkeys(range(40), 5))
     away = presence.without([7])

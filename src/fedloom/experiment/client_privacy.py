@@ -63,8 +63,8 @@ def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
 def _rounds_of_clients(parts: Mapping[str, Any]) -> Iterator[str]:
     """Yield bounds on the rounds of a client that leave too few clients for a round."""
     federation, privacy = parts["federation"], parts["privacy"]
-    newcomers = parts["clients"].newcomers if "clients" in parts else ()
-    members, drawn = federation.clients - len(set(newcomers)), federation.cohort_size
+    unseen = set(parts["clients"].newcomers) if "clients" in parts else set()
+    members, drawn = federation.clients - len(unseen), federation.cohort_size
     apart, most = privacy.min_separation, privacy.max_participations
     asked = f"federation.clients_per_round = {drawn}"
     if apart is not None and apart * drawn > members:

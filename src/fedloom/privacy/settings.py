@@ -69,7 +69,7 @@ class PrivacySettings(Settings):
     mechanism: Mechanism = "independent"
     """For unit = "client": noise that is "independent" in each round, or correlated over
     rounds, of which less is left in the sum of all (DP-FTRL): by a binary "tree", or by a "banded" matrix
-    factorisation, which leaves less than the tree."""
+    factorisation, which leaves less than the tree in most plans."""
     min_separation: int | None = Field(default=None, ge=1)
     """For unit = "client": rounds from one in which a client takes part to its next at least. With it, or
     with another mechanism than "independent", clients are drawn so in place of by coins (default: clients

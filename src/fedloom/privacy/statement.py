@@ -61,9 +61,10 @@ MECHANISMS = {
 def _bounded(record: Mapping[str, Any]) -> str:
     """Return which rounds a client takes part in by the draw, and what its rounds move together."""
     most, apart = record["max_participations"], record["min_separation"]
+    mechanism = "independent" if record.get("bands") == 1 else record["mechanism"]
     separated = f", {apart} or more apart" if apart > 1 else ""
     return (
-        f"{MECHANISMS[record['mechanism']].format(**record)}; a client is drawn in at most {most} of "
+        f"{MECHANISMS[mechanism].format(**record)}; a client is drawn in at most {most} of "
         f"{record['planned_rounds']} rounds{separated}, and moves all releases together by at most "
         f"{record['sensitivity']:.4g} clips"
     )
