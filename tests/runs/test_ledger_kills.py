@@ -17,6 +17,7 @@ import dp_accounting
 import dp_accounting.rdp
 import pytest
 
+from fedloom.privacy.correlation import Banded, Participation
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.row_ledger import RowLedger
 from sampling import drawn, tries
@@ -65,6 +66,7 @@ main()
 UNITS = {
     "client": {"unit": "client", "delta": 1e-2, "clip": 0.5},
     "row": {"unit": "row", "delta": 1e-3},
+    "banded": {"unit": "client", "delta": 1e-2, "clip": 0.5, "mechanism": "banded", "bands": 3},
 }
 
 
@@ -90,7 +92,7 @@ def releases(noted):
 
 def counted(folder, unit):
     """The releases that the ledgers hold, by client (-1: the server)."""
-    if unit == "client":
+    if unit != "row":
         path = folder / "privacy.jsonl"
         return {-1: len(PrivacyLedger(path).entries) if path.exists() else 0}
     return {int(own.stem): len(RowLedger(own)) for own in (folder / "privacy").glob("*.txt")}
@@ -106,7 +108,21 @@ def drawn_by(noted, unit):
     return found
 
 
-@pytest.mark.parametrize("unit", UNITS)
+def cost(unit, own, folder, rounds):
+    """epsilon at a client by dp-accounting alone."""
+    direct, steps = dp_accounting.rdp.RdpAccountant(), own["steps"]
+    event = dp_accounting.GaussianDpEvent(1.0)
+    if unit == "row":
+        event = dp_accounting.PoissonSampledDpEvent(own["sampling"], event)
+    elif unit == "banded":  # one release of all rounds
+        held = [entry["round"] for entry in PrivacyLedger(folder / "privacy.jsonl").entries]
+        moved = Banded(Participation.of(rounds, 1, None), 3).total(held)
+        event, steps = dp_accounting.GaussianDpEvent(1.0 / moved), 1
+    direct.compose(event, steps)
+    return direct
+
+
+@pytest.mark.parametrize("unit", ["client", "row", pytest.param("banded", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kills", tries(2, 20))
 def test_killed_at_random_moments_it_never_counts_too_little_nor_twice(
     experiment, tmp_path, unit, kills
@@ -150,12 +166,7 @@ def test_killed_at_random_moments_it_never_counts_too_little_nor_twice(
     if not differing:
         assert held == real
     stated = json.loads((folder / "summary.json").read_text())["privacy"]
-    costs = [stated] if unit == "client" else stated["clients"].values()
+    costs = [stated] if unit != "row" else stated["clients"].values()
     assert [own["steps"] for own in costs] == [held[party] for party in sorted(held)]
     for own in costs:
-        direct = dp_accounting.rdp.RdpAccountant()
-        event = dp_accounting.GaussianDpEvent(1.0)
-        if unit == "row":
-            event = dp_accounting.PoissonSampledDpEvent(own["sampling"], event)
-        direct.compose(event, own["steps"])
-        assert own["epsilon"] == direct.get_epsilon(stated["delta"])
+        assert own["epsilon"] == cost(unit, own, folder, rounds).get_epsilon(stated["delta"])
