@@ -174,6 +174,23 @@ def test_repeated_rounds_of_correlated_noise_stop_before_the_budget_is_passed(tm
     assert again.spent() == private.spent()
 
 
+def test_a_client_in_more_rounds_than_are_accounted_is_refused_before_anything_is_spent(tmp_path):
+    own = plan(noise_multiplier=1.0, rounds=9, min_separation=2, max_participations=2)
+    private = made(tmp_path, own)
+    private.mean(updates(1, 1), START, 1, [3, 4])
+    with pytest.raises(PrivacyError, match=r"clients \[4\] would take part more often"):
+        private.mean(updates(1, 1), START, 2, [4, 5])
+    private.mean(updates(1), START, 3, [4])
+    resumed = made(tmp_path, own)
+    resumed.restore(private.saved())
+    for clients in ([4], [3, 3]):  # a third time; twice in one round
+        with pytest.raises(
+            PrivacyError, match="in 2 rounds at most, 2 or more apart, once in each"
+        ):
+            resumed.mean(updates(1), START, 5, clients)
+    assert len(resumed.ledger.entries) == 2
+
+
 def test_banded_noise_that_is_too_large_is_refused():
     with pytest.raises(SettingsError, match="above 1000"):
         plan(noise_multiplier=2000.0, **CORRELATED[1])

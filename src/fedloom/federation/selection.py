@@ -20,6 +20,8 @@ from fedloom.federation.power_of_choice import PowerOfChoice, PowerOfChoiceSetti
 from fedloom.federation.presence import Presence
 from fedloom.federation.selection_contract import Selection as Selection
 from fedloom.federation.selection_contract import Told, first, in_proportion
+from fedloom.privacy.correlation import Participation
+from fedloom.privacy.participations import Participations
 from fedloom.randomness import generator
 from fedloom.settings.plugins import Choices, undefined
 from fedloom.settings.schema import NamedSettings
@@ -130,19 +132,14 @@ class Separated(Selection):
     ``privacy.unit = "client"`` alone. Whoever is drawn takes part, also if no answer comes. Those that
     took part in the fewest rounds come first; those that are alike, uniformly. Where fewer can be drawn
     than are asked for, there may be nobody.
-
-    Attributes:
-        separation: b, rounds from one in which a client is drawn to its next at least.
-        most: k, rounds in which it is drawn at most.
     """
 
     exact = False
 
-    def __init__(self, separation: int, most: int) -> None:
-        """Take the bounds, each at least 1."""
+    def __init__(self, bounds: Participation) -> None:
+        """Take the bounds."""
         super().__init__(NamedSettings())
-        self.separation, self.most, self._round = separation, most, 0
-        self._drawn: dict[int, tuple[int, int]] = {}
+        self._taken, self._round = Participations(bounds), 0
 
     def begin(self, round: int, told: Mapping[int, Told]) -> None:
         """Begin a round; see :class:`Selection`."""
@@ -150,24 +147,19 @@ class Separated(Selection):
 
     def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
         """Return those of the clients that are there and may take part, at most ``size``."""
-        there = [client for client in presence.available if self._may(client)]
-        often = np.array([self._drawn.get(client, (0, 0))[0] for client in there], np.float64)
+        there = [own for own in presence.available if self._taken.may(own, self._round)]
+        often = np.array([self._taken.times(client) for client in there], np.float64)
         drawn = first(there, often + rng.random(len(there)), size)
-        for client in drawn:
-            self._drawn[client] = (self._drawn.get(client, (0, 0))[0] + 1, self._round)
+        self._taken.take(drawn, self._round)
         return drawn
-
-    def _may(self, client: int) -> bool:
-        times, last = self._drawn.get(client, (0, -self.separation))
-        return times < self.most and self._round - last >= self.separation
 
     def saved(self) -> dict[str, Any]:
         """Return how often and when each client was drawn, as plain JSON."""
-        return {"drawn": {str(client): own for client, own in sorted(self._drawn.items())}}
+        return self._taken.saved()
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take what :meth:`saved` returned."""
-        self._drawn = {int(client): (own[0], own[1]) for client, own in saved["drawn"].items()}
+        self._taken.restore(saved)
 
 
 def _lacks(kind: type[Selection]) -> list[str]:

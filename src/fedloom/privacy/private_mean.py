@@ -7,7 +7,7 @@ It puts together the clipped sum (``client_level.py``), the noise (``noise.py``)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedloom.privacy.correlation import Banded, Correlation, Participation, Tree
 from fedloom.privacy.ledger import Entries, PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.noise_chain import NoiseChain
+from fedloom.privacy.participations import Participations
 from fedloom.privacy.settings import Mechanism, PrivacySettings
 from fedloom.tensors import Tensors
 
@@ -306,25 +307,31 @@ class PrivateMean:
         self.clip, self.latest = plan.clip, 0
         own = plan.correlation
         self._chain = NoiseChain(own, self._drawn) if own is not None and own.coupled else None
+        self._taken = Participations(own.participation) if own is not None else None
 
     def _drawn(self, round: int, digest: bytes, total: ClippedSum) -> dict[str, Integers]:
         """Return a round's own noise, for a release with a hash and a sum of such shapes, in steps."""
         noise = self._source.stream("sum of changes", round, SERVER, digest)
         return total.drawn(self.plan.deviation(total.numbers), noise)
 
-    def mean(self, updates: Iterable[Tensors], start: Tensors, round: int) -> Tensors:
+    def mean(
+        self, updates: Iterable[Tensors], start: Tensors, round: int, clients: Collection[int] = ()
+    ) -> Tensors:
         """Return start + (clipped sum of changes + noise) / (q N).
 
         Args:
             updates: What clients sent back for ``start``; perhaps of none.
             start: What they were sent.
             round: From 1.
+            clients: Whose updates they are, where a client's rounds are bounded.
 
         Raises:
-            PrivacyError: The budget would be passed.
+            PrivacyError: The budget would be passed, or a client took part more often than is accounted.
             OutputError: The ledger cannot be written.
         """
         plan, total, chain = self.plan, ClippedSum.empty(start, self.clip), self._chain
+        if self._taken is not None:
+            self._taken.take(clients, round)
         for update in updates:
             total.add(update)
         if chain is None:
@@ -376,6 +383,8 @@ class PrivateMean:
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it, as plain JSON: numbers that were released."""
         found = {"clip": self.clip, "ledger": self.ledger.position}
+        if self._taken is not None:
+            found["participations"] = self._taken.saved()
         return found if self._chain is None else {**found, "chain": self._chain.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -386,5 +395,7 @@ class PrivateMean:
         """
         self.ledger.require(saved["ledger"])
         self.clip = float(saved["clip"])
+        if self._taken is not None:
+            self._taken.restore(saved["participations"])
         if self._chain is not None:
             self._chain.restore(saved["chain"], self.ledger)

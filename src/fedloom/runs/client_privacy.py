@@ -35,8 +35,9 @@ def selection_of(experiment: Experiment) -> Selection:
     federation, members = experiment.federation, _members(experiment)
     if not experiment.privacy.separates:
         return Poisson(min(1.0, federation.cohort_size / members))
-    own = participation_of(experiment.privacy, members, federation.cohort_size, federation.rounds)
-    return Separated(own.separation, own.most)
+    return Separated(
+        participation_of(experiment.privacy, members, federation.cohort_size, federation.rounds)
+    )
 
 
 class RunPrivacy:

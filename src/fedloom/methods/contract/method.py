@@ -284,7 +284,8 @@ class Method(MethodTraits):
         """
         if self.private is not None:
             changed = (reply.payload.tensors for reply in replies)
-            return self.private.mean(changed, start, cohort.round)
+            clients = [reply.client for reply in replies]
+            return self.private.mean(changed, start, cohort.round, clients)
         own = self.aggregation
         if own.rule == "mean":
             known = replies if isinstance(replies, Replies) else Replies(replies)
