@@ -38,8 +38,8 @@ class Participations:
             raise PrivacyError(
                 f"round {round}: clients {wrong or sorted(clients)} would take part more often than "
                 f"epsilon is computed for: in {self.bounds.most} rounds at most, "
-                f"{self.bounds.separation} or more apart, once in each. Nothing of the round is released; a plugin that draws clients or "
-                "carries answers has to keep to the cohort"
+                f"{self.bounds.separation} or more apart, once in each. Nothing of the round is "
+                "released; a plugin that draws clients or carries answers has to keep to the cohort"
             )
         for client in clients:
             self._times[client] = self.times(client) + 1
