@@ -9,17 +9,27 @@ from fedloom.errors import DataError, first_line
 
 
 def read_hub(
-    name: str, split: str, subset: str | None = None, data_dir: str | None = None
+    name: str,
+    split: str,
+    subset: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a set on the Hub with their numbers from 1.
 
     Raises:
         DataError: It cannot be had.
     """
-    return told(name, iter(enumerate(hub_rows(name, split, subset, data_dir), 1)))
+    return told(name, iter(enumerate(hub_rows(name, split, subset, data_dir, revision), 1)))
 
 
-def hub_rows(name: str, split: str, subset: str | None = None, data_dir: str | None = None) -> Any:
+def hub_rows(
+    name: str,
+    split: str,
+    subset: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+) -> Any:
     """Return the rows of a set on the Hub, which has a length and is indexed from 0.
 
     Raises:
@@ -29,12 +39,18 @@ def hub_rows(name: str, split: str, subset: str | None = None, data_dir: str | N
 
     try:
         return datasets.load_dataset(
-            name, subset, data_dir=data_dir, split=split, trust_remote_code=False
+            name,
+            subset,
+            data_dir=data_dir,
+            split=split,
+            revision=revision,
+            trust_remote_code=False,
         )
     except Exception as error:  # datasets raises whatever the network, the Hub or the files raise
         reason = first_line(error)
+        at = "" if revision is None else f", revision {revision!r}"
         raise DataError(
-            f"{name!r} (split {split!r}) cannot be had from the Hub: {reason}\n"
+            f"{name!r} (split {split!r}{at}) cannot be had from the Hub: {reason}\n"
             "a local copy does as well: --set data.source=FILE.jsonl (or .csv, .parquet)"
         ) from error
 

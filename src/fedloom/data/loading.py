@@ -12,20 +12,31 @@ import numpy as np
 
 from fedloom.accounting.quantities import human_count
 from fedloom.data.builtin import BUILTIN_KINDS, builtin_examples
+from fedloom.data.contamination import benchmark_texts, contaminated
 from fedloom.data.continuations import continuations
 from fedloom.data.examples import Example, Preference
+from fedloom.data.mixtures import NOT_DRAWN, REPEATED, mixed_positions
 from fedloom.data.partition import value_of
 from fedloom.data.reader import BadRow, Read, Reader
 from fedloom.data.row_accounting import Account, added
 from fedloom.data.row_files import written_to
 from fedloom.data.sources import BUILTIN_PREFIX, DataSettings, SourceSettings
 from fedloom.data.splits import SAME_ROW, Limit, facts_of, group_keys, row_keys, same, split
-from fedloom.data.stored_rows import RowIndex, are_pairs, digests, joined, take
+from fedloom.data.stored_rows import (
+    RowIndex,
+    are_pairs,
+    digests,
+    joined,
+    label_texts,
+    row_numbers,
+    take,
+)
 from fedloom.errors import DataError
 from fedloom.storage.cache import cache_folder
 
 PAIRS_OF_TEXTS = "texts to pairs (data.continuations)"
 OVER_MOST = "over evaluation.max_examples"
+DUPLICATE = "same text as an earlier row (data.deduplicate)"
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class LoadedData:
         test_account: Of ``data.test_source``, where there is one.
         warnings: What a user should know of the two.
         places: Names of what was read, each with the number before that of its first row.
-        layouts: Which layout was recognised in which files, a line for each.
+        layouts: Which layout was recognised in which files, a line for each, and what a mixture is of.
     """
 
     train: Sequence[Example]
@@ -109,6 +120,8 @@ def load_examples(
     account = Account(read.seen, dict(read.made), len(read.bad), dict(read.dropped))
     test_account = None
     warnings: tuple[str, ...] = ()
+    train, repeated = without_duplicates(train) if settings.deduplicate else (train, {})
+    account = account.dropping(repeated)
     if elsewhere:
         test, test_account = _test_rows(settings, test_kind, judged)
         taken = test if drawing is None else few(test, most, drawing)
@@ -117,6 +130,8 @@ def load_examples(
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
+    train, account, more = _as_mixed(train, test, settings, read, account, rng)
+    warnings = (*warnings, *more)
     return LoadedData(
         train,
         test,
@@ -129,8 +144,68 @@ def load_examples(
         test_account,
         warnings,
         tuple(read.places),
-        tuple(dict.fromkeys((*read.layouts_in_words(), *judged.layouts_in_words()))),
+        tuple(dict.fromkeys((*read.layouts_in_words(), *judged.layouts_in_words(), *read.mixture))),
     )
+
+
+def without_duplicates(rows: Sequence[Example]) -> tuple[Sequence[Example], dict[str, int]]:
+    """Return the first of the rows with one text and one label, and how many others there were."""
+    first: dict[tuple[bytes, str | None], int] = {}
+    for position, key in enumerate(zip(row_keys(rows).tolist(), label_texts(rows), strict=True)):
+        first.setdefault(key, position)
+    lost = len(rows) - len(first)
+    return (take(rows, list(first.values())), {DUPLICATE: lost}) if lost else (rows, {})
+
+
+def _as_mixed(
+    train: Sequence[Example],
+    test: Sequence[Example],
+    settings: DataSettings,
+    read: Read,
+    account: Account,
+    rng: np.random.Generator,
+) -> tuple[Sequence[Example], Account, tuple[str, ...]]:
+    """Return training rows without contaminated ones, as a mixture where domains have weights.
+
+    Args:
+        train: Rows, without those that are held out.
+        test: The global held-out set.
+        settings: Which rows contaminate, and the weights.
+        read: Where each domain's rows end.
+        account: Of the rows so far.
+        rng: Draws the mixture.
+
+    Returns:
+        The rows, their account, and warnings.
+    """
+    warnings: tuple[str, ...] = ()
+    if settings.decontaminate != "off":
+        texts = benchmark_texts(settings)
+        found = contaminated(train, test, texts, settings.decontamination_words)
+        warnings = found.warnings(settings.decontaminate == "drop")
+        if settings.decontaminate == "drop" and found.rows:
+            kept = np.setdiff1d(np.arange(len(train)), found.rows)
+            if not len(kept):
+                raise DataError(
+                    f"data.decontaminate: all {len(train)} training rows share a passage with the "
+                    'held-out rows; look at them with "report", or give more data.decontamination_words'
+                )
+            train = take(train, kept)
+            account = account.dropping({found.reason: len(found.rows)})
+    if settings.weights:
+        owners = np.searchsorted(read.domain_ends, row_numbers(train))
+        drawing = rng.spawn(1)[0]
+        positions, counts = mixed_positions(
+            owners, settings.weights, settings.stopping_strategy, drawing
+        )
+        distinct = len(np.unique(positions))
+        account = account.dropping({NOT_DRAWN: len(train) - distinct})
+        again = {REPEATED: len(positions) - distinct}
+        account = replace(account, made=added(account.made, again))
+        told = ", ".join(f"{name} {human_count(count)}" for name, count in counts.items())
+        read.mixture = (f"mixture ({settings.stopping_strategy}), rows by domain: {told}",)
+        train = take(train, positions)
+    return train, account, warnings
 
 
 def _digest(train: Sequence[Example], test: Sequence[Example]) -> str:
@@ -256,6 +331,7 @@ def _training_rows(
         own = _read_part(settings, part, domain, read, rng, store)
         name = f"data.domains.{domain}.max_rows" if domain else "data.max_rows"
         parts.append(_at_most(own, part.max_rows, name, read, rng))
+        read.domain_ends.append(read.rows)
     return joined(parts), str(settings.kind)
 
 

@@ -38,6 +38,7 @@ from fedloom.data.layouts import (
 from fedloom.data.layouts import in_words as layouts_in_words
 from fedloom.data.row_accounting import added
 from fedloom.data.row_files import HubRows, RowFile, row_file
+from fedloom.data.row_maps import RowMap
 from fedloom.data.row_parsing import (
     Reading,
     make_example,
@@ -114,6 +115,10 @@ class Read:
 
     made: dict[str, int] = field(default_factory=dict)
     places: list[tuple[str, int]] = field(default_factory=list)
+    domain_ends: list[int] = field(default_factory=list)
+    """Number of the last row of each domain."""
+    mixture: tuple[str, ...] = ()
+    """What a mixture is made of, in words."""
 
 
 class Reader:
@@ -146,6 +151,7 @@ class Reader:
         self.meanings = GROUPS.get(kind, ())
         self.met: Counter[str] = Counter()
         self.choices = data.choices
+        self.row_map = RowMap.of(settings, self.section)
 
     def read_all(self, sources: Iterable[str], split: str) -> Sequence[Example]:
         """Read every source; rows of all of them have numbers of their own."""
@@ -172,7 +178,7 @@ class Reader:
         """Read a file, a pattern of files or a set on the Hub, which may give no example."""
         if not is_file(source):
             settings = self.settings
-            hub = HubRows(source, split, settings.subset, settings.data_dir)
+            hub = HubRows(source, split, settings.subset, settings.data_dir, settings.revision)
             return self._part(source, hub)
         if not is_pattern(source):
             path = Path(os.path.expanduser(source))
@@ -201,7 +207,7 @@ class Reader:
         offset = self.so_far.rows
         rows = file.rows()
         first = list(itertools.islice(rows, LOOKED_AT))
-        looked_at = [row for _, row in first if isinstance(row, dict)]
+        looked_at = self.row_map.looked_at(name, [row for _, row in first if isinstance(row, dict)])
         reading = self._reading(name, looked_at) if looked_at else None
         self.met = Counter()
         more = {**(extra or {}), **self.own}
@@ -347,6 +353,7 @@ class Reader:
             raise RowError(f"must be an object with columns, got {type(row).__name__}")
         if any(str(row.get(name)) not in kept for name, kept in self.settings.only.items()):
             raise RowError("not among data.only", malformed=False)
+        row = self.row_map.apply(row)
         own = renamed(row, self.settings.columns, self.settings.template)
         own = self._named_choice(own, reading)
         if met is not None:
@@ -546,7 +553,8 @@ def require_files(settings: DataSettings) -> None:
     Raises:
         DataError: One cannot, or has none.
     """
-    sources = (*settings.all_sources, *((settings.test_source,) if settings.test_source else ()))
+    tests = (settings.test_source,) if settings.test_source else ()
+    sources = (*settings.all_sources, *tests, *settings.benchmarks)
     for source in sources:
         if not is_file(source):
             continue  # built in, the clients', or on the Hub

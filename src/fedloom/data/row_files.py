@@ -89,6 +89,7 @@ class HubRows:
     split: str
     subset: str | None = None
     data_dir: str | None = None
+    revision: str | None = None
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Yield all rows with their numbers from 1."""
@@ -101,7 +102,7 @@ class HubRows:
 
     @cached_property
     def _set(self) -> Any:
-        return hub_rows(self.name, self.split, self.subset, self.data_dir)
+        return hub_rows(self.name, self.split, self.subset, self.data_dir, self.revision)
 
 
 @dataclass

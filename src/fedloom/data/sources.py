@@ -10,9 +10,11 @@ from pydantic import Field
 from fedloom.data.builtin import BUILTIN_KINDS
 from fedloom.data.continuations import ContinuationSettings
 from fedloom.data.examples import Kind
+from fedloom.data.expressions import ExpressionError, parse_expression
 from fedloom.data.files import ENDINGS, NOT_FOUND, STREAMED
 from fedloom.data.labels import wrong_values
 from fedloom.data.layouts import LAYOUTS
+from fedloom.data.mixtures import StoppingStrategy
 from fedloom.settings.schema import Settings
 
 BUILTIN_PREFIX = "builtin:"
@@ -38,6 +40,8 @@ class SourceSettings(Settings):
     labelled; or "clients": each client, on a machine of its own, names its rows itself."""
     subset: str | None = None
     """Configuration of a set on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a set on the Hub (default: its main branch, whatever it holds then)."""
     data_dir: str | None = None
     """Folder of a set on the Hub that keeps its parts in folders."""
     split: str = "train"
@@ -49,6 +53,12 @@ class SourceSettings(Settings):
     """Makes the prompt from your columns: "Question: {question}\\nAnswer:"."""
     only: dict[str, list[str]] = {}
     """Your column to the values it may have; other rows are left out."""
+    map: dict[str, str] = {}
+    """New column to an expression over yours (docs/data.md has the grammar), computed before anything
+    else is read of a row, one after another: { prompt = "question.strip() + '\\n' + context" }."""
+    filter: str | None = None
+    """Expression over your columns and those of map that is true of the rows that are kept, such as
+    "len(answer) > 20 and lang in ['en', 'de']"; the others are dropped and counted."""
     answers_between: str | None = None
     """What stands between the answers where chosen or rejected holds several ("; "): the first is
     taken. Of a list of texts it is taken in any case."""
@@ -63,11 +73,20 @@ class SourceSettings(Settings):
     """Of preferences: the source holds labelled texts, of which pairs are made."""
     max_rows: int | None = Field(default=None, ge=1)
     """Most rows of the source that are used, drawn from the seed before any is held out."""
+    weight: float | None = Field(default=None, gt=0)
+    """Of a domain: its part of the mixture that is trained on, beside the weights of the others; of each
+    next row the domain is drawn by it (default: all rows of all domains)."""
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Every source there is."""
         return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
+    def expressions(self) -> dict[str, str]:
+        """Every expression by the setting that says it."""
+        found = {f"map.{name}": text for name, text in self.map.items()}
+        return found if self.filter is None else {**found, "filter": self.filter}
 
     @property
     def is_builtin(self) -> bool:
@@ -137,6 +156,21 @@ class DataSettings(SourceSettings):
     domains: dict[str, SourceSettings] = {}
     """Several sources, each read in its own way, in place of one; a row's domain is its column
     "domain"."""
+    stopping_strategy: StoppingStrategy = "first_exhausted"
+    """Of domains with weights, when the mixture ends: with the first domain that is exhausted, or with
+    the last, rows of the others being repeated ("all_exhausted")."""
+    deduplicate: bool = False
+    """Whether of rows with the same text (without case, white space as one space) the first alone is
+    used: among all rows that are dealt to clients, or, where each client reads its own, among those of
+    each. The others are dropped and counted."""
+    decontaminate: Literal["off", "report", "drop"] = "off"
+    """What becomes of training rows that share a passage with the global held-out set or with
+    data.benchmarks: nothing, a warning with their number, or they are dropped and counted."""
+    decontamination_words: int = Field(default=13, ge=2, le=100)
+    """Words of a passage that contaminates; a shorter held-out text does so as a whole."""
+    benchmarks: list[str] = []
+    """Files, patterns or Hub names (split "test") of benchmarks for data.decontaminate: every text in
+    every column of theirs counts, whatever their columns are called."""
 
     @property
     def parts(self) -> dict[str, SourceSettings]:
@@ -180,6 +214,7 @@ class DataSettings(SourceSettings):
             fields = SourceSettings.model_fields
             beside = [name for name in fields if getattr(self, name) != fields[name].default]
             found += [f"data.{name} is said by each of data.domains for itself" for name in beside]
+        found += self._wrong_mixture() + self._wrong_contamination()
         if self.is_private:
             if self.sources != (CLIENTS,) or self.domains:
                 found.append(f'data.source = "{CLIENTS}" stands alone')
@@ -206,6 +241,45 @@ class DataSettings(SourceSettings):
             found.append(f"data.kind = {self.kind!r}, but {self.source!r} holds {known} examples")
         return found
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each domain of a mixture; empty where all rows are used as they are."""
+        return {name: part.weight for name, part in self.domains.items() if part.weight is not None}
+
+    def _wrong_mixture(self) -> list[str]:
+        """Return what in weights and the end of a mixture cannot both be meant."""
+        without = sorted(set(self.domains) - set(self.weights))
+        found = []
+        if self.weights and without:
+            found.append(
+                f"data.domains.{without[0]}.weight is missing: all domains of a mixture have a weight, "
+                "or none has"
+            )
+        if not self.domains and self.weight is not None:
+            found.append("data.weight is for [data.domains.NAME], the sources of a mixture")
+        if "stopping_strategy" in self.model_fields_set and not self.weights:
+            found.append("data.stopping_strategy needs a weight in each of data.domains")
+        return found
+
+    def _wrong_contamination(self) -> list[str]:
+        """Return what is said of contamination and has no effect, or nothing to compare with."""
+        if self.decontaminate != "off":
+            if self.is_whole and not self.benchmarks:
+                return [
+                    "data.decontaminate: the held-out set is with the server; name data.benchmarks here"
+                ]
+            if self.is_private:
+                return [
+                    f'data.decontaminate: with data.source = "{CLIENTS}" the rows are on other '
+                    "machines; each client says it in its own file, with data.benchmarks"
+                ]
+            return []
+        return [
+            f'data.{name} is for data.decontaminate = "drop" or "report"'
+            for name in ("benchmarks", "decontamination_words")
+            if name in self.model_fields_set
+        ]
+
     def _wrong_sources(self) -> list[str]:
         """Return what cannot both be meant in one source, or in the source of a domain."""
         found = []
@@ -218,6 +292,7 @@ class DataSettings(SourceSettings):
                 found.append(
                     f"{section}.source: a built-in source cannot stand in a list with others"
                 )
+            found += _wrong_expressions(part, section)
             if part.is_builtin and name:
                 found.append(f"{section}.source: a domain's rows come from files or the Hub")
             found += [
@@ -229,6 +304,8 @@ class DataSettings(SourceSettings):
                 found.append(
                     f"{section}.values and min_margin are for rows that are read from files"
                 )
+            if part.is_builtin and part.expressions:
+                found.append(f"{section}.filter and map are for rows that are read from files")
             if part.continuations and self.kind != "preference":
                 found.append(f'{section}.continuations makes pairs: data.kind = "preference"')
         return found
@@ -254,3 +331,14 @@ class DataSettings(SourceSettings):
         if self.near_duplicates is not None:
             found.append(f"{what}: data.near_duplicates compares all rows with each other")
         return found
+
+
+def _wrong_expressions(part: SourceSettings, section: str) -> list[str]:
+    """Return what is wrong with each expression of a source."""
+    found = []
+    for setting, text in part.expressions.items():
+        try:
+            parse_expression(text)
+        except ExpressionError as error:
+            found.append(f"{section}.{setting} = {text!r} {error}")
+    return found

@@ -265,6 +265,11 @@ def labels_of(rows: Sequence[Example]) -> set[str]:
     return {row.label for row in rows if isinstance(row, Labelled)}
 
 
+def label_texts(rows: Sequence[Example]) -> list[str | None]:
+    """Return ``(examples,)`` the class of each labelled row, whether a single answer is desirable."""
+    return rows.texts("label") if isinstance(rows, StoredRows) else list(map(_label, rows))
+
+
 def are_desirable(rows: Sequence[Feedback] | StoredRows) -> NDArray[np.bool_]:
     """Return ``(examples,)`` whether each single answer is desirable."""
     if isinstance(rows, StoredRows):

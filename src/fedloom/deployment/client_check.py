@@ -293,6 +293,9 @@ def _how_read(data: OwnData) -> list[tuple[str, str]]:
             ("only where", f"{column} is {' or '.join(values)}")
             for column, values in part.only.items()
         ]
+        facts += [(f"computed {own}", text) for own, text in part.map.items()]
+        if part.filter:
+            facts.append(("only where", part.filter))
         if part.max_rows:
             facts.append(("at most", f"{human_count(part.max_rows)} rows, drawn"))
     shares = {

@@ -154,6 +154,8 @@ def _beside(parts: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section in ("data", "public"):
         if (own := parts.get(section)) is not None:
             everything[section] = placed(own, "source", every(own.source))
+    if (data := everything.get("data")) is not None and data.benchmarks:
+        everything["data"] = placed(data, "benchmarks", every(data.benchmarks))
     if (data := everything.get("data")) is not None and data.domains:
         domains = {n: placed(own, "source", every(own.source)) for n, own in data.domains.items()}
         everything["data"] = placed(data, "domains", domains)

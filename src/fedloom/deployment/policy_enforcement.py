@@ -156,7 +156,8 @@ LEFT = _names(
     {
         "data": "subset data_dir split columns template only answers_between continuations "
         "control_tokens max_rows test_source test_split test_kind incomplete_pairs max_bad_share "
-        "domains group near_duplicates values min_margin streaming",
+        "domains group near_duplicates values min_margin streaming revision map filter weight "
+        "stopping_strategy deduplicate decontaminate decontamination_words benchmarks",
         "public": "columns template",
         "federation": "members require quorum replacements extra deadline streams "
         "reconnect patience",

@@ -40,9 +40,10 @@ from fedloom.data.splits import (
     group_keys,
     limit_of,
     row_key,
+    row_keys,
     split,
 )
-from fedloom.data.stored_rows import StoredRows, are_pairs, labels_of, take
+from fedloom.data.stored_rows import StoredRows, are_pairs, labels_of, row_numbers, take
 from fedloom.display.untrusted_text import placed
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -52,6 +53,7 @@ from fedloom.objectives.base import Objective
 from fedloom.randomness import derive_seed, generator
 from fedloom.settings.plugins import Choices
 
+AGAIN = "held out already (a row that the mixture repeats)"
 UNROLLED = "pairs as two single answers"
 PARTITIONED_ANEW = 'answers redistributed (partition.feedback = "spread")'
 SHOWN_PAIRS = 3
@@ -153,6 +155,8 @@ def partition_data(
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
     pools = _partitioned(experiment, loaded, own, files)
     sides = _sides(experiment, loaded, pools, public, apart=by_files)
+    if experiment.data.stopping_strategy == "all_exhausted":
+        sides = _judged_once(sides, pools)
     train = {c: take(pools[c], kept) for c, kept in sides.trained.items()}
     held_out = {c: list(take(pools[c], aside)) for c, aside in sides.held_out.items()}
     warnings = [
@@ -185,6 +189,19 @@ def partition_data(
         warnings += _near(division, train, held_out, judged, threshold)
     warnings = [*_left_out(accounts.source.dropped), *warnings]
     return replace(division, accounts=replace(accounts, warnings=tuple(warnings)))
+
+
+def _judged_once(sides: Split, pools: Mapping[int, Sequence[Example]]) -> Split:
+    """Return the sides without held-out rows that are there again, as a mixture repeats rows."""
+    held_out: dict[int, list[int]] = {}
+    dropped = {client: Counter(counts) for client, counts in sides.dropped.items()}
+    for client, aside in sides.held_out.items():
+        rows = take(pools[client], aside)
+        own = zip(row_numbers(rows).tolist(), row_keys(rows).tolist(), strict=True)
+        once = dict(zip(own, aside, strict=True))
+        held_out[client] = sorted(once.values())
+        dropped[client][AGAIN] += len(aside) - len(held_out[client])
+    return replace(sides, held_out=held_out, dropped=dropped)
 
 
 def _as_trained(
