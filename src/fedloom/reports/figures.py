@@ -612,6 +612,19 @@ def _distribution_chart(before: Sequence[float], after: Sequence[float], label: 
         return _svg(figure)
 
 
+def histogram_chart(bins: Mapping[str, int], x_label: str, y_label: str) -> str:
+    """Return one bar a bin, for whole numbers of what is counted."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        axes.bar(range(len(bins)), list(bins.values()), color=PALETTE[0], width=0.9)
+        _finish_axes(axes, x_label, y_label)
+        axes.set_xticks(range(len(bins)), _labels(bins), rotation=45 if len(bins) > 6 else 0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.grid(visible=False, axis="x")
+        rows = [[name, count] for name, count in bins.items()]
+        return _svg(figure, figure_data.table([x_label, y_label], rows))
+
+
 def is_map(record: Mapping[str, Any]) -> bool:
     """Return whether the picture of who holds what is a heat map, as wide as a page, and no bars."""
     clients, values = len(record["clients"]), len(record["values"])

@@ -1,0 +1,92 @@
+"""What ``fedloom data stats``, ``check`` and ``overlap`` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.accounting.quantities import human_count
+from fedloom.data.text_statistics import Shared, matrix_of
+from fedloom.display.untrusted_text import label, message, named
+from fedloom.reports.data_page import client_rows, doubts, summary
+from fedloom.runs.data_check import Finding
+from fedloom.runs.records import account_tables
+
+BAR = 40
+"""Characters of the longest bar."""
+
+STATES = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "fault": ("FAULT  ", "red")}
+
+
+def statistics_view(record: Mapping[str, Any]) -> Group:
+    """Return the statistics of rows for a terminal."""
+    lengths = record["lengths"]
+    parts: list[RenderableType] = [
+        *(Text(named(line), style="dim") for line in record["layouts"]),
+        *(Text(named(line)) for line in summary(record)),
+        Text(),
+        histogram("tokens of training rows, before truncation", lengths["train"]["bins"]),
+        Text(),
+        histogram("tokens of held-out rows, before truncation", lengths["test"]["bins"]),
+        Text(),
+        _by_client(client_rows(record)),
+        account_tables({**record["accounts"], "clients": []}),
+    ]
+    told = dict.fromkeys([*record["warnings"], *doubts(record)])
+    parts += [Text(f"warning: {message(text)}", style="yellow") for text in told]
+    return Group(*parts)
+
+
+def histogram(title: str, bins: Mapping[str, int]) -> Table:
+    """Return counts as bars."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
+    most = max(bins.values(), default=1)
+    for name, count in bins.items():
+        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+        table.add_row(
+            Text(name, justify="right"), Text(bar, no_wrap=True), Text(human_count(count))
+        )
+    return table
+
+
+def _by_client(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Return what clients have; columns that are empty for all are left out."""
+    table = Table(title="clients", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = [name for name in rows[0] if any(own[name] for own in rows)]
+    for name in columns:
+        words = name in ("script", "labels")
+        table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
+    for own in rows:
+        table.add_row(*(Text(named(own[name])) for name in columns))
+    return table
+
+
+def check_view(found: Sequence[Finding]) -> Group:
+    """Return what was checked, a line for each thing, and how many faults there are."""
+    lines = []
+    for own in found:
+        name, style = STATES[own.state]
+        lines.append(Text.assemble((name, style), " ", message(own.text)))
+    faults = sum(own.state == "fault" for own in found)
+    doubtful = sum(own.state == "warning" for own in found)
+    lines.append(Text(f"\n{faults} faults, {doubtful} warnings", style="bold"))
+    return Group(*lines)
+
+
+def overlap_view(names: Sequence[str], found: Shared) -> Group:
+    """Return how many rows parties have in common, in numbers alone."""
+    table = Table(title="rows in common", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(label(name)), justify="right", overflow="fold")
+    for name, row in zip(names, matrix_of(found, range(len(names))), strict=True):
+        table.add_row(Text(label(name)), *(human_count(count) for count in row))
+    lines = [
+        Text(f"{human_count(count)} rows are with {number} of {len(names)} parties")
+        for number, count in found.holders.items()
+    ]
+    return Group(table, Text(), *lines)
