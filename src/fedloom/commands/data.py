@@ -139,13 +139,15 @@ def fingerprint_rows(
         require_new_file(key, "--key")
     from fedloom.data.fingerprints import fingerprints, make_key, read_key, write_fingerprints
     from fedloom.deployment.client_file import OwnFile
-    from fedloom.deployment.own_rows import own_rows
 
     data = OwnFile.read(own).data
     if data is None:
         raise SettingsError([f"{own} has no [data]: it names no rows"], "the command")
     if not new_key:
         read_key(key)
+    begin_loading(quiet=False)
+    from fedloom.deployment.own_rows import own_rows
+
     rows = own_rows(data)
     if new_key:
         make_key(key)

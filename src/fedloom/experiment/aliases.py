@@ -104,6 +104,7 @@ _OPTIMIZERS = _one_of(
     }
 )
 
+_MIXTURES = _one_of({"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"})
 _LOSSES = _one_of(
     {
         "sigmoid": "dpo",
@@ -144,6 +145,7 @@ ALIASES: dict[str, Alias] = {
     "data.dataset_name": Alias("data.source", TRL),
     "data.dataset_config": Alias("data.subset", TRL),
     "data.dataset_train_split": Alias("data.split", TRL),
+    "data.mix_strategy": Alias("data.stopping_strategy", FACTORY, _MIXTURES),
     "data.max_seq_length": Alias("data.max_length", TRL),
     "data.cutoff_len": Alias("data.max_length", FACTORY),
     "data.sequence_len": Alias("data.max_length", AXOLOTL),
