@@ -19,6 +19,9 @@ from fedloom.runs.records import account_tables
 BAR = 40
 """Characters of the longest bar."""
 
+WORDS = ("script", "labels")
+"""What is said of clients in words."""
+
 STATES = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "fault": ("FAULT  ", "red")}
 
 
@@ -33,7 +36,9 @@ def statistics_view(record: Mapping[str, Any]) -> Group:
         Text(),
         histogram("tokens of held-out rows, before truncation", lengths["test"]["bins"]),
         Text(),
-        _by_client(client_rows(record)),
+        _by_client("clients", client_rows(record), words=False),
+        Text(),
+        _by_client("what they hold", client_rows(record), words=True),
         account_tables({**record["accounts"], "clients": []}),
     ]
     told = dict.fromkeys([*record["warnings"], *doubts(record)])
@@ -53,12 +58,12 @@ def histogram(title: str, bins: Mapping[str, int]) -> Table:
     return table
 
 
-def _by_client(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Return what clients have; columns that are empty for all are left out."""
-    table = Table(title="clients", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = [name for name in rows[0] if any(own[name] for own in rows)]
+def _by_client(title: str, rows: Sequence[Mapping[str, str]], *, words: bool) -> Table:
+    """Return what clients have, in numbers or in words; columns that are empty for all are left out."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    shown = [n for n in rows[0] if (n in WORDS) == words and any(own[n] for own in rows)]
+    columns = ["client", *(name for name in shown if name != "client")]
     for name in columns:
-        words = name in ("script", "labels")
         table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
     for own in rows:
         table.add_row(*(Text(named(own[name])) for name in columns))
