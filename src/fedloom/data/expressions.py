@@ -75,22 +75,14 @@ FUNCTIONS: Mapping[str, tuple[Callable[..., Any], int, int]] = {
 """Functions by name, with the fewest and the most arguments that they take."""
 
 METHODS: Mapping[str, tuple[int, int]] = {
-    "lower": (0, 0),
-    "upper": (0, 0),
-    "casefold": (0, 0),
-    "strip": (0, 1),
-    "lstrip": (0, 1),
-    "rstrip": (0, 1),
-    "removeprefix": (1, 1),
-    "removesuffix": (1, 1),
-    "startswith": (1, 1),
-    "endswith": (1, 1),
-    "count": (1, 1),
-    "find": (1, 1),
-    "replace": (2, 2),
-    "split": (0, 1),
-    "isdigit": (0, 0),
-    "isascii": (0, 0),
+    name: arguments
+    for arguments, names in {
+        (0, 0): "lower upper casefold isdigit isascii",
+        (0, 1): "strip lstrip rstrip split",
+        (1, 1): "removeprefix removesuffix startswith endswith count find",
+        (2, 2): "replace",
+    }.items()
+    for name in names.split()
 }
 """Methods of texts, with the fewest and the most arguments that they take."""
 

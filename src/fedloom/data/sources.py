@@ -257,7 +257,7 @@ class DataSettings(SourceSettings):
             )
         if not self.domains and self.weight is not None:
             found.append("data.weight is for [data.domains.NAME], the sources of a mixture")
-        if "stopping_strategy" in self.model_fields_set and not self.weights:
+        if self.stopping_strategy != "first_exhausted" and not self.weights:
             found.append("data.stopping_strategy needs a weight in each of data.domains")
         return found
 
@@ -277,7 +277,7 @@ class DataSettings(SourceSettings):
         return [
             f'data.{name} is for data.decontaminate = "drop" or "report"'
             for name in ("benchmarks", "decontamination_words")
-            if name in self.model_fields_set
+            if getattr(self, name) != DataSettings.model_fields[name].default
         ]
 
     def _wrong_sources(self) -> list[str]:
