@@ -168,7 +168,7 @@ def show_overlap(
     ],
 ) -> None:
     """Show how many rows clients have in common, from their fingerprints: sizes of sets, no rows."""
-    from fedloom.commands.data_view import overlap_view
+    from fedloom.commands.overlap_view import overlap_view
     from fedloom.commands.terminal import make_console
     from fedloom.data.fingerprints import compare
 

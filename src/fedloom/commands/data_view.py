@@ -1,4 +1,4 @@
-"""What ``fedloom data stats``, ``check`` and ``overlap`` print."""
+"""What ``fedloom data stats`` and ``fedloom data check`` print."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.accounting.quantities import human_count
-from fedloom.data.text_statistics import Shared, matrix_of
-from fedloom.display.untrusted_text import label, message, named
+from fedloom.display.untrusted_text import message, named
 from fedloom.reports.data_page import client_rows, doubts, summary
 from fedloom.runs.data_check import Finding
 from fedloom.runs.records import account_tables
@@ -80,18 +79,3 @@ def check_view(found: Sequence[Finding]) -> Group:
     doubtful = sum(own.state == "warning" for own in found)
     lines.append(Text(f"\n{faults} faults, {doubtful} warnings", style="bold"))
     return Group(*lines)
-
-
-def overlap_view(names: Sequence[str], found: Shared) -> Group:
-    """Return how many rows parties have in common, in numbers alone."""
-    table = Table(title="rows in common", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name in names:
-        table.add_column(Text(label(name)), justify="right", overflow="fold")
-    for name, row in zip(names, matrix_of(found, range(len(names))), strict=True):
-        table.add_row(Text(label(name)), *(human_count(count) for count in row))
-    lines = [
-        Text(f"{human_count(count)} rows are with {number} of {len(names)} parties")
-        for number, count in found.holders.items()
-    ]
-    return Group(table, Text(), *lines)

@@ -86,8 +86,13 @@ def read_key(path: Path) -> bytes:
             f"there is no key {path}: one client makes it with --new-key and gives it to the other "
             "clients, and to nobody else"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a key: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as a key: {error.strerror}") from None
+    except ValueError:
+        raise DataError(
+            f"{path} is no key: it holds something else than {2 * KEY_BYTES} hexadecimal digits; "
+            "--new-key makes one"
+        ) from None
     if len(key) != KEY_BYTES:
         raise DataError(
             f"{path} is no key: it holds {len(text)} characters, a key {2 * KEY_BYTES} hexadecimal "
