@@ -259,16 +259,16 @@ def test_a_hub_set_is_read_through_datasets(tmp_path, monkeypatch):
 
     calls = []
 
-    def load_dataset(name, subset, data_dir, split, trust_remote_code):
+    def load_dataset(name, subset, data_dir, split, revision, trust_remote_code):
         assert trust_remote_code is False
-        calls.append((name, subset, data_dir, split))
+        calls.append((name, subset, data_dir, split, revision))
         return datasets.Dataset.from_list(ROWS if split == "train" else OTHERS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load("someone/something", subset="en", test_split="validation")
+    data = load("someone/something", subset="en", test_split="validation", revision="v2")
     assert calls == [
-        ("someone/something", "en", None, "train"),
-        ("someone/something", "en", None, "validation"),
+        ("someone/something", "en", None, "train", "v2"),
+        ("someone/something", "en", None, "validation", "v2"),
     ]
     assert len(data.train) == len(data.test) == 10
 

@@ -156,8 +156,8 @@ def test_a_local_set_of_the_hub(tmp_path, monkeypatch):
     path = parquet(tmp_path / "rows.parquet", pairs(50))
     build = datasets.load_dataset
 
-    def load_dataset(name, subset, *, data_dir, split, trust_remote_code):
-        assert (name, trust_remote_code) == ("somebody/pairs", False)
+    def load_dataset(name, subset, *, data_dir, split, revision, trust_remote_code):
+        assert (name, revision, trust_remote_code) == ("somebody/pairs", None, False)
         cache = str(tmp_path / "arrow")
         return build("parquet", data_files=str(path), split=split, cache_dir=cache)
 
