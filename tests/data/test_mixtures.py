@@ -14,6 +14,7 @@ from fedloom.runs.partitioning import partition_data
 STRATEGIES = ("first_exhausted", "all_exhausted")
 
 
+@pytest.mark.slow  # datasets is imported for it
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_draws_are_those_of_datasets(strategy):
     from datasets import Dataset, interleave_datasets

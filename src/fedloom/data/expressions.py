@@ -138,7 +138,7 @@ class Expression:
         except RowError:
             raise
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise RowError(f"{self.text!r} has no value ({error})", cause=self.text) from None
+            raise RowError(f"{shown(self.text)} has no value ({error})", cause=self.text) from None
 
 
 @lru_cache(maxsize=64)

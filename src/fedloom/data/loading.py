@@ -130,8 +130,9 @@ def load_examples(
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
-    train, account, more = _as_mixed(train, test, settings, read, account, rng)
+    train, account, more = _uncontaminated(train, test, settings, account)
     warnings = (*warnings, *more)
+    train, account = _mixed(train, settings, read, account, rng)
     return LoadedData(
         train,
         test,
@@ -157,55 +158,69 @@ def without_duplicates(rows: Sequence[Example]) -> tuple[Sequence[Example], dict
     return (take(rows, list(first.values())), {DUPLICATE: lost}) if lost else (rows, {})
 
 
-def _as_mixed(
-    train: Sequence[Example],
-    test: Sequence[Example],
-    settings: DataSettings,
-    read: Read,
-    account: Account,
-    rng: np.random.Generator,
+def _uncontaminated(
+    train: Sequence[Example], test: Sequence[Example], settings: DataSettings, account: Account
 ) -> tuple[Sequence[Example], Account, tuple[str, ...]]:
-    """Return training rows without contaminated ones, as a mixture where domains have weights.
+    """Return training rows without those that share a passage with held-out rows or benchmarks.
 
     Args:
         train: Rows, without those that are held out.
         test: The global held-out set.
-        settings: Which rows contaminate, and the weights.
-        read: Where each domain's rows end.
+        settings: What contaminates, and whether it is dropped.
         account: Of the rows so far.
-        rng: Draws the mixture.
 
     Returns:
         The rows, their account, and warnings.
+
+    Raises:
+        DataError: None is left, or a benchmark cannot be read.
     """
-    warnings: tuple[str, ...] = ()
-    if settings.decontaminate != "off":
-        texts = benchmark_texts(settings)
-        found = contaminated(train, test, texts, settings.decontamination_words)
-        warnings = found.warnings(settings.decontaminate == "drop")
-        if settings.decontaminate == "drop" and found.rows:
-            kept = np.setdiff1d(np.arange(len(train)), found.rows)
-            if not len(kept):
-                raise DataError(
-                    f"data.decontaminate: all {len(train)} training rows share a passage with the "
-                    'held-out rows; look at them with "report", or give more data.decontamination_words'
-                )
-            train = take(train, kept)
-            account = account.dropping({found.reason: len(found.rows)})
-    if settings.weights:
-        owners = np.searchsorted(read.domain_ends, row_numbers(train))
-        drawing = rng.spawn(1)[0]
-        positions, counts = mixed_positions(
-            owners, settings.weights, settings.stopping_strategy, drawing
+    if settings.decontaminate == "off":
+        return train, account, ()
+    found = contaminated(train, test, benchmark_texts(settings), settings.decontamination_words)
+    drop = settings.decontaminate == "drop"
+    if not drop or not found.rows:
+        return train, account, found.warnings(drop)
+    kept = np.setdiff1d(np.arange(len(train)), found.rows)
+    if not len(kept):
+        raise DataError(
+            f"data.decontaminate: all {len(train)} training rows share a passage with the "
+            'held-out rows; look at them with "report", or give more data.decontamination_words'
         )
-        distinct = len(np.unique(positions))
-        account = account.dropping({NOT_DRAWN: len(train) - distinct})
-        again = {REPEATED: len(positions) - distinct}
-        account = replace(account, made=added(account.made, again))
-        told = ", ".join(f"{name} {human_count(count)}" for name, count in counts.items())
-        read.mixture = (f"mixture ({settings.stopping_strategy}), rows by domain: {told}",)
-        train = take(train, positions)
-    return train, account, warnings
+    account = account.dropping({found.reason: len(found.rows)})
+    return take(train, kept), account, found.warnings(drop)
+
+
+def _mixed(
+    train: Sequence[Example],
+    settings: DataSettings,
+    read: Read,
+    account: Account,
+    rng: np.random.Generator,
+) -> tuple[Sequence[Example], Account]:
+    """Return training rows as the mixture of domains with weights, and their account.
+
+    Args:
+        train: Rows, without those that are held out.
+        settings: The weights.
+        read: Where each domain's rows end; is told what the mixture is of.
+        account: Of the rows so far.
+        rng: Draws the mixture, from a generator of its own.
+
+    Raises:
+        DataError: A domain has no row left, or rows would be repeated too often.
+    """
+    if not settings.weights:
+        return train, account
+    owners = np.searchsorted(read.domain_ends, row_numbers(train))
+    strategy = settings.stopping_strategy
+    positions, counts = mixed_positions(owners, settings.weights, strategy, rng.spawn(1)[0])
+    told = ", ".join(f"{name} {human_count(count)}" for name, count in counts.items())
+    read.mixture = (f"mixture ({strategy}), rows by domain: {told}",)
+    distinct = len(np.unique(positions))
+    account = account.dropping({NOT_DRAWN: len(train) - distinct})
+    made = added(account.made, {REPEATED: len(positions) - distinct})
+    return take(train, positions), replace(account, made=made)
 
 
 def _digest(train: Sequence[Example], test: Sequence[Example]) -> str:

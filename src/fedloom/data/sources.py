@@ -15,6 +15,7 @@ from fedloom.data.files import ENDINGS, NOT_FOUND, STREAMED
 from fedloom.data.labels import wrong_values
 from fedloom.data.layouts import LAYOUTS
 from fedloom.data.mixtures import StoppingStrategy
+from fedloom.display.untrusted_text import quoted
 from fedloom.settings.schema import Settings
 
 BUILTIN_PREFIX = "builtin:"
@@ -23,6 +24,9 @@ CLIENTS = "clients"
 
 LONGEST_SEQUENCE = 1024
 """Tokens of a sequence at most, where ``max_length`` does not say it."""
+
+SHOWN = 120
+"""Characters of an expression that a message shows."""
 
 TrainOn = Literal["all_answers", "last_answer", "completion"]
 ControlTokens = Literal["text", "control"]
@@ -340,5 +344,5 @@ def _wrong_expressions(part: SourceSettings, section: str) -> list[str]:
         try:
             parse_expression(text)
         except ExpressionError as error:
-            found.append(f"{section}.{setting} = {text!r} {error}")
+            found.append(f"{section}.{setting} = {quoted(text, SHOWN)} {error}")
     return found

@@ -155,8 +155,6 @@ def partition_data(
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
     pools = _partitioned(experiment, loaded, own, files)
     sides = _sides(experiment, loaded, pools, public, apart=by_files)
-    if experiment.data.stopping_strategy == "all_exhausted":
-        sides = _judged_once(sides, pools)
     train = {c: take(pools[c], kept) for c, kept in sides.trained.items()}
     held_out = {c: list(take(pools[c], aside)) for c, aside in sides.held_out.items()}
     warnings = [
@@ -467,13 +465,15 @@ def _sides(
         )
         for clients in ([[client] for client in pools] if apart else [list(pools)])
     ]
-    return Split(
+    sides = Split(
         {c: kept for part in parts for c, kept in part.trained.items()},
         {c: aside for part in parts for c, aside in part.held_out.items()},
         {c: counts for part in parts for c, counts in part.dropped.items()},
         tuple(c for part in parts for c in part.by_row),
         tuple(c for part in parts for c in part.without),
     )
+    repeats = experiment.data.stopping_strategy == "all_exhausted"
+    return _judged_once(sides, pools) if repeats else sides
 
 
 def _drawing(experiment: Experiment) -> np.random.Generator:
