@@ -120,8 +120,6 @@ def load_examples(
     account = Account(read.seen, dict(read.made), len(read.bad), dict(read.dropped))
     test_account = None
     warnings: tuple[str, ...] = ()
-    train, repeated = without_duplicates(train) if settings.deduplicate else (train, {})
-    account = account.dropping(repeated)
     if elsewhere:
         test, test_account = _test_rows(settings, test_kind, judged)
         taken = test if drawing is None else few(test, most, drawing)
@@ -131,7 +129,6 @@ def load_examples(
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
     train, account, more = _uncontaminated(train, test, settings, account)
-    warnings = (*warnings, *more)
     train, account = _mixed(train, settings, read, account, rng)
     return LoadedData(
         train,
@@ -143,19 +140,26 @@ def load_examples(
         test_kind,
         replace(account, trained=len(train), judged=0 if elsewhere else len(test)),
         test_account,
-        warnings,
+        (*warnings, *more),
         tuple(read.places),
         tuple(dict.fromkeys((*read.layouts_in_words(), *judged.layouts_in_words(), *read.mixture))),
     )
 
 
-def without_duplicates(rows: Sequence[Example]) -> tuple[Sequence[Example], dict[str, int]]:
-    """Return the first of the rows with one text and one label, and how many others there were."""
+def _without_duplicates(
+    rows: Sequence[Example], settings: DataSettings, read: Read
+) -> Sequence[Example]:
+    """Return the first of the rows with one text and one label, counting the others, if asked."""
+    if not settings.deduplicate:
+        return rows
     first: dict[tuple[bytes, str | None], int] = {}
     for position, key in enumerate(zip(row_keys(rows).tolist(), label_texts(rows), strict=True)):
         first.setdefault(key, position)
     lost = len(rows) - len(first)
-    return (take(rows, list(first.values())), {DUPLICATE: lost}) if lost else (rows, {})
+    if not lost:
+        return rows
+    read.dropped[DUPLICATE] = lost
+    return take(rows, list(first.values()))
 
 
 def _uncontaminated(
@@ -338,7 +342,8 @@ def _training_rows(
         read.seen, read.places = len(rows), [(str(settings.sources[0]), 0)]
         if len(train) < len(rows):
             read.dropped["not among data.only"] = len(rows) - len(train)
-        return _at_most(train, settings.max_rows, "data.max_rows", read, rng), BUILTIN_KINDS[name]
+        few_rows = _at_most(train, settings.max_rows, "data.max_rows", read, rng)
+        return _without_duplicates(few_rows, settings, read), BUILTIN_KINDS[name]
     parts: list[Sequence[Example]] = []
     for domain, part in settings.parts.items():
         if part.is_private:
@@ -347,7 +352,7 @@ def _training_rows(
         name = f"data.domains.{domain}.max_rows" if domain else "data.max_rows"
         parts.append(_at_most(own, part.max_rows, name, read, rng))
         read.domain_ends.append(read.rows)
-    return joined(parts), str(settings.kind)
+    return _without_duplicates(joined(parts), settings, read), str(settings.kind)
 
 
 def _at_most(
