@@ -70,6 +70,58 @@ def test_messages_that_are_explained_are_messages_of_the_code():
     assert [text for text in messages if text not in source] == []
 
 
+@pytest.fixture(scope="module")
+def errors():
+    own = runpy.run_path(str(DOCS / "errors.py"))
+    return own | {"messages": own["collected"](), "written": own["known"]()}
+
+
+@pytest.mark.slow
+def test_every_message_of_the_code_has_a_section_with_cause_and_way_out(errors):
+    written, messages = errors["written"], errors["messages"]
+    own = [message for message in messages if message.kind not in errors["FROM_MACHINES"]]
+    assert len(own) > 600
+    assert [m.text for m in own if not errors["explained"](m, written)[1]] == [], "docs/errors.toml"
+    assert (DOCS / "errors.md").read_text() == errors["errors_page"](messages), "run: python docs/errors.py"
+    folders = {folder for area in errors["AREAS"].values() for folder in area}
+    assert {message.place.split("/")[0] for message in messages} <= folders
+
+
+@pytest.mark.slow
+def test_what_is_written_about_messages_is_of_messages_that_there_are(errors):
+    written, messages = errors["written"], errors["messages"]
+    texts, places = [m.text for m in messages], {m.place for m in messages}
+    gone = [e["words"] for e in written["error"] if not any(t.startswith(e["words"]) for t in texts)]
+    assert gone == [] and set(written["files"]) <= places
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run --resume gone",
+        "run good.toml --engine flowr",
+        "run good.toml --set data.source=./gone.csv --set data.kind=preference",
+        "run good.toml --set adapter.kind=ia3 --set adapter.alpha=3.0",
+        "run good.toml --set federation.clients_per_round=9 --set federation.clients=3",
+        "merge gone --rule knot --output new",
+        "serve gone",
+        "members allow amy gone.pub",
+    ],
+)
+def test_what_a_command_says_is_found_on_the_page(errors, call, experiment, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.toml").write_text(experiment().to_toml())
+    code, out = call(*words.split())
+    said = " ".join(out.replace("│", " ").split())
+    patterns = [
+        ".*?".join(re.escape(part) for part in message.text.split("…"))
+        for message in errors["messages"]
+        if len(re.findall(r"\w\w+", message.text)) > 4
+    ]
+    assert code != 0 and any(re.search(pattern, said) for pattern in patterns), said
+
+
 def test_package_and_citation_say_one_version():
     problems = runpy.run_path(str(ROOT / "tests" / "release.py"))["problems"]()
     assert [text for text in problems if not text.startswith("CHANGELOG")] == []
