@@ -117,7 +117,7 @@ def test_what_a_command_says_is_found_on_the_page(errors, call, experiment, tmp_
     patterns = [
         ".*?".join(re.escape(part) for part in message.text.split("…"))
         for message in errors["messages"]
-        if len(re.findall(r"\w\w+", message.text)) > 4
+        if len(re.findall(r"\w\w+", message.text)) > 3
     ]
     assert code != 0 and any(re.search(pattern, said) for pattern in patterns), said
 
