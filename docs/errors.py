@@ -56,7 +56,9 @@ VERBS = (
     "make|mend|merge|move|name|pip install|put|raise|resize|resume|revoke|run|save|say|set|shorten|"
     "start|stop|take|train|try|unset|use|wait|write"
 )
-WAY_OUT = re.compile(rf"(?:^|(?<=[;:,.?\"')…] )|(?<=; )and )(?=(?:{VERBS}|`fedloom \w|[Gg]o on with)\b)", re.I)
+WAY_OUT = re.compile(
+    rf"(?:^|(?<=[;:,.?\"')…] )|(?<=; )and )(?=(?:{VERBS}|`fedloom \w|[Gg]o on with)\b)", re.I
+)
 """Where a message begins to say what to do."""
 
 
@@ -174,7 +176,6 @@ def _told(node: ast.AST) -> Iterator[str]:
             yield from texts_of(value)
         case ast.Call(ast.Attribute(_, "append"), [value]):
             yield from texts_of(value)
-
 
 
 def known() -> dict[str, Any]:

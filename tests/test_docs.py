@@ -82,7 +82,9 @@ def test_every_message_of_the_code_has_a_section_with_cause_and_way_out(errors):
     own = [message for message in messages if message.kind not in errors["FROM_MACHINES"]]
     assert len(own) > 600
     assert [m.text for m in own if not errors["explained"](m, written)[1]] == [], "docs/errors.toml"
-    assert (DOCS / "errors.md").read_text() == errors["errors_page"](messages), "run: python docs/errors.py"
+    assert (DOCS / "errors.md").read_text() == errors["errors_page"](messages), (
+        "run: python docs/errors.py"
+    )
     folders = {folder for area in errors["AREAS"].values() for folder in area}
     assert {message.place.split("/")[0] for message in messages} <= folders
 
@@ -91,7 +93,9 @@ def test_every_message_of_the_code_has_a_section_with_cause_and_way_out(errors):
 def test_what_is_written_about_messages_is_of_messages_that_there_are(errors):
     written, messages = errors["written"], errors["messages"]
     texts, places = [m.text for m in messages], {m.place for m in messages}
-    gone = [e["words"] for e in written["error"] if not any(t.startswith(e["words"]) for t in texts)]
+    gone = [
+        e["words"] for e in written["error"] if not any(t.startswith(e["words"]) for t in texts)
+    ]
     assert gone == [] and set(written["files"]) <= places
 
 
@@ -109,7 +113,9 @@ def test_what_is_written_about_messages_is_of_messages_that_there_are(errors):
         "members allow amy gone.pub",
     ],
 )
-def test_what_a_command_says_is_found_on_the_page(errors, call, experiment, tmp_path, monkeypatch, words):
+def test_what_a_command_says_is_found_on_the_page(
+    errors, call, experiment, tmp_path, monkeypatch, words
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.toml").write_text(experiment().to_toml())
     code, out = call(*words.split())
