@@ -27,9 +27,9 @@ PAGE = """# Every error by its first words
 
 <!-- written by docs/errors.py from the code and docs/errors.toml -->
 
-Search this page for the first words of a message; what is filled in (names, numbers, paths) is an ellipsis here. The most
-frequent errors are explained at more length in [Errors and what to do](troubleshooting.md). The exit code of a command is that of
-the error's class.
+Search this page for the first words of a message; what is filled in (names, numbers, paths) is an
+ellipsis here. The most frequent errors are explained at more length in
+[Errors and what to do](troubleshooting.md). The exit code of a command is that of the error's class.
 
 """
 

@@ -1,6 +1,6 @@
-"""Write ``features.md``: settings and commands of other products beside fedloom's, from ``features.toml``.
+"""Write ``features.md``: settings and commands of other products beside ours, from ``features.toml``.
 
-``python docs/features.py`` writes the page; ``tests/test_features.py`` compares it, looks up every name of
+``python docs/features.py`` writes the page; ``tests/test_features.py`` compares it, looks up each name of
 ours in the settings and commands, and checks that no name of theirs is left out.
 """
 
@@ -20,9 +20,10 @@ PAGE = """# Features beside those of other products
 
 <!-- written by docs/features.py from docs/features.toml -->
 
-Settings and commands of TRL, LLaMA-Factory, axolotl, Flower and OpenFedLLM by their own names, and what is there for each in
-fedloom, or why nothing is. It is a table of names: two products that have a setting may do different things with it. What a
-name means here, and how experiments of other tools are taken over, is on [From other tools](other_tools.md).
+Settings and commands of TRL, LLaMA-Factory, axolotl, Flower and OpenFedLLM by their own names, and what is
+there for each in fedloom, or why nothing is. It is a table of names: two products that have a setting may do
+different things with it. What a name means here, and how experiments of other tools are taken over, is on
+[From other tools](other_tools.md).
 
 | product | version | how the names were collected |
 | --- | --- | --- |

@@ -26,6 +26,7 @@ from fedloom.deployment.gateway import GatewaySettings
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment.aliases import ALIASES
 from fedloom.experiment.experiment import Experiment
+from fedloom.experiment.flower_app import KEYS
 from fedloom.federation.selection import SELECTIONS
 from fedloom.methods import METHODS
 from fedloom.methods.declaration import DRIFT
@@ -229,7 +230,7 @@ def methods_page() -> str:
 
 def other_tools_page() -> str:
     """Return the page on names in other tools with its table written anew."""
-    return _rewritten("other_tools", {"names": _aliases()})
+    return _rewritten("other_tools", {"flower": _flower_keys(), "names": _aliases()})
 
 
 def choose_method_page() -> str:
@@ -260,6 +261,13 @@ def _aliases() -> Iterator[str]:
         found.setdefault(alias.ours, []).append(f"`{key}` ({alias.origin}{where})")
     for ours, names in found.items():
         yield f"| `{ours}` | {', '.join(names)} |"
+
+
+def _flower_keys() -> Iterator[str]:
+    yield "| key of a FlowerTune app | here |"
+    yield "| --- | --- |"
+    for name, key in KEYS.items():
+        yield f"| `{name}` | `{key.ours}`{f' ({key.remark})' if key.remark else ''} |"
 
 
 def _lora_of_7b() -> dict[str, torch.Tensor]:

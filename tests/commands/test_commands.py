@@ -49,7 +49,7 @@ def test_the_commands_and_options_are_these_and_no_others():
             "-q",
         ],
         "demo": ["--quiet", "--set", "-q"],
-        "init": ["--force"],
+        "init": ["--force", "--from-flower"],
         "partition": ["--force", "--picture", "--set"],
         "evaluate": [
             "--adapter",

@@ -124,6 +124,7 @@ OTHERS = {
     "init good.toml": "good.toml is there already: give another name",
     "init nope/x.toml": "there is no folder nope to hold x.toml",
     "init empty": "empty is a folder: name a file in it",
+    "init x.toml --from-flower key.toml": "it has no [tool.flwr.app.config], so it is no Flower app",
     "partition good.toml --picture page.html": "page.html is there already: give another name with --picture",
     "partition good.toml --picture nope/x.svg": "there is no folder nope to hold x.svg",
     "compare good.toml": "[compare] is missing",
@@ -217,7 +218,8 @@ MORE = {
     ),
     "init": (
         "a.toml b.toml", "--force-it", "''", "good.toml/x.toml", "/proc/x.toml", "--to x.toml", "run", ".",
-        "--set a=b",
+        "--set a=b", "x.toml --from-flower", "x.toml --from-flower gone", "x.toml --from-flower empty",
+        "x.toml --from-flower broken.toml", "x.toml --from-flower good.toml", "good.toml --from-flower run",
     ),
     "merge": (
         "", "run started", "run started --output", "run started --output x --space tensors",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +34,7 @@ from fedloom.storage.output_paths import require_new_file, require_place
 if TYPE_CHECKING:
     from fedloom.experiment.experiment import Experiment
     from fedloom.runs.workers import Workers
+    from fedloom.settings.schema import Table
 
 
 @app.command()
@@ -274,10 +277,42 @@ def demo(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("experiment.toml"),
+    from_flower: Annotated[
+        Path | None,
+        typer.Option("--from-flower", help="A FlowerTune app's pyproject.toml, or its folder."),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a commented starting file."""
+    """Write a commented starting file, or the settings of a Flower app as an experiment."""
+    require_new_file(path, "fedloom init FILE", force=force)
+    if from_flower is not None:
+        _init_from_flower(from_flower, path)
+        return
     from fedloom.commands.starter_experiment import write_starting_file
 
-    write_starting_file(require_new_file(path, "fedloom init FILE", force=force))
+    write_starting_file(path)
     say(f"wrote {path}; try: fedloom partition {path}; fedloom run {path}")
+
+
+def _init_from_flower(app_file: Path, path: Path) -> None:
+    """Write an app's settings as an experiment, and say of every key what became of it."""
+    from fedloom.commands.starter_experiment import write_starting_file
+    from fedloom.experiment.flower_app import as_toml, translated
+
+    found = translated(app_file)
+    check = partial(_check_table, found.table, str(app_file))
+    refuse_early(check)
+    if "torch" in sys.modules:  # then nothing was checked
+        check()
+    write_starting_file(path, as_toml(found, str(app_file)))
+    for note in found.notes:
+        say(note)
+    if found.unknown:
+        say(f"unknown keys: {', '.join(found.unknown)}")
+    say(f"wrote {path}; try: fedloom run {path}; docs/other_tools.md has what a name means here")
+
+
+def _check_table(table: Table, source: str) -> None:
+    from fedloom.experiment.experiment import Experiment
+
+    Experiment.from_table(table, source=source)
