@@ -477,3 +477,32 @@ def test_a_picture_of_our_own_choice_gets_a_number(call, place):
     assert call("partition", "good.toml", "--set", "name=good", "--force")[1].endswith(
         "picture: good-partition.svg\n"
     )
+
+
+HINTS = {
+    "rn good.toml": "did you mean 'run'?",
+    "run good.toml --worker 2": "did you mean '--workers'?",
+    "run good.toml --engine simulatoin": "did you mean 'simulation'?",
+    "run good.toml --set model.path=tinny": "did you mean 'tiny'?",
+    "run good.toml --set model.path=./llamma": "did you mean 'llama'?",
+    "run good.toml --set objective.name=dop": "did you mean 'dpo'?",
+    "run good.toml --set method.name=fedprx": "did you mean 'fedprox'?",
+    "run good.toml --set training.lerning_rate=1": "did you mean 'learning_rate'?",
+    "run good.toml --set partition.kind=column --set partition.column=domian": "did you mean 'domain'?",
+    "run good.toml --set data.source=builtin:preference": "did you mean 'builtin:preferences'?",
+    "run good.toml --set adapter.targets=q_prj": "did you mean 'q_proj'?",
+    "run good.toml --set wire.up=int3x": "did you mean 'int3'?",
+    "evaluate base --benchmark vicunna": "did you mean 'vicuna'?",
+    "export run --format merge": "did you mean 'merged'?",
+    "merge run started --output x --rule tise": "did you mean 'ties'?",
+}
+"""Names with a typing mistake: of commands, options, settings, choices, columns, methods and models."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", HINTS)
+def test_the_nearest_name_is_told_once(call, place, words):
+    (place / "llama").mkdir()
+    (place / "llama" / "config.json").write_text("{}")
+    said = told(call, *words.split()).lower()
+    assert said.count(HINTS[words]) == 1, said

@@ -9,6 +9,7 @@ import typer
 
 from fedloom.commands.app import app, begin_loading, say
 from fedloom.commands.early_checks import refuse_early
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.storage.output_paths import require_place
 
 
@@ -81,9 +82,13 @@ FORMATS, OUT_TYPES = ("merged", "adapter", "gguf"), ("f32", "f16", "bf16", "q8_0
 def _require_known(format: str, out_type: str, hub: str | None, public: bool) -> None:
     """Refuse options that there are not, or that do nothing."""
     if format not in FORMATS:
-        raise typer.BadParameter(f"--format {format}: it is one of {', '.join(FORMATS)}")
+        raise typer.BadParameter(
+            f"--format {format}: {did_you_mean(format, FORMATS)}it is one of {', '.join(FORMATS)}"
+        )
     if out_type not in OUT_TYPES:
-        raise typer.BadParameter(f"--outtype {out_type}: it is one of {', '.join(OUT_TYPES)}")
+        raise typer.BadParameter(
+            f"--outtype {out_type}: {did_you_mean(out_type, OUT_TYPES)}it is one of {', '.join(OUT_TYPES)}"
+        )
     if out_type != "f16" and format != "gguf":
         raise typer.BadParameter(f"--outtype {out_type} is of --format gguf")
     if public and hub is None:

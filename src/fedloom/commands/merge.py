@@ -9,6 +9,7 @@ import typer
 
 from fedloom.commands.app import app, begin_loading, doubt, say
 from fedloom.commands.early_checks import refuse_early
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.storage.output_paths import require_place
 
 if TYPE_CHECKING:
@@ -94,9 +95,13 @@ def _rule(rule: str, density: float | None, scale: float, space: str) -> Merging
 def _require_rule(rule: str, density: float | None, scale: float, space: str) -> None:
     """Refuse options that no rule has, and numbers out of their ranges."""
     if rule not in RULES:
-        raise typer.BadParameter(f"--rule {rule}: it is one of {', '.join(RULES)}")
+        raise typer.BadParameter(
+            f"--rule {rule}: {did_you_mean(rule, RULES)}it is one of {', '.join(RULES)}"
+        )
     if space not in SPACES:
-        raise typer.BadParameter(f"--space {space}: it is one of {', '.join(SPACES)}")
+        raise typer.BadParameter(
+            f"--space {space}: {did_you_mean(space, SPACES)}it is one of {', '.join(SPACES)}"
+        )
     if rule == "knots" and space == "factors":
         raise typer.BadParameter("--rule knots has products alone: leave --space out")
     if rule in ("ties", "dare") and space == "factors":

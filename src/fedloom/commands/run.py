@@ -29,12 +29,15 @@ from fedloom.commands.early_checks import refuse_early
 from fedloom.commands.watch import with_live_page
 from fedloom.errors import SettingsError
 from fedloom.runs.stopping import terminable
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.storage.output_paths import require_new_file, require_place
 
 if TYPE_CHECKING:
     from fedloom.experiment.experiment import Experiment
     from fedloom.runs.workers import Workers
     from fedloom.settings.schema import Table
+
+ENGINES = ("simulation", "ray", "flower")
 
 
 @app.command()
@@ -114,9 +117,10 @@ def _require_engine(
     engine: str, workers: Workers, ray_address: str | None, *, profile: bool
 ) -> None:
     """Refuse an engine that is none or not installed, and what only others have."""
-    if engine not in ("simulation", "ray", "flower"):
+    if engine not in ENGINES:
+        hint = did_you_mean(engine, ENGINES)
         raise typer.BadParameter(
-            f"{engine!r} is not an engine; there are simulation, ray and flower"
+            f"{engine!r} is not an engine; {hint}there are {', '.join(ENGINES)}"
         )
     if ray_address is not None and engine != "ray":
         raise typer.BadParameter("--ray-address goes with --engine ray")

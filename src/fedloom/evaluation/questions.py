@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedloom.data.files import read_file
 from fedloom.errors import DataError
+from fedloom.settings.suggestions import did_you_mean
 
 FOLDER = "FEDLOOM_BENCHMARKS"
 """Environment variable: a folder with mt_bench, vicuna_bench and advbench in it."""
@@ -125,7 +126,8 @@ def load_benchmark(name: str, questions: Path | None = None) -> Benchmark:
         path = Path(name)
         if not path.suffix:
             raise DataError(
-                f"no benchmark {name!r}; there are {', '.join(PROFILES)}, or give a file"
+                f"no benchmark {name!r}; {did_you_mean(name, PROFILES)}there are {', '.join(PROFILES)}, "
+                "or give a file"
             )
         return _read(path.stem, path, OWN)
     return _read(name, _place(name, profile, questions), profile)

@@ -1,8 +1,8 @@
 """The settings of a FlowerTune app as an experiment, with a note for every key that is taken or not.
 
-Keys are those of Flower's template for language models (``flwr new``, FlowerTune; flwr 1.42 and the apps of
-its leaderboard): ``[tool.flwr.app.config]`` of ``pyproject.toml``, and the number of simulated clients in
-``[tool.flwr.federations]``. What the template has in its code and not in its settings is said, and not set.
+Keys are those of Flower's template for language models (FlowerTune of flwr 1.42, and the apps of its
+leaderboard): ``[tool.flwr.app.config]`` of ``pyproject.toml``, and the number of simulated clients in
+``[tool.flwr.federations]``. What the template has in its code and not in its settings is said, not set.
 Nothing of the app is imported or run.
 """
 
@@ -80,7 +80,7 @@ LEFT = {
     r"strategy\.min-.*": "see federation.require and federation.quorum",
     r"options\.backend\..*": "see `fedloom run --workers`",
     rf"{ARGUMENTS}learning-rate": "the template sets it from learning-rate-max and learning-rate-min",
-    rf"{ARGUMENTS}lr-scheduler-type": "within a round the rate is constant; training.schedule is over rounds",
+    rf"{ARGUMENTS}lr-scheduler-type": "a round has one rate; training.schedule is over rounds",
     rf"{ARGUMENTS}warmup-.*": "see training.warmup_rounds: the rate rises over rounds",
     rf"{ARGUMENTS}output-dir": "see output.folder",
     rf"{ARGUMENTS}(logging|log|eval|save|report|dataloader|ddp|hub|push)-.*": (
@@ -92,7 +92,7 @@ LEFT = {
 """Keys with nothing to take, as regular expressions, and why."""
 
 UNSAID = (
-    "LoRA has a dropout of 0.075 (adapter.dropout), and the layers that PEFT chooses for the architecture "
+    "LoRA has a dropout of 0.075 (adapter.dropout), and the layers that PEFT chooses for an architecture "
     '(of Llama ["q_proj", "v_proj"]; here adapter.targets = "all-linear" by default)',
     'weights are in bfloat16 (training.precision = "bf16")',
     "prompts are Alpaca's, put around the column instruction (data.template)",
@@ -166,7 +166,7 @@ def _keys_of(table: Table, path: Path) -> Iterator[tuple[str, Any]]:
     if not config:
         raise SettingsError(
             [
-                "it has no [tool.flwr.app.config], so it is no Flower app with settings: give its own file"
+                "it has no [tool.flwr.app.config], so it is no Flower app with settings: give its file"
             ],
             named(path),
         )

@@ -67,6 +67,7 @@ from fedloom.models.request_limits import Allowance
 from fedloom.models.tree_attention import NEVER, applies, tree_attention
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import Settings
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.tensors import Tensors
 
 PROMPTS = ("prompt", "ptuning")
@@ -742,8 +743,8 @@ def _saved_whole(backbone: nn.Module, settings: AdapterSettings) -> list[str]:
             leaves = sorted({name.rpartition(".")[2] for name in modules if name})
             there = ", ".join(leaf for leaf in leaves if not leaf.isdecimal())
             raise ModelError(
-                f"adapter.modules_to_save {own!r} matches no module of this model that has weights; it "
-                f"has: {there}"
+                f"adapter.modules_to_save {own!r} matches no module of this model that has weights; "
+                f"{did_you_mean(own, leaves)}it has: {there}"
             )
         for name in meant:
             within = [target for target in targets if f"{target}.".startswith(f"{name}.")]
@@ -1035,11 +1036,13 @@ def _short_name(name: str, place: str) -> str:
 
 def _check_targets(backbone: nn.Module, targets: list[str], learning: list[str]) -> None:
     linears = [name for name, module in backbone.named_modules() if is_linear(module)]
-    there = ", ".join(sorted({name.rpartition(".")[2] for name in learning}))
+    leaves = sorted({name.rpartition(".")[2] for name in learning})
+    there = ", ".join(leaves)
     for target in targets:
         if not any(_is_named(name, [target]) for name in linears):
             raise ModelError(
                 f"adapter.targets {target!r} matches no linear layer of this model; "
+                f"{did_you_mean(target, [*leaves, 'all-linear'])}"
                 f'it has: {there} (or write "all-linear")'
             )
         if not any(_is_named(name, [target]) for name in learning):

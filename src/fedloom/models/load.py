@@ -8,6 +8,7 @@ of it is loaded.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fedloom.models.quantize import (
 from fedloom.models.remote_code import AUTO_MAP, asks_to_run_code, needs_code, require_no_code
 from fedloom.randomness import derive_seed
 from fedloom.settings.schema import Settings
+from fedloom.settings.suggestions import did_you_mean
 
 TINY = "tiny"
 """Name of the model that the package makes itself."""
@@ -89,7 +91,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         if asks_to_run_code(error):
             raise needs_code(path) from None
-        raise ModelError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+        hint = f"; {_near(path)}".rstrip("; ")
+        raise ModelError(
+            f"cannot load the tokenizer of {path}: {first_line(error)}{hint}"
+        ) from error
     if tokenizer.chat_template is None:
         begins = tokenizer.bos_token_id in tokenizer("x")["input_ids"][:1]
         tokenizer.chat_template = PLAIN_CHAT if begins else PLAIN_CHAT.removeprefix(START)
@@ -439,11 +444,21 @@ def _is_local(path: str) -> bool:
     return Path(path).is_dir() or path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
+def _near(path: str) -> str:
+    """Return a hint at a model that is there, with a blank behind it: a folder beside it, or "tiny"."""
+    beside = Path(path).parent
+    folders = [
+        str(beside / own.name) for own in beside.glob("*/") if os.path.isfile(own / "config.json")
+    ]
+    return did_you_mean(str(Path(path)), ["tiny", *folders])
+
+
 def _check_folder(path: str) -> None:
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         state = "has no config.json" if Path(path).is_dir() else "is not a folder"
         raise ModelError(
-            f'model.path {path!r} {state}; give a folder in Hugging Face layout, a Hub name, or "tiny"'
+            f"model.path {path!r} {state}; {_near(path)}"
+            'give a folder in Hugging Face layout, a Hub name, or "tiny"'
         )
     require_no_code(path)
 

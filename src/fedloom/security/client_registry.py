@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field
 from fedloom.errors import IdentityError, OutputError, SettingsError, first_line
 from fedloom.security.keys import public_key, public_pem
 from fedloom.settings.schema import Settings, parse
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.settings.toml import read_toml, write_toml
 from fedloom.storage.files import lock, write_atomically
 
@@ -82,8 +83,9 @@ class Members:
         for member in self.members:
             if member.name == name:
                 return member
-        known = ", ".join(member.name for member in self.members) or "nobody"
-        raise IdentityError(f"no member has the name {name!r}; there are: {known}")
+        names = [member.name for member in self.members]
+        hint, known = did_you_mean(name, names), ", ".join(names) or "nobody"
+        raise IdentityError(f"no member has the name {name!r}; {hint}there are: {known}")
 
     def numbered(self, number: int) -> Member | None:
         """Return the member with a number, if there is one."""

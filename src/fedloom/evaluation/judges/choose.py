@@ -16,6 +16,7 @@ from fedloom.evaluation.questions import Benchmark
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.models.device import choose_device
 from fedloom.settings.plugins import Choices, undefined
+from fedloom.settings.suggestions import did_you_mean
 from fedloom.storage.cache import cache_folder
 
 
@@ -70,8 +71,8 @@ def require_judges(chosen: Sequence[str]) -> None:
                 raise JudgeError(f"judge {name!r}: {'; '.join(error.problems)}") from error
         elif not (name in RULES or name.startswith(("http://", "https://")) or Path(name).is_dir()):
             raise JudgeError(
-                f"no judge {name!r}: give {', '.join(RULES)}, a model's folder, an http address, or a "
-                "class as package.module:Class"
+                f"no judge {name!r}: {did_you_mean(name, RULES)}give {', '.join(RULES)}, a model's "
+                "folder, an http address, or a class as package.module:Class"
             )
 
 
