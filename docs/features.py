@@ -22,8 +22,8 @@ PAGE = """# Features beside those of other products
 
 Settings and commands of TRL, LLaMA-Factory, axolotl, Flower and OpenFedLLM by their own names, and what
 is there for each in fedloom, or why nothing is. It is a table of names: two products that have a setting
-may do different things with it. What a name means here, and how experiments of other tools are taken over,
-is on [From other tools](other_tools.md).
+may do different things with it. What a name means here, and how experiments of other tools are taken
+over, is on [From other tools](other_tools.md).
 
 | product | version | how the names were collected |
 | --- | --- | --- |

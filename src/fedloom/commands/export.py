@@ -86,9 +86,8 @@ def _require_known(format: str, out_type: str, hub: str | None, public: bool) ->
             f"--format {format}: {did_you_mean(format, FORMATS)}it is one of {', '.join(FORMATS)}"
         )
     if out_type not in OUT_TYPES:
-        raise typer.BadParameter(
-            f"--outtype {out_type}: {did_you_mean(out_type, OUT_TYPES)}it is one of {', '.join(OUT_TYPES)}"
-        )
+        hint = did_you_mean(out_type, OUT_TYPES)
+        raise typer.BadParameter(f"--outtype {out_type}: {hint}it is one of {', '.join(OUT_TYPES)}")
     if out_type != "f16" and format != "gguf":
         raise typer.BadParameter(f"--outtype {out_type} is of --format gguf")
     if public and hub is None:

@@ -102,7 +102,9 @@ def _usage_error(error: Exception) -> NoReturn:
     show = getattr(error, "show", None)
     if show is None:
         raise error
-    if "Did you mean" in str(getattr(error, "message", "")):  # typer's hint, which click's would repeat
+    if "Did you mean" in str(
+        getattr(error, "message", "")
+    ):  # typer's hint, which click's would repeat
         error.__dict__["possibilities"] = None
     show()
     sys.exit(int(getattr(error, "exit_code", 2)))

@@ -6,6 +6,7 @@ Each part owns its section; here they meet. Nothing is loaded and nothing runs i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedloom.aggregation.rules import AggregationSettings
 from fedloom.data.partition import PartitionSettings
 from fedloom.data.public import PublicSettings
 from fedloom.data.sources import DataSettings
+from fedloom.display.notebook import table
 from fedloom.errors import SettingsError
 from fedloom.evaluation.held_out import EvaluationSettings
 from fedloom.experiment.aliases import with_own_names
@@ -196,6 +198,17 @@ class Experiment:
     def to_toml(self, *, defaults: bool = True) -> str:
         """Return the resolved experiment as TOML, with or without what is at its default."""
         return write_toml(self.to_table(defaults=defaults))
+
+    def _repr_html_(self) -> str:
+        """Return a table of the settings that are not at their default, as a notebook shows it."""
+        rows = [
+            (section, key, json.dumps(value, default=str, ensure_ascii=False))
+            for section, own in self.to_table(defaults=False).items()
+            if isinstance(own, Mapping)
+            for key, value in own.items()
+        ]
+        notes = [("", "note", note) for note in self.notes]
+        return table(f"Experiment {self.name}", ("section", "setting", "value"), [*rows, *notes])
 
     @property
     def kind(self) -> str:
