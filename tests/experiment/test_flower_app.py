@@ -73,7 +73,6 @@ def test_the_template_is_this_experiment(app):
             "adapter": {"rank": 32, "alpha": 64.0},
             "data": {"source": "vicgalle/alpaca-gpt4", "kind": "instruction", "max_length": 512},
             "objective": {"name": "sft"},
-            "method": {"name": "fedavg"},
             "federation": {"rounds": 100, "clients": 20, "clients_per_round": 3},
             "training": {
                 "learning_rate": 5e-5,
@@ -152,7 +151,6 @@ def test_values(app, changed, setting, value):
 
 def test_keys_are_of_settings_that_there_are():
     table = Experiment().to_table()
-    table["method"] |= {"mu": 0.1}
     assert [
         key.ours
         for key in KEYS.values()

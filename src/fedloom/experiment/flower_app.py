@@ -67,7 +67,6 @@ KEYS = {
     "dataset.name": Key("data.source"),
     "static.dataset.name": Key("data.source"),
     "num-server-rounds": Key("federation.rounds"),
-    "strategy.proximal-mu": Key("method.mu", remark="as FedProx"),
     "strategy.fraction-evaluate": Key(
         "evaluation.per_client",
         lambda share: share > 0 if isinstance(share, int | float) else None,
@@ -77,6 +76,7 @@ KEYS = {
 """Key of an app, without ``[tool.flwr.app.config]``, to the setting here."""
 
 LEFT = {
+    r"strategy\.proximal-mu": "set method.name to one with a proximal term, and its mu",
     r"strategy\.min-.*": "see federation.require and federation.quorum",
     r"options\.backend\..*": "see `fedloom run --workers`",
     rf"{ARGUMENTS}learning-rate": "the template sets it from learning-rate-max and learning-rate-min",
@@ -95,6 +95,7 @@ UNSAID = (
     "LoRA has a dropout of 0.075 (adapter.dropout), and the layers that PEFT chooses for an architecture "
     '(of Llama ["q_proj", "v_proj"]; here adapter.targets = "all-linear" by default)',
     'weights are in bfloat16 (training.precision = "bf16")',
+    "the strategy is FedAvg with every change of a round averaged by rows, as here by default",
     "prompts are Alpaca's, put around the column instruction (data.template)",
     "all rows are trained on; here data.test_fraction of them are held out",
 )
@@ -144,7 +145,7 @@ def translated(path: Path) -> Translation:
     """
     path = path / FILE if path.is_dir() else path
     keys = dict(_keys_of(read_toml(path), path))
-    found = Translation({"objective": {"name": "sft"}, "method": {"name": "fedavg"}})
+    found = Translation({"objective": {"name": "sft"}})
     arguments = {name: keys.pop(name) for name in list(keys) if name.startswith(ARGUMENTS)}
     _take_clients(found, keys)
     for name, value in keys.items():
@@ -154,8 +155,6 @@ def translated(path: Path) -> Translation:
         found.table["data"]["kind"] = "instruction"
     if "min_learning_rate" in found.table.get("training", {}):
         found.table["training"]["schedule"] = "cosine"
-    if "mu" in found.table["method"]:
-        found.table["method"]["name"] = "fedprox"
     return found
 
 
