@@ -71,7 +71,7 @@ def shares(run: PlantedRun, noise: float = 0.0, *, first: bool = False) -> dict[
             continue
         own = run.parts.local.resources[update.client]
         for view in run.views_of(own.model):
-            for title, change, candidates, rounding in changes(update, view, own.initial):
+            for title, change, candidates, rounding in run.changes(update, view):
                 change = change.double()
                 drawn = torch.randn(change.shape, generator=rng, dtype=torch.float64)
                 change = change + noise * change.norm() * drawn
@@ -86,8 +86,8 @@ def shares(run: PlantedRun, noise: float = 0.0, *, first: bool = False) -> dict[
     }
     best = max(means, key=lambda title: means[title][0])
     names = ("share", "guess", "auc", "tokens", "from_rank")
-    of_a = max((own[0] for t, own in means.items() if t[1] == "dA"), default=float("nan"))
-    of_b = max((own[0] for t, own in means.items() if t[1] == "dB"), default=float("nan"))
+    of_a = max((own[0] for t, own in means.items() if t[1].startswith("dA")), default=float("nan"))
+    of_b = max((own[0] for t, own in means.items() if t[1].startswith("dB")), default=float("nan"))
     return {**dict(zip(names, means[best], strict=True)), "dA": of_a, "dB": of_b}
 
 

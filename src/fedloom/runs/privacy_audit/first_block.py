@@ -72,8 +72,8 @@ def read_by_token(model: AdapterModel, vocabulary: int) -> list[ReadByToken]:
     if not layers or model.virtual_tokens:
         return []
     first, second, third = (min(vocabulary - 1, own) for own in (5, 17, 29))
-    after = [_inputs(model, layers, [[other, third]]) for other in (first, second)]
-    alone = _inputs(model, layers, [[third]])
+    after = [inputs_of(model, layers, [[other, third]]) for other in (first, second)]
+    alone = inputs_of(model, layers, [[third]])
     free = [
         own
         for own in layers
@@ -101,7 +101,7 @@ def _read(
     found = [
         torch.cat(
             [
-                _inputs(model, [layer], [[0] * place + [own] for own in tokens])[layer]
+                inputs_of(model, [layer], [[0] * place + [own] for own in tokens])[layer]
                 for start in range(0, vocabulary, CHUNK)
                 for tokens in [range(start, min(start + CHUNK, vocabulary))]
             ]
@@ -111,20 +111,29 @@ def _read(
     return ReadByToken(layers, Candidates(torch.stack(found, dim=1)), by_place)
 
 
-def _inputs(
-    model: AdapterModel, layers: Sequence[str], rows: Sequence[Sequence[int]]
+def inputs_of(
+    model: AdapterModel, layers: Sequence[str], rows: Sequence[Sequence[int]], place: int = -1
 ) -> dict[str, Tensor]:
-    """Return ``(rows, columns)`` what layers read at the last token of each row, of those it reaches."""
+    """Return ``(rows, columns)`` what layers read at a place of each row, of those that are reached.
+
+    Args:
+        model: Is read in evaluation, as it is.
+        layers: Names of modules.
+        rows: Token ids, all of one length.
+        place: From 0, or from the end.
+    """
     ids = torch.tensor(rows, device=model.device)
     before = model.flops
-    with _noting(model, layers) as found, model.evaluating(), suppress(_Done):
+    with _noting(model, layers, place) as found, model.evaluating(), suppress(_Done):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.flops = before
     return found
 
 
 @contextmanager
-def _noting(model: AdapterModel, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def _noting(
+    model: AdapterModel, layers: Sequence[str], place: int
+) -> Iterator[dict[str, Tensor]]:
     """Yield what layers read in a pass; the pass is stopped after the last of them."""
     modules: dict[str, Any] = dict(model.model.named_modules())
     found: dict[str, Tensor] = {}
@@ -133,7 +142,7 @@ def _noting(model: AdapterModel, layers: Sequence[str]) -> Iterator[dict[str, Te
         def note(module: object, inputs: tuple[Tensor, ...]) -> None:
             if name in found or not inputs or inputs[0].ndim != 3:
                 return
-            found[name] = inputs[0][:, -1].detach().float().cpu()
+            found[name] = inputs[0][:, place].detach().float().cpu()
             if len(found) == len(layers):
                 raise _Done
 

@@ -35,6 +35,8 @@ class Update:
         changes: By name, the tensors sent less those received.
         received: What the client was sent.
         tokens: Distinct token ids that it trained on: the truth.
+        rows: Token ids of the rows that it trained on, each once; the truth as well, empty where the
+            rows could not be told apart.
         steps: Optimizer steps.
     """
 
@@ -44,7 +46,26 @@ class Update:
     changes: Tensors
     received: Tensors
     tokens: frozenset[int]
+    rows: tuple[tuple[int, ...], ...]
     steps: int
+
+
+@dataclass
+class Reads:
+    """What models read while they were trained.
+
+    Attributes:
+        tokens: Distinct ids.
+        lines: The ids of each sequence of a pass, as bytes of int64; padding and all.
+    """
+
+    tokens: set[int] = field(default_factory=set)
+    lines: set[bytes] = field(default_factory=set)
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.tokens.clear()
+        self.lines.clear()
 
 
 @dataclass
@@ -56,6 +77,7 @@ class InterceptingEngine:
         local: The clients, in this process.
         wanted: Names of tensors that are kept.
         updates: What was kept so far.
+        sent: What was sent last, so that what all clients are sent is kept once.
         unreadable: Answers that hold no tensors that could be read, by reason.
     """
 
@@ -63,6 +85,7 @@ class InterceptingEngine:
     local: SimulationEngine
     wanted: Set[str]
     updates: list[Update] = field(default_factory=list)
+    sent: Tensors = field(default_factory=dict, repr=False)
     unreadable: set[str] = field(default_factory=set)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,11 +102,11 @@ class InterceptingEngine:
         with _reading(list(models.values())) as read:
             for answer in self.engine.exchange(exchange):
                 if answer.client in kept and answer.data is not None:
-                    self._keep(exchange, answer.client, answer.data, frozenset(read))
+                    self._keep(exchange, answer.client, answer.data, read)
                 read.clear()
                 yield answer
 
-    def _keep(self, exchange: Exchange, client: int, data: bytes, read: frozenset[int]) -> None:
+    def _keep(self, exchange: Exchange, client: int, data: bytes, read: Reads) -> None:
         """Keep what an answer changes."""
         try:
             sent = exchange.sent_to(client)
@@ -102,47 +125,89 @@ class InterceptingEngine:
             whole = exchange.replies_are_changes or own is None or own.shape != tensor.shape
             changes[name] = tensor.clone() if whole or own is None else tensor - own
         if changes:
-            received = {
-                n: t.clone() for n, t in sent.items() if n.rpartition("/")[2] in self.wanted
-            }
+            received = self._received(sent)
             steps = sum(
                 own.steps
                 for own in self.local.ledger.costs
                 if (own.round, own.client, own.phase) == (exchange.round, client, exchange.action)
             )
-            whole_rows = SYNTHETIC_INPUTS in changes
-            tokens = self._of_rows(client) if whole_rows else self._truth(client, read)
+            if SYNTHETIC_INPUTS in changes:
+                tokens, rows = self._of_rows(client), ()
+            else:
+                tokens, rows = self._truth(client, read)
             self.updates.append(
-                Update(exchange.round, client, exchange.action, changes, received, tokens, steps)
+                Update(
+                    exchange.round,
+                    client,
+                    exchange.action,
+                    changes,
+                    received,
+                    tokens,
+                    rows,
+                    steps,
+                )
             )
+
+    def _received(self, sent: Tensors) -> Tensors:
+        """Return a copy of what a client was sent, the last one where that was the same."""
+        own = {n: t for n, t in sent.items() if t.is_floating_point()}
+        last = self.sent
+        if own.keys() != last.keys() or any(not torch.equal(t, last[n]) for n, t in own.items()):
+            self.sent = {n: t.clone() for n, t in own.items()}
+        return self.sent
 
     def _of_rows(self, client: int) -> frozenset[int]:
         """Return the tokens of all rows of a client, of which synthetic inputs are made."""
         return frozenset(self.local.shares[client].tokens.tokens.tolist())
 
-    def _truth(self, client: int, read: frozenset[int]) -> frozenset[int]:
-        """Return the tokens that were read, without those that a row of the client only ends with.
+    def _truth(
+        self, client: int, read: Reads
+    ) -> tuple[frozenset[int], tuple[tuple[int, ...], ...]]:
+        """Return the tokens that were trained on, and the rows that they are of.
 
-        No gradient passes through the last token of a row, as nothing is predicted from it.
+        No gradient passes through the last token of a row, as nothing is predicted from it. Rows are
+        found in what was read; where they do not explain all of it (answers that share their prompt),
+        each token is counted that is inside any row of the client.
         """
         tokens = self.local.shares[client].tokens
-        ends = tokens.starts[1:]
-        inside = set(tokens.tokens.tolist())
-        if len(ends):
-            last = np.zeros(len(tokens.tokens), bool)
-            last[ends - 1] = tokens.width > 0 and bool(tokens.trained.any())
-            inside = set(tokens.tokens[~last].tolist())
-        return frozenset(read & inside)
+        predicts = tokens.width > 0 and bool(tokens.trained.any())
+        ids = tokens.tokens.astype(np.int64)
+        rows: dict[tuple[int, ...], None] = {}
+        inside: set[int] = set()
+        for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
+            own = ids[start:end]
+            kept = own[: len(own) - predicts].tolist()
+            inside.update(kept)
+            row = tuple(own.tolist())
+            if row and row not in rows and any(_holds(line, own) for line in read.lines):
+                rows[row] = None
+        seen = {token for row in rows for token in row}
+        if not rows or len(read.tokens - seen) > 1:  # one more is that of padding
+            return frozenset(read.tokens & inside), ()
+        found = {token for row in rows for token in row[: len(row) - predicts]}
+        return frozenset(found & read.tokens), tuple(rows)
+
+
+def _holds(line: bytes, row: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+    """Return whether a row is part of what was read in one line."""
+    wanted, start = row.tobytes(), 0
+    while (start := line.find(wanted, start)) >= 0:
+        if start % row.itemsize == 0:
+            return True
+        start += 1
+    return False
 
 
 @contextmanager
-def _reading(models: list[AdapterModel]) -> Iterator[set[int]]:
-    """Yield a set to which the tokens are added that models train on from now on."""
-    found: set[int] = set()
+def _reading(models: list[AdapterModel]) -> Iterator[Reads]:
+    """Yield what models train on from now on."""
+    found = Reads()
 
     def note(module: object, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled() and inputs and not inputs[0].is_floating_point():
-            found.update(torch.unique(inputs[0]).tolist())
+            ids = inputs[0].detach().cpu().long()
+            found.tokens.update(torch.unique(ids).tolist())
+            found.lines.update(line.numpy().tobytes() for line in ids.reshape(-1, ids.shape[-1]))
 
     hooks = []
     for model in models:

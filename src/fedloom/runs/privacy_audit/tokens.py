@@ -9,6 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from fedloom.evaluation.privacy_audit.adam import first_gradient
 from fedloom.evaluation.privacy_audit.span import (
     DRAWS,
     Candidates,
@@ -32,6 +33,8 @@ from fedloom.runs.privacy_audit.first_block import (
 from fedloom.runs.privacy_audit.interception import InterceptingEngine, Update, frequencies
 from fedloom.runs.privacy_audit.planting import AuditRows, plant
 from fedloom.storage.run_folder import Record
+from fedloom.training.optimizers import round_learning_rate
+from fedloom.training.settings import TrainingSettings
 from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of
 
 LEAK = 4.0
@@ -90,7 +93,7 @@ class PlantedRun:
             own = local.resources[update.client]
             found += self._of_inputs(update, own.model, common[update.client])
             for view in self.views_of(own.model):
-                for title, change, candidates, rounding in changes(update, view, own.initial):
+                for title, change, candidates, rounding in self.changes(update, view):
                     recovered = recover_tokens(
                         change,
                         candidates,
@@ -100,6 +103,13 @@ class PlantedRun:
                     )
                     found.append(_token_record(update, title, recovered))
         return found
+
+    def changes(self, update: Update, view: ReadByToken) -> Iterator[View]:
+        """Yield what can be tested of an update, as the server knows how clients train."""
+        assert self.parts is not None
+        initial = self.parts.local.resources[update.client].initial
+        training, federation = self.experiment.training, self.experiment.federation
+        return changes(update, view, initial, training, federation.rounds)
 
     def _of_inputs(
         self, update: Update, model: AdapterModel, common: Mapping[int, float]
@@ -118,37 +128,78 @@ class PlantedRun:
 View = tuple[tuple[str, str], Tensor, Candidates, float]
 """Layer and tensor, its change, the candidates for it, and the rounding of its numbers."""
 
+INVERTED = ", Adam's step inverted"
+"""Beside the tensor of which the gradient was read back."""
 
-def changes(update: Update, view: ReadByToken, initial: Mapping[str, Tensor]) -> Iterator[View]:
+
+def changes(
+    update: Update,
+    view: ReadByToken,
+    initial: Mapping[str, Tensor],
+    training: TrainingSettings | None = None,
+    rounds: int = 1,
+) -> Iterator[View]:
     """Yield what can be tested of an update.
 
     The rows of several layers that read the same are mixtures of the same inputs: together they span
-    more.
+    more. Of a single step of Adam the gradient is tested as well, where it can be read back.
+
+    Args:
+        update: What was sent.
+        view: What layers read.
+        initial: What clients begin a run with.
+        training: How they train, which the server knows; ``None`` to leave Adam's step as it is.
+        rounds: Of the run.
     """
-    together: dict[str, list[tuple[Tensor, float]]] = {}
+    together: dict[str, list[Tensor]] = {}
     for name, change in update.changes.items():
         layer = layer_of(name.rpartition("/")[2])
         if layer not in view.layers or change.ndim != 2:
             continue
         shown, part = layer.removeprefix("base_model.model."), name.rpartition("/")[0]
-        rounding = rounding_of(update.received.get(name, change))
+        candidates, tensor = view.candidates, "dW"
         if name.endswith(FACTOR_B):
             factor = name.removesuffix(FACTOR_B) + FACTOR_A
             known = update.received.get(factor, initial.get(factor.rpartition("/")[2]))
-            if known is not None and known.shape[0] == change.shape[1]:
-                candidates = Candidates(view.candidates.inputs @ known.float().T)
-                yield (shown, _titled("dB", part)), change, candidates, rounding
-            continue
-        if change.shape[1] != view.candidates.inputs.shape[-1]:
-            change = change.T  # weights that are stored (in, out)
-        title = _titled("dA" if name.endswith(FACTOR_A) else "dW", part)
-        yield (shown, title), change, view.candidates, rounding
-        together.setdefault(title, []).append((change, rounding))
+            if known is None or known.shape[0] != change.shape[1]:
+                continue
+            candidates, tensor = Candidates(view.candidates.inputs @ known.float().T), "dB"
+        elif name.endswith(FACTOR_A):
+            tensor = "dA"
+        for mark, own, rounding in _read_back(update, name, change, training, rounds):
+            if own.shape[1] != candidates.inputs.shape[-1]:
+                own = own.T  # weights that are stored (in, out)
+            title = _titled(tensor + mark, part)
+            yield (shown, title), own, candidates, rounding
+            if tensor != "dB" and rounding:
+                together.setdefault(title, []).append(own.double() / rounding)
     for title, parts in together.items():
         if len(parts) > 1:
-            rounding = max(own for _, own in parts)
-            whole = torch.cat([own for own, _ in parts])
-            yield (f"all {len(parts)}", title), whole, view.candidates, rounding
+            yield (f"all {len(parts)}", title), torch.cat(parts), view.candidates, 1.0
+
+
+def _read_back(
+    update: Update, name: str, change: Tensor, training: TrainingSettings | None, rounds: int
+) -> Iterator[tuple[str, Tensor, float]]:
+    """Yield a change and, of one step of Adam, the gradient, each with the rounding of its numbers."""
+    received = update.received.get(name)
+    yield "", change, rounding_of(change if received is None else received)
+    fresh = training is not None and not training.keep_optimizer_state and update.steps == 1
+    if training is None or not fresh or training.optimizer not in ("adam", "adamw"):
+        return
+    if received is None or received.shape != change.shape:
+        return
+    rate = round_learning_rate(training, update.round, rounds)
+    gradient = first_gradient(
+        change,
+        received,
+        rate * (training.loraplus_lr_ratio if name.endswith(FACTOR_B) else 1.0),
+        training.epsilon,
+        decay=training.weight_decay,
+        decoupled=training.optimizer == "adamw",
+    )
+    if gradient is not None:
+        yield INVERTED, gradient, 1.0
 
 
 def _titled(tensor: str, part: str) -> str:
