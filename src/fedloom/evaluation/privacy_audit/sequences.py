@@ -25,7 +25,7 @@ Row = tuple[int, ...]
 Read = Callable[[Sequence[Row]], Tensor]
 """From beginnings of one length, ``(n, columns)`` what the layer reads at the last place of each."""
 
-NEAR = 1e-2
+NEAR = 2e-2
 """Distance up to which a beginning is taken for one of a row, where the update is a step's exact gradient."""
 
 MOST_KEPT = 64

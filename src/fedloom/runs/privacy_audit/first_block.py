@@ -6,6 +6,7 @@ it. In a transformer these are the projections of the first block's attention.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ MOST_PLACES = 32
 
 CHUNK = 2048
 """Tokens that are read at a time."""
+
+BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ def layer_of(name: str) -> str | None:
         if name.endswith(ending):
             return name.removesuffix(ending)
     return None
+
+
+def next_block(layer: str) -> str | None:
+    """Return the name of a layer's like in the next block."""
+    found = BLOCK.search(layer)
+    if found is None:
+        return None
+    return f"{layer[: found.start(1)]}{int(found[1]) + 1}{layer[found.end(1) :]}"
 
 
 def read_by_token(model: AdapterModel, vocabulary: int) -> list[ReadByToken]:
@@ -131,9 +142,7 @@ def inputs_of(
 
 
 @contextmanager
-def _noting(
-    model: AdapterModel, layers: Sequence[str], place: int
-) -> Iterator[dict[str, Tensor]]:
+def _noting(model: AdapterModel, layers: Sequence[str], place: int) -> Iterator[dict[str, Tensor]]:
     """Yield what layers read in a pass; the pass is stopped after the last of them."""
     modules: dict[str, Any] = dict(model.model.named_modules())
     found: dict[str, Tensor] = {}

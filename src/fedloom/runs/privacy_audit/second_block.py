@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from torch import Tensor
 
 from fedloom.evaluation.privacy_audit.sequences import Row
 from fedloom.models.adapters import AdapterModel
-from fedloom.runs.privacy_audit.first_block import ReadByToken, inputs_of, layer_of
+from fedloom.runs.privacy_audit.first_block import (
+    ReadByToken,
+    inputs_of,
+    layer_of,
+    next_block,
+)
 
 CHUNK = 512
 """Beginnings of rows that are read at a time."""
-
-BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,19 @@ def read_by_beginning(model: AdapterModel, first: ReadByToken) -> ReadByBeginnin
     depends on tokens behind it.
     """
     trained = {layer_of(name) for name in model.parameters}
-    layers = [own for own in map(_next_block, first.layers) if own in trained and own is not None]
+    layers = [own for own in map(next_block, first.layers) if own in trained and own is not None]
     if not layers:
         return None
     one, two, three = 5, 17, 29
-    short, long = inputs_of(model, layers, [[one, two]]), inputs_of(
-        model, layers, [[one, two, three]], place=1
+    short, long = (
+        inputs_of(model, layers, [[one, two]]),
+        inputs_of(model, layers, [[one, two, three]], place=1),
     )
-    same = [
-        own for own in layers if own in short and torch.equal(short[own], short[layers[0]])
-    ]
+    same = [own for own in layers if own in short and torch.equal(short[own], short[layers[0]])]
     name = layers[0]
     if name not in short or not torch.allclose(short[name], long[name], rtol=0, atol=1e-4):
         return None
     return ReadByBeginning(model, tuple(same))
-
-
-def _next_block(layer: str) -> str | None:
-    """Return the name of a layer's like in the next block."""
-    found = BLOCK.search(layer)
-    if found is None:
-        return None
-    return f"{layer[: found.start(1)]}{int(found[1]) + 1}{layer[found.end(1) :]}"
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from fedloom.runs.privacy_audit.first_block import (
     FACTOR_B,
     ReadByToken,
     layer_of,
+    next_block,
     read_by_token,
 )
 from fedloom.runs.privacy_audit.interception import InterceptingEngine, Update, frequencies
@@ -71,7 +72,8 @@ class PlantedRun:
         wanted = {SYNTHETIC_INPUTS}
         for own in parts.local.resources.values():
             for view in self.views_of(own.model):
-                wanted |= {n for n in own.model.parameters if layer_of(n) in view.layers}
+                layers = {*view.layers, *map(next_block, view.layers)}
+                wanted |= {n for n in own.model.parameters if layer_of(n) in layers}
         self.engine = InterceptingEngine(parts.engine, parts.local, wanted)
         return self.engine
 
@@ -151,7 +153,7 @@ def changes(
         training: How they train, which the server knows; ``None`` to leave Adam's step as it is.
         rounds: Of the run.
     """
-    together: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for name, change in update.changes.items():
         layer = layer_of(name.rpartition("/")[2])
         if layer not in view.layers or change.ndim != 2:
@@ -166,19 +168,19 @@ def changes(
             candidates, tensor = Candidates(view.candidates.inputs @ known.float().T), "dB"
         elif name.endswith(FACTOR_A):
             tensor = "dA"
-        for mark, own, rounding in _read_back(update, name, change, training, rounds):
+        for mark, own, rounding in read_back(update, name, change, training, rounds):
             if own.shape[1] != candidates.inputs.shape[-1]:
                 own = own.T  # weights that are stored (in, out)
             title = _titled(tensor + mark, part)
             yield (shown, title), own, candidates, rounding
             if tensor != "dB" and rounding:
-                together.setdefault(title, []).append(own.double() / rounding)
-    for title, parts in together.items():
-        if len(parts) > 1:
-            yield (f"all {len(parts)}", title), torch.cat(parts), view.candidates, 1.0
+                parts.setdefault(title, []).append(own.double() / rounding)
+    for title, several in parts.items():
+        if len(several) > 1:
+            yield (f"all {len(several)}", title), torch.cat(several), view.candidates, 1.0
 
 
-def _read_back(
+def read_back(
     update: Update, name: str, change: Tensor, training: TrainingSettings | None, rounds: int
 ) -> Iterator[tuple[str, Tensor, float]]:
     """Yield a change and, of one step of Adam, the gradient, each with the rounding of its numbers."""
