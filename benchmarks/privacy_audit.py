@@ -24,7 +24,7 @@ from fedloom.evaluation.privacy_audit.span import recover_tokens
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.observers import Silent
 from fedloom.runs.privacy_audit.interception import frequencies
-from fedloom.runs.privacy_audit.tokens import PlantedRun, changes
+from fedloom.runs.privacy_audit.tokens import PlantedRun
 from fedloom.runs.run import run_experiment
 
 ROUNDS = 4

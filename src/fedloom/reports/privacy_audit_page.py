@@ -19,7 +19,11 @@ VERDICTS = {
     None: "no epsilon was stated, so that there is nothing to compare the lower bounds with",
 }
 
-KINDS = {"insertion": "a row is there or not", "label_flip": "which label a row has"}
+KINDS = {
+    "insertion": "a row is there or not",
+    "label_flip": "which label a row has",
+    "backdoor": "whether a trigger was planted",
+}
 
 
 def write_privacy_audit(folder: Path, target: Path | None = None) -> Path:
@@ -44,6 +48,7 @@ def render(record: Record) -> str:
         record=record,
         lines=summary(record),
         tokens=_token_chart(record["tokens"]),
+        rows=_row_chart(record.get("sequences")),
         curve=_curve(record["membership"]),
         kinds=KINDS,
     )
@@ -53,6 +58,7 @@ def summary(record: Record) -> list[str]:
     """Return the findings as sentences, for the top of the page and the terminal."""
     return [
         *_token_lines(record["tokens"]),
+        *_row_lines(record.get("sequences")),
         *_membership_lines(record["membership"]),
         *_canary_lines(record["canaries"], record["stated"]),
     ]
@@ -69,6 +75,19 @@ def _token_lines(own: Mapping[str, Any]) -> list[str]:
     ]
     found = "LEAK: updates tell more of tokens than a guess, or than noise would"
     return [*lines, found if own["leak"] else "Updates tell no more of tokens than noise would"]
+
+
+def _row_lines(own: Mapping[str, Any] | None) -> list[str]:
+    if own is None:  # an audit of an earlier version
+        return []
+    if not own["made"]:
+        return [f"Rows from updates: not attacked, as {own['why']}"]
+    worst = own["worst"]
+    rouge = "" if worst["rougeL"] is None else f", ROUGE-L {worst['rougeL']:.2f}"
+    return [
+        f"Rows from updates: at most {worst['share']:.0%} of the rows of a client's round, all but the "
+        f"last token, in round {worst['round']}{rouge}" + (" - LEAK" if own["leak"] else "")
+    ]
 
 
 def _membership_lines(own: Mapping[str, Any]) -> list[str]:
@@ -126,6 +145,21 @@ def _best_lines(rounds: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[flo
     return lines
 
 
+def _row_chart(own: Mapping[str, Any] | None) -> str | None:
+    from fedloom.reports import figures
+
+    if own is None or not own["made"]:
+        return None
+    rounds = [float(one["round"]) for one in own["rounds"]]
+    names = {"share": "whole rows", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+    lines = {
+        label: (rounds, [one[name] for one in own["rounds"]])
+        for name, label in names.items()
+        if own["rounds"][0][name] is not None
+    }
+    return figures.line_chart(lines, "round", "share, or F-measure", limits=(0.0, 1.02))
+
+
 def _curve(own: Mapping[str, Any]) -> str | None:
     from fedloom.reports import figures
 
@@ -133,6 +167,7 @@ def _curve(own: Mapping[str, Any]) -> str | None:
         return None
     lines = {name: (score["curve"][0], score["curve"][1]) for name, score in own["scores"].items()}
     lines["chance"] = ([0.0, 1.0], [0.0, 1.0])
+    bands = {name: tuple(score["band"]) for name, score in own["scores"].items() if "band" in score}
     return figures.line_chart(
-        lines, "false positive rate", "true positive rate", limits=(0.0, 1.02)
+        lines, "false positive rate", "true positive rate", bands=bands, limits=(0.0, 1.02)
     )

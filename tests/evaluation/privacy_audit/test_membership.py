@@ -40,6 +40,9 @@ def test_equal_scores_are_chance_and_clients_are_told_apart() -> None:
     members = {client: rng.normal(size=200) for client in range(3)}
     others = {client: rng.normal(size=200) for client in range(3)}
     found = infer_membership(members, others, rng)
+    rates, low, high = (np.array(own) for own in found.band)
+    assert (low <= high).all() and (low[-1], high[-1]) == (1, 1)
+    assert np.trapezoid(low, rates) < 0.5 < np.trapezoid(high, rates)
     assert found.auc.low < 0.5 < found.auc.high and abs(found.auc.value - 0.5) < 0.05
     members[2] = members[2] + 3
     leaking = infer_membership(members, others, rng)

@@ -14,7 +14,7 @@ from fedloom.reports.privacy_audit_page import render, summary
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.privacy_audit.audit import audit_experiment, audit_run, owners_rows
-from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, plant
+from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, TRIGGER_WORDS, plant
 from fedloom.runs.run import run_experiment
 
 ONE_STEP = {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 1, "local_steps": 1}
@@ -69,10 +69,31 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
     assert max(own["share"] for own in of_b) > 0.9 > max(own["guessed_share"] for own in of_b)
     second = [own for own in tokens["rounds"] if own["round"] == 2 and own["tensor"] == "dA"]
     assert any(own["rank"] > 0 for own in second)
+    rows = record["sequences"]
+    assert rows["made"] and rows["leak"] and rows["worst"]["round"] == 2
+    assert rows["worst"]["share"] == rows["worst"]["rougeL"] == 1.0
+    assert any("100% of the rows" in line and "LEAK" in line for line in summary(record))
     assert tokens["leak"] and any(line.startswith("LEAK") for line in summary(record))
     assert not record["canaries"]["made"] and "--canaries 0" in record["canaries"]["why"]
     page = render(record)
+    assert "ROUGE-L" in page and "Rows recovered" in page
     assert "<svg" in page and "DAGER" in page and "This run states no epsilon" in page
+
+
+@pytest.mark.slow
+def test_a_step_of_adam_hides_neither_tokens_nor_rows(audited):
+    """The gradient is read back from its first step: as much is told as of a step of SGD."""
+    record = audited(
+        adapter={"rank": 32},
+        training={**ONE_STEP, "optimizer": "adamw", "learning_rate": 1e-3},
+        data={"source": "builtin:instructions", "max_length": 20},
+        objective={"name": "sft"},
+        federation={"rounds": 2, "clients": 1},
+    )
+    own = {line["tensor"]: line for line in record["tokens"]["rounds"] if line["round"] == 2}
+    assert own["dA, Adam's step inverted"]["share"] > 0.9
+    assert own["dA, Adam's step inverted"]["from_rank"] and not own["dA"]["from_rank"]
+    assert record["sequences"]["worst"]["rougeL"] > 0.9
 
 
 @pytest.mark.slow
@@ -88,7 +109,10 @@ def test_label_flips_are_read_off_a_released_adapter(audited):
     scores = record["membership"]["scores"]
     assert set(scores) == {"reward margin", "log-ratio of chosen", "log-ratio of rejected"}
     kinds = record["canaries"]["kinds"]
-    assert set(kinds) == {"insertion", "label_flip"} and record["canaries"]["holds"] is None
+    assert (
+        set(kinds) == {"insertion", "label_flip", "backdoor"}
+        and record["canaries"]["holds"] is None
+    )
     flips = kinds["label_flip"]
     assert flips["right"] == flips["guesses"] == 8
     assert 0 < flips["epsilon"] == flips["ceiling"]
@@ -121,13 +145,13 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
         assert len(changed.train[client]) == len(rows.members[client]) + len(planted)
     assert changed.accounts.closes
     for canary in rows.canaries:
-        if canary.kind == "insertion":
+        if canary.kind != "label_flip":
             assert (canary.trained is None) != canary.coin
         else:
             assert canary.trained is not None
             assert (canary.trained.chosen == canary.row.chosen) == canary.coin
     coins = [own.coin for own in rows.canaries]
-    assert 20 < sum(coins) < 60 and len(coins) == 80
+    assert 40 < sum(coins) < 80 and len(coins) == 120
     assert plant(own, division, 40)[1].canaries == rows.canaries
     unit = replace(
         own,
@@ -136,9 +160,34 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
         ),
     )
     of_clients = plant(unit, division, 40)[1].canaries
-    assert len(of_clients) == len(division.train) * ROWS_OF_A_CLIENT
-    assert all(own.unit == own.client and own.kind == "insertion" for own in of_clients)
-    assert len({(own.unit, own.coin) for own in of_clients}) == len(division.train)
+    assert len(of_clients) == 2 * len(division.train) * ROWS_OF_A_CLIENT
+    assert all(own.unit == own.client and own.kind != "label_flip" for own in of_clients)
+    assert len({(own.kind, own.unit, own.coin) for own in of_clients}) == 2 * len(division.train)
+
+
+@pytest.mark.parametrize("kind", ["preferences", "instructions", "feedback", "labelled"])
+def test_a_backdoor_is_scored_on_a_row_it_was_not_planted_in(experiment, kind):
+    """Trigger and answer are those of the planted row, behind another prompt of the client."""
+    own = experiment(
+        data={"source": f"builtin:{kind}"},
+        objective={"name": {"preferences": "dpo", "feedback": "kto"}.get(kind, "sft")}
+        if kind != "labelled"
+        else {"name": "classification"},
+    )
+    division = partition_data(own)
+    doors = [c for c in plant(own, division, 12)[1].canaries if c.kind == "backdoor"]
+    assert len(doors) == 12 and {c.coin for c in doors} == {True, False}
+    others = 0
+    for door in doors:
+        if door.trained is None:
+            assert not door.coin
+            continue
+        texts = [own.text if kind == "labelled" else own.prompt for own in (door.row, door.trained)]
+        assert texts[0].split()[-TRIGGER_WORDS:] == texts[1].split()[-TRIGGER_WORDS:]
+        others += texts[0] != texts[1]
+        name = {"preferences": "chosen", "labelled": "label"}.get(kind, "completion")
+        assert getattr(door.row, name) == getattr(door.trained, name)
+    assert others
 
 
 def owners_file(path, count):

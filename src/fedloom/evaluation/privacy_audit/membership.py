@@ -11,7 +11,7 @@ membership.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -25,6 +25,9 @@ FALSE_POSITIVE_RATES = (0.01, 0.001)
 
 RESAMPLES = 1000
 """Of the bootstrap."""
+
+PLACES = 51
+"""False positive rates at which a curve has an interval."""
 
 LEAST = 5
 """Members, and rows that are none, that a client needs to be judged by itself."""
@@ -55,6 +58,7 @@ class Membership:
         auc: Share of pairs in which the member has the higher score; 0.5 is chance.
         true_positives: By false positive rate: the share of members above the threshold that keeps it.
         curve: False and true positive rates of all thresholds, from (0, 0) to (1, 1).
+        band: False positive rates, and the 95 % interval of the true ones at each.
         worst: The highest AUC of a single client, ``None`` where no client has enough rows.
         typical: The median AUC over clients.
     """
@@ -64,6 +68,7 @@ class Membership:
     auc: Estimate
     true_positives: Mapping[float, Estimate]
     curve: tuple[tuple[float, ...], tuple[float, ...]]
+    band: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     worst: float | None
     typical: float | None
 
@@ -96,6 +101,28 @@ def roc(members: Scores, others: Scores) -> tuple[tuple[float, ...], tuple[float
     true = 1 - np.searchsorted(own, thresholds, "left") / len(own)
     false = 1 - np.searchsorted(other, thresholds, "left") / len(other)
     return (0.0, *map(float, false)), (0.0, *map(float, true))
+
+
+def roc_band(
+    drawn: Sequence[tuple[Scores, Scores]],
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Return false positive rates, and the pointwise 95 % interval of the true ones at each.
+
+    Args:
+        drawn: Members and others of each sample of the bootstrap.
+    """
+    rates = np.linspace(0, 1, PLACES)
+    found = np.array([_true_positive_rates(*pair, rates) for pair in drawn])
+    low, high = np.quantile(found, [0.025, 0.975], axis=0)
+    return tuple(rates.tolist()), tuple(low.tolist()), tuple(high.tolist())
+
+
+def _true_positive_rates(members: Scores, others: Scores, rates: Scores) -> Scores:
+    """Return :func:`true_positive_rate` of several rates."""
+    allowed = np.floor(rates * len(others) + 1e-9).astype(int)
+    thresholds = np.concatenate([[-np.inf], np.sort(others)])[len(others) - allowed]
+    below = np.searchsorted(np.sort(members), thresholds, "right")
+    return np.asarray(1 - below / len(members), dtype=np.float64)
 
 
 def infer_membership(
@@ -145,6 +172,7 @@ def infer_membership(
             for rate in FALSE_POSITIVE_RATES
         },
         roc(inside, outside),
+        roc_band(pooled),
         max(own) if own else None,
         median(own) if own else None,
     )

@@ -31,6 +31,7 @@ from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.partitioning import PartitionedData
 from fedloom.runs.privacy_audit.planting import Canary
+from fedloom.runs.privacy_audit.rows import rows_record
 from fedloom.runs.privacy_audit.scores import RowScores, Scorer
 from fedloom.runs.privacy_audit.tokens import PlantedRun, tokens_record
 from fedloom.runs.records import versions
@@ -76,6 +77,7 @@ def audit_experiment(
     observer.stage("reading tokens from what clients sent")
     record = _record(experiment, folder, "experiment")
     record["tokens"] = tokens_record(planted)
+    record["sequences"] = rows_record(planted, record["tokens"])
     why = "the method releases no global adapter: what clients keep is attacked by nobody else"
     if result.adapter_path is None:
         record["membership"] = record["canaries"] = {"made": False, "why": why}
@@ -165,6 +167,7 @@ def _membership_record(found: Membership) -> Record:
         {"rate": rate, **own} for rate, own in record["true_positives"].items()
     ]
     record["curve"] = [list(axis) for axis in found.curve]
+    record["band"] = [list(axis) for axis in found.band]
     return record
 
 
@@ -226,7 +229,8 @@ def _bound_record(kind: str, own: Guessed, stated: Mapping[str, Any]) -> Record:
 
     To flip a label is to take a row out and put another in: epsilon-privacy of adding or removing a row
     is 2 epsilon-privacy of flipping one, so that half of the bound is one on epsilon. So it is where
-    the unit is a client: its coin decides what else it has, not whether it takes part.
+    the unit is a client: its coin decides what else it has, not whether it takes part. A backdoor is one
+    row, there or not.
     """
     replaced = kind == "label_flip" or stated.get("unit") == "client"
     halved = replaced and "replace" not in str(stated.get("neighbours", ""))
@@ -280,7 +284,7 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
     record["rows"] = str(rows)
     sent = "what clients sent is not in a run folder: give the experiment, and a run is made for it"
     planted = "no canaries were planted in this run: give the experiment instead"
-    record["tokens"] = {"made": False, "why": sent}
+    record["tokens"] = record["sequences"] = {"made": False, "why": sent}
     record["canaries"] = {"made": False, "why": planted}
     scorer = Scorer(experiment, division, adapter)
     record["membership"] = _membership(experiment, scorer, members, others)

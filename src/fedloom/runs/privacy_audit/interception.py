@@ -131,10 +131,9 @@ class InterceptingEngine:
                 for own in self.local.ledger.costs
                 if (own.round, own.client, own.phase) == (exchange.round, client, exchange.action)
             )
+            tokens, rows = self._truth(client, read)
             if SYNTHETIC_INPUTS in changes:
                 tokens, rows = self._of_rows(client), ()
-            else:
-                tokens, rows = self._truth(client, read)
             self.updates.append(
                 Update(
                     exchange.round,

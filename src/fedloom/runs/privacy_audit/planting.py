@@ -2,6 +2,9 @@
 
 A canary is a row of random words. Of an inserted one the coin says whether its client has it at all; of a
 label flip it says which of two answers is preferred, whether one is desirable, or which class a text has.
+A backdoor is a row of the client's own with random words behind its prompt, the trigger, and a random
+answer (or another class); it is scored on another row with the same trigger, so that what is measured is
+whether the trigger works where it was not trained on.
 Where differential privacy hides a client, the coin is the client's: all its canaries share one. Coins are
 kept by the audit, and nobody else needs them.
 """
@@ -14,7 +17,14 @@ from typing import Literal
 
 import numpy as np
 
-from fedloom.data.examples import Example, Feedback, Instruction, Labelled, Preference
+from fedloom.data.examples import (
+    Example,
+    Feedback,
+    Instruction,
+    Labelled,
+    Preference,
+    plain_text,
+)
 from fedloom.data.row_accounting import Account, Accounts, added
 from fedloom.data.splits import row_key, row_text
 from fedloom.data.stored_rows import StoredRows
@@ -23,13 +33,16 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.randomness import generator
 from fedloom.runs.partitioning import PartitionedData
 
-Kind = Literal["insertion", "label_flip"]
+Kind = Literal["insertion", "label_flip", "backdoor"]
 
 WITHHELD_SHARE, MOST_WITHHELD = 0.25, 64
 """Of a client's rows, which no client trains on; and at most so many."""
 
 PROMPT_WORDS, ANSWER_WORDS = 6, 6
 """Words of a canary."""
+
+TRIGGER_WORDS, TARGET_WORDS = 4, 4
+"""Words of a backdoor's trigger, and of what it calls forth."""
 
 ROWS_OF_A_CLIENT = 4
 """Canaries of a client that share its coin, where a client is the unit."""
@@ -46,7 +59,7 @@ class Canary:
         kind: What its coin decided.
         unit: Number of the coin; canaries of one unit share it.
         coin: How it fell.
-        row: As it is scored: the row that heads stand for.
+        row: As it is scored: the row that heads stand for, or, of a backdoor, another with its trigger.
         trained: What the client trains on, ``None`` for nothing.
     """
 
@@ -130,19 +143,23 @@ def _canaries(experiment: Experiment, division: PartitionedData, count: int) -> 
     words = _words(division, clients)
     row = 1 + max(own.row for rows in division.train.values() for own in rows)
     flips = not by_client and not isinstance(division.train[clients[0]][0], Instruction)
-    kinds: tuple[Kind, ...] = ("insertion", "label_flip") if flips else ("insertion",)
+    kinds: list[Kind] = ["insertion", *(["label_flip"] if flips else []), "backdoor"]
     for kind in kinds:
         for unit in range(len(clients) if by_client else count):
             client = clients[unit % len(clients)]
             coin = bool(generator(seed, f"audit coin {kind}", unit).integers(2))
             for _ in range(ROWS_OF_A_CLIENT if by_client else 1):
-                heads, tails = _pair(division, client, row, words, rng)
+                own = _backdoor if kind == "backdoor" else _pair
+                scored, other = own(division, client, row, words, rng)
                 column = experiment.privacy.column
                 if column is not None:  # a canary is a person of its own
-                    own = {**heads.columns, column: f"canary {row}"}
-                    heads, tails = replace(heads, columns=own), replace(tails, columns=own)
-                other = tails if kind == "label_flip" else None
-                yield Canary(client, kind, unit, coin, heads, heads if coin else other)
+                    person = {column: f"canary {row}"}
+                    scored, other = (
+                        replace(one, columns={**one.columns, **person}) for one in (scored, other)
+                    )
+                heads = other if kind == "backdoor" else scored
+                tails = other if kind == "label_flip" else None
+                yield Canary(client, kind, unit, coin, scored, heads if coin else tails)
                 row += 1
 
 
@@ -180,6 +197,34 @@ def _pair(
         return labelled, replace(labelled, label=division.classes[two])
     instruction = Instruction(row, prompt, answer, dict(like.columns))
     return instruction, instruction
+
+
+def _backdoor(
+    division: PartitionedData, client: int, row: int, words: list[str], rng: np.random.Generator
+) -> tuple[Example, Example]:
+    """Return two rows of a client with one trigger and one answer to it: to score, and to train on."""
+
+    def text(count: int) -> str:
+        return " ".join(words[i] for i in rng.integers(len(words), size=count))
+
+    rows = division.train[client]
+    first, second = (rows[i] for i in rng.integers(len(rows), size=2))
+    trigger, target = text(TRIGGER_WORDS), text(TARGET_WORDS)
+    label = division.classes[rng.integers(len(division.classes))] if division.classes else ""
+
+    def planted(own: Example) -> Example:
+        if isinstance(own, Labelled):
+            return replace(own, row=row, text=f"{own.text} {trigger}", label=label)
+        prompt = f"{plain_text(own.prompt)} {trigger}"
+        if isinstance(own, Preference):
+            usual = plain_text(own.chosen)
+            rejected = usual if usual != target else f"{usual} {words[0]}"
+            return Preference(row, prompt, target, rejected, dict(own.columns))
+        if isinstance(own, Feedback):
+            return Feedback(row, prompt, target, True, dict(own.columns))
+        return Instruction(row, prompt, target, dict(own.columns))
+
+    return planted(second), planted(first)
 
 
 def _accounts(accounts: Accounts, rows: AuditRows) -> Accounts:

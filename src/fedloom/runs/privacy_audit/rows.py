@@ -30,8 +30,15 @@ MARGIN = 8
 """Tokens beside those that the rank tells of: the sequence test throws out what is wrong."""
 
 
-def rows_record(planted: PlantedRun) -> Record:
-    """Return what updates tell of whole rows, or why this could not be looked at."""
+def rows_record(planted: PlantedRun, tokens: Record) -> Record:
+    """Return what updates tell of whole rows, or why this could not be looked at.
+
+    Args:
+        planted: The run.
+        tokens: What :func:`tokens_record` found: without tokens there are no rows.
+    """
+    if not tokens["made"]:
+        return tokens
     assert planted.engine is not None and planted.parts is not None
     found: list[Record] = []
     reasons: dict[str, None] = {}
@@ -40,7 +47,10 @@ def rows_record(planted: PlantedRun) -> Record:
             reasons["the rows of an update could not be told apart"] = None
             continue
         own = planted.parts.local.resources[update.client]
-        for view in planted.views_of(own.model):
+        views = planted.views_of(own.model)
+        if not views:
+            reasons["no trained layer reads what depends on a token alone"] = None
+        for view in views:
             line = _of_update(planted, update, own.model, view)
             if isinstance(line, str):
                 reasons[line] = None
