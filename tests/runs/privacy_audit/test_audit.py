@@ -70,8 +70,9 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
     second = [own for own in tokens["rounds"] if own["round"] == 2 and own["tensor"] == "dA"]
     assert any(own["rank"] > 0 for own in second)
     rows = record["sequences"]
-    assert rows["made"] and rows["leak"] and rows["worst"]["round"] == 2
-    assert rows["worst"]["share"] == rows["worst"]["rougeL"] == 1.0
+    assert rows["made"] and rows["leak"]
+    assert [own["share"] for own in rows["rounds"]] == [1.0, 1.0]  # by B in round 1, then by A
+    assert all(own["rouge1"] == own["rougeL"] == 1.0 for own in rows["rounds"])
     assert any("100% of the rows" in line and "LEAK" in line for line in summary(record))
     assert tokens["leak"] and any(line.startswith("LEAK") for line in summary(record))
     assert not record["canaries"]["made"] and "--canaries 0" in record["canaries"]["why"]

@@ -51,6 +51,7 @@ MEMBER, CLIENT = "member", "client"
 NOT_COVERED = (
     "metrics, numbers of rows and steps, and who takes part: the server sees them as they are",
     "gradient inversion by optimisation (LAMP, TIGER, UTR), which needs no rank condition",
+    "rows of many local steps put together: what the second block reads changes from step to step",
     "attacks that see the adapters of all rounds, or many of them",
     "a server that changes the model or the cohort to single a client out",
     "rows that the model writes out when it is asked for them (verbatim extraction)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 
@@ -12,15 +12,16 @@ from torch import Tensor
 from fedloom.evaluation.privacy_audit.sequences import (
     MOST_TOKENS,
     ROUGE,
+    Row,
     compare_rows,
     recover_rows,
 )
-from fedloom.evaluation.privacy_audit.span import RowSpace, nearest, row_space
+from fedloom.evaluation.privacy_audit.span import Candidates, RowSpace, nearest, row_space
 from fedloom.models.adapters import AdapterModel
 from fedloom.runs.privacy_audit.first_block import FACTOR_B, ReadByToken, layer_of
 from fedloom.runs.privacy_audit.interception import Update
 from fedloom.runs.privacy_audit.second_block import holding, read_by_beginning
-from fedloom.runs.privacy_audit.tokens import PlantedRun, read_back
+from fedloom.runs.privacy_audit.tokens import PlantedRun, factor_a, read_back
 from fedloom.storage.run_folder import Record
 
 LONGEST = 64
@@ -84,15 +85,22 @@ def _of_update(
         return "the rank of the first block's update does not tell how many tokens there were"
     if len(tokens) > MOST_TOKENS:
         return f"{len(tokens)} distinct tokens are more than are tried ({MOST_TOKENS})"
-    initial = planted.parts.local.resources[update.client].initial  # type: ignore[union-attr]
+    assert planted.parts is not None
+    initial = planted.parts.local.resources[update.client].initial
     with holding(model, initial, update.received):
         second = read_by_beginning(model, view)
         if second is None:
             return "no layer of a second block is trained that reads tokens and those before alone"
-        space = space_of(planted, update, second.layers)
-        if space is None:
+        told = space_of(planted, update, second.layers, initial)
+        if told is None:
             return "the rank of the second block's update is at its limit"
-        rows = recover_rows(tokens, space, second.read, LONGEST)
+        space, through = told
+
+        def read(beginnings: Sequence[Row]) -> Tensor:
+            own = second.read(beginnings)
+            return own if through is None else own @ through.float().T
+
+        rows = recover_rows(tokens, space, read, LONGEST)
     compared = compare_rows(rows, update.rows)
     return {
         "round": update.round,
@@ -109,40 +117,51 @@ def _of_update(
 
 
 def tokens_of(planted: PlantedRun, update: Update, view: ReadByToken) -> list[int] | None:
-    """Return the tokens that the exact view of the most rows tells of, with a margin."""
-    best: tuple[int, Tensor, float] | None = None
+    """Return the tokens that the best exact view tells of, with a margin.
+
+    Changes of A and of whole weights go before those of B, which sees inputs through A; then the larger.
+    """
+    best: tuple[tuple[bool, int], RowSpace, Candidates] | None = None
     for title, change, candidates, rounding in planted.changes(update, view):
-        if title[1].startswith("dB") or candidates is not view.candidates:
-            continue
-        if row_space(change, rounding=rounding).is_exact and (
-            best is None or len(change) >= best[0]
-        ):
-            best = len(change), change, rounding
+        space = row_space(change, rounding=rounding)
+        order = not title[1].startswith("dB"), len(change)
+        if space.is_exact and (best is None or order >= best[0]):
+            best = order, space, candidates
     if best is None:
         return None
-    space = row_space(best[1], rounding=best[2])
-    found, _ = view.candidates.distances(space, space.rank)
-    return nearest(found, min(space.rank + MARGIN, len(found))).tolist()
+    _, space, candidates = best
+    found, _ = candidates.distances(space, space.rank)
+    return [int(own) for own in nearest(found, min(space.rank + MARGIN, len(found)))]
 
 
-def space_of(planted: PlantedRun, update: Update, layers: Sequence[str]) -> RowSpace | None:
-    """Return the space of the rows of layers that read the same, all together; ``None`` if not exact.
+def space_of(
+    planted: PlantedRun, update: Update, layers: Sequence[str], initial: Mapping[str, Tensor]
+) -> tuple[RowSpace, Tensor | None] | None:
+    """Return the space of the rows of layers that read the same; ``None`` if none is exact.
 
-    Of Adam's step the gradient is taken, where it can be read back.
+    That of all changes of A, or of whole weights, together; where there is none (in the first round B is
+    0, or A is frozen), that of one change of B, with the A through which it sees inputs. Of Adam's step
+    the gradient is taken, where it can be read back.
     """
     parts: dict[str, list[Tensor]] = {}
+    through: list[tuple[RowSpace, Tensor | None]] = []
     training, rounds = planted.experiment.training, planted.experiment.federation.rounds
     for name, change in update.changes.items():
-        if layer_of(name.rpartition("/")[2]) not in layers or name.endswith(FACTOR_B):
+        if layer_of(name.rpartition("/")[2]) not in layers:
             continue
+        known = factor_a(update, name, initial)
         for mark, own, rounding in read_back(update, name, change, training, rounds):
-            if rounding:
+            if name.endswith(FACTOR_B):
+                space = row_space(own, rounding=rounding)
+                if space.is_exact and known is not None:
+                    through.append((space, known))
+            elif rounding:
                 parts.setdefault(mark, []).append(own.double() / rounding)
     for mark in sorted(parts, reverse=True):  # what was read back first
         space = row_space(torch.cat(parts[mark]), rounding=1.0)
         if space.is_exact:
-            return space
-    return None
+            return space, None
+    return max(through, key=lambda own: own[0].limit) if through else None
 
 
 def _round_line(round: int, own: Sequence[Record]) -> Record:

@@ -161,9 +161,8 @@ def changes(
         shown, part = layer.removeprefix("base_model.model."), name.rpartition("/")[0]
         candidates, tensor = view.candidates, "dW"
         if name.endswith(FACTOR_B):
-            factor = name.removesuffix(FACTOR_B) + FACTOR_A
-            known = update.received.get(factor, initial.get(factor.rpartition("/")[2]))
-            if known is None or known.shape[0] != change.shape[1]:
+            known = factor_a(update, name, initial)
+            if known is None:
                 continue
             candidates, tensor = Candidates(view.candidates.inputs @ known.float().T), "dB"
         elif name.endswith(FACTOR_A):
@@ -178,6 +177,14 @@ def changes(
     for title, several in parts.items():
         if len(several) > 1:
             yield (f"all {len(several)}", title), torch.cat(several), view.candidates, 1.0
+
+
+def factor_a(update: Update, name: str, initial: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the A beside a change of B, as the client was sent it or began with it."""
+    factor = name.removesuffix(FACTOR_B) + FACTOR_A
+    known = update.received.get(factor, initial.get(factor.rpartition("/")[2]))
+    fits = known is not None and known.shape[0] == update.changes[name].shape[1]
+    return known if fits else None
 
 
 def read_back(
