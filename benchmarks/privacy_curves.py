@@ -1,10 +1,11 @@
 """Held-out preference accuracy against epsilon, for DPO and KTO, and what KTO loses by z0 = 0.
 
-    .venv/bin/python benchmarks/privacy_curves.py [--parts builtin-100 builtin-1000 hh-100]
+    .venv/bin/python benchmarks/privacy_curves.py [--parts builtin-10 builtin-100 builtin-1000 hh-100]
         [--seeds 0 1 2] [--hh helpful-base.jsonl.gz --model FOLDER] [--work FOLDER] [--write] [--list]
 
 A part is a source and a number of clients:
 
+- builtin-10: ten clients and two rounds, to see in minutes that all of it works
 - builtin-100: built-in pairs, 100 clients, rows are hidden (``privacy.unit = "row"``), model "tiny"
 - builtin-1000: the same with 1,000 clients, of which each is hidden (``privacy.unit = "client"``)
 - hh-100: pairs of HH-RLHF, 100 clients, rows are hidden, the model of ``--model``
@@ -16,7 +17,7 @@ delta 1e-5.
 
 Each run is a line of WORK/privacy_curves.jsonl as soon as it is over, and is not made again: the
 benchmark can be stopped and started. ``--write`` puts all lines that there are into
-results/privacy_curves.md. All parts together are 60 runs.
+results/privacy_curves.md. The last three parts are 60 runs.
 """
 
 import argparse
@@ -41,6 +42,7 @@ EPSILONS = (1.0, 8.0, None)
 RATES = {"dpo": 3e-3, "kto": 3e-3}
 
 PARTS = {
+    "builtin-10": {"clients": 10, "unit": "row", "rounds": 2, "each": 5, "rows": 600},
     "builtin-100": {"clients": 100, "unit": "row", "rounds": 5, "each": 10, "rows": 3000},
     "builtin-1000": {"clients": 1000, "unit": "client", "rounds": 5, "each": 100, "rows": 6000},
     "hh-100": {"clients": 100, "unit": "row", "rounds": 5, "each": 10, "rows": 3000},
@@ -168,7 +170,7 @@ def table_of(lines: dict[Key, dict[str, object]]) -> list[str]:
 def main() -> None:
     """Run what is missing, print the table and write it if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=["builtin-100"])
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=["builtin-10"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hh", default="", help="JSONL of HH-RLHF, for hh-100")
     parser.add_argument("--model", default="tiny", help="of hh-100")

@@ -20,6 +20,9 @@ from fedloom.tensors import Tensors
 from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS
 from fedloom.wire.messages import Answer, Exchange
 
+MOST_COMPARED = 200_000
+"""Rows of a client times sequences that were read, up to which it is found out which rows they are."""
+
 CLIENTS_A_ROUND = 4
 """Clients whose answers are kept in a round, the first that are asked."""
 
@@ -171,6 +174,8 @@ class InterceptingEngine:
         tokens = self.local.shares[client].tokens
         predicts = tokens.width > 0 and bool(tokens.trained.any())
         ids = tokens.tokens.astype(np.int64)
+        few = len(tokens.starts) * len(read.lines) <= MOST_COMPARED
+        lines = read.lines if few else set()
         rows: dict[tuple[int, ...], None] = {}
         inside: set[int] = set()
         for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
@@ -178,7 +183,7 @@ class InterceptingEngine:
             kept = own[: len(own) - predicts].tolist()
             inside.update(kept)
             row = tuple(own.tolist())
-            if row and row not in rows and any(_holds(line, own) for line in read.lines):
+            if row and row not in rows and any(_holds(line, own) for line in lines):
                 rows[row] = None
         seen = {token for row in rows for token in row}
         if not rows or len(read.tokens - seen) > 1:  # one more is that of padding

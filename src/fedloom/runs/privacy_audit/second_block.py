@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedloom.evaluation.privacy_audit.sequences import Row
 from fedloom.models.adapters import AdapterModel
+from fedloom.models.backbone_delta import MOVED
 from fedloom.runs.privacy_audit.first_block import (
     ReadByToken,
     inputs_of,
@@ -79,11 +80,12 @@ def holding(
         received: By name, after the part of a message.
     """
     before = model.read()
+    moved = dict(model.base.changes)
     sent = {name.rpartition("/")[2]: tensor for name, tensor in received.items()}
     known = {name: sent.get(name, initial.get(name, own)) for name, own in before.items()}
     fits = {n: t if t.shape == before[n].shape else before[n] for n, t in known.items()}
-    model.write(fits)
+    model.write({**fits, **{n: t for n, t in sent.items() if n.startswith(MOVED)}})
     try:
         yield
     finally:
-        model.write(before)
+        model.write({**before, **moved})
