@@ -1,6 +1,6 @@
 """Tokens and rows read from clients' updates: by rank, tokens of a step, local steps, optimizer, noise.
 
-    python benchmarks/privacy_audit.py MODEL ROWS.csv [--parts steps protections] [--out RESULTS.md]
+    python benchmarks/privacy_audit.py MODEL ROWS.csv [--parts sgd adamw protections] [--out RESULTS.md]
 
 MODEL is a pretrained causal model, ROWS a CSV with the columns text and category (Banking77). Two
 clients train by SFT for four rounds, on a row a step; what they send is attacked as ``fedloom audit
@@ -19,6 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -132,8 +133,8 @@ def line(
     )
 
 
-def settings() -> list[dict[str, object]]:
-    """Return what is tried: rank and length at one step of SGD, then local steps, then AdamW."""
+def sgd_settings() -> list[dict[str, object]]:
+    """Return what is tried of SGD: rank and length at one step, then local steps."""
     one = [
         {"rank": rank, "length": length, "optimizer": "sgd", "steps": 1}
         for length in (12, 24, 48)
@@ -144,17 +145,16 @@ def settings() -> list[dict[str, object]]:
         for rank in (8, 64, "full")
         for steps in (4, 16)
     ]
-    adam = [
-        {"rank": rank, "length": 12, "optimizer": "adamw", "steps": steps}
+    return [*one, *several]
+
+
+def adamw_settings() -> list[dict[str, object]]:
+    """Return what is tried of AdamW: length at one step, then local steps."""
+    return [
+        {"rank": rank, "length": length, "optimizer": "adamw", "steps": steps}
+        for length, steps in ((12, 1), (24, 1), (48, 1), (12, 4), (12, 16))
         for rank in (8, 64, "full")
-        for steps in (1, 4, 16)
     ]
-    adam += [
-        {"rank": rank, "length": length, "optimizer": "adamw", "steps": 1}
-        for length in (24, 48)
-        for rank in (8, 64, "full")
-    ]
-    return [*one, *several, *adam]
 
 
 PROTECTIONS: dict[str, dict[str, object]] = {
@@ -222,10 +222,10 @@ def protected_line(name: str, record: dict[str, Any]) -> str:
     return f"| {' | '.join([name, *cells, '-' if epsilon is None else f'{epsilon:.2f}', holds])} |"
 
 
-def steps_lines(model: str, rows: str) -> Iterator[str]:
-    """Yield the lines of the first table."""
+def lines_of(settings: list[dict[str, object]], model: str, rows: str) -> Iterator[str]:
+    """Yield the lines of a table of settings."""
     yield HEAD
-    for given in settings():
+    for given in settings:
         run = audited(model, rows, **given)
         noises = (0.0, 0.01, 0.03, 0.1, 1.0) if given["rank"] in (64, "full") else (0.0,)
         plain = given["steps"] == 1 and given["optimizer"] == "sgd"
@@ -244,7 +244,8 @@ def protection_lines(model: str, rows: str) -> Iterator[str]:
 
 
 PARTS = {
-    "steps": ("Tokens and rows by rank, length, optimizer, steps and noise", steps_lines),
+    "sgd": ("SGD, by rank, length, local steps and noise", partial(lines_of, sgd_settings())),
+    "adamw": ("AdamW, by rank, length and local steps", partial(lines_of, adamw_settings())),
     "protections": ("The whole audit by protection", protection_lines),
 }
 

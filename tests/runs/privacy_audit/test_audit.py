@@ -71,9 +71,9 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
     assert any(own["rank"] > 0 for own in second)
     rows = record["sequences"]
     assert rows["made"] and rows["leak"]
-    assert [own["share"] for own in rows["rounds"]] == [1.0, 1.0]  # by B in round 1, then by A
-    assert all(own["rouge1"] == own["rougeL"] == 1.0 for own in rows["rounds"])
-    assert any("100% of the rows" in line and "LEAK" in line for line in summary(record))
+    assert max(own["rougeL"] for own in rows["updates"]) > 0.9  # by B, as A changes by little
+    assert all(own["rank"] < own["limit"] for own in rows["updates"])
+    assert any("of the rows" in line and line.endswith("LEAK") for line in summary(record))
     assert tokens["leak"] and any(line.startswith("LEAK") for line in summary(record))
     assert not record["canaries"]["made"] and "--canaries 0" in record["canaries"]["why"]
     page = render(record)
@@ -86,14 +86,17 @@ def test_a_step_of_adam_hides_neither_tokens_nor_rows(audited):
     """The gradient is read back from its first step: as much is told as of a step of SGD."""
     record = audited(
         adapter={"rank": 32},
-        training={**ONE_STEP, "optimizer": "adamw", "learning_rate": 1e-3},
+        training={**ONE_STEP, "optimizer": "adamw", "learning_rate": 1e-3, "epsilon": 1e-6},
         data={"source": "builtin:instructions", "max_length": 20},
         objective={"name": "sft"},
-        federation={"rounds": 2, "clients": 1},
+        federation={"rounds": 1, "clients": 1},
     )
-    own = {line["tensor"]: line for line in record["tokens"]["rounds"] if line["round"] == 2}
-    assert own["dA, Adam's step inverted"]["share"] > 0.9
-    assert own["dA, Adam's step inverted"]["from_rank"] and not own["dA"]["from_rank"]
+    lines = record["tokens"]["rounds"]
+    inverted = [own for own in lines if own["tensor"] == "dB, Adam's step inverted"]
+    assert max(own["share"] for own in inverted if own["from_rank"]) > 0.9
+    assert not any(
+        own["from_rank"] and own["share"] > 0.9 for own in lines if own["tensor"] == "dB"
+    )
     assert record["sequences"]["worst"]["rougeL"] > 0.9
 
 

@@ -21,11 +21,14 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.runs.privacy_audit.first_block import FACTOR_B, ReadByToken, layer_of
 from fedloom.runs.privacy_audit.interception import Update
 from fedloom.runs.privacy_audit.second_block import holding, read_by_beginning
-from fedloom.runs.privacy_audit.tokens import PlantedRun, factor_a, read_back
+from fedloom.runs.privacy_audit.tokens import INVERTED, PlantedRun, factor_a, read_back
 from fedloom.storage.run_folder import Record
 
 LONGEST = 64
 """Tokens of a row that are looked for."""
+
+LEAK = 0.5
+"""ROUGE-L of the rows of an update from which on it is a leak though no row is whole."""
 
 MARGIN = 8
 """Tokens beside those that the rank tells of: the sequence test throws out what is wrong."""
@@ -69,7 +72,7 @@ def rows_record(planted: PlantedRun, tokens: Record) -> Record:
         "updates": found,
         "rounds": rounds,
         "not_attacked": list(reasons),
-        "leak": any(own["exact"] for own in found),
+        "leak": any(own["exact"] or (own["rougeL"] or 0.0) > LEAK for own in found),
         "worst": max(rounds, key=lambda own: (own["share"], own["rougeL"] or 0.0)),
     }
 
@@ -117,15 +120,16 @@ def _of_update(
 
 
 def tokens_of(planted: PlantedRun, update: Update, view: ReadByToken) -> list[int] | None:
-    """Return the tokens that the best exact view tells of, with a margin.
+    """Return the tokens that the exact view of the largest rank tells of, with a margin.
 
-    Changes of A and of whole weights go before those of B, which sees inputs through A; then the larger.
+    Rounding hides some of a small change, so that its rank is below that of the others. Where Adam's step
+    was read back, the step itself tells nothing.
     """
-    best: tuple[tuple[bool, int], RowSpace, Candidates] | None = None
+    best: tuple[tuple[bool, int, bool], RowSpace, Candidates] | None = None
     for title, change, candidates, rounding in planted.changes(update, view):
         space = row_space(change, rounding=rounding)
-        order = not title[1].startswith("dB"), len(change)
-        if space.is_exact and (best is None or order >= best[0]):
+        order = INVERTED in title[1], space.rank, not title[1].startswith("dB")
+        if space.is_exact and (best is None or order > best[0]):
             best = order, space, candidates
     if best is None:
         return None
@@ -137,31 +141,32 @@ def tokens_of(planted: PlantedRun, update: Update, view: ReadByToken) -> list[in
 def space_of(
     planted: PlantedRun, update: Update, layers: Sequence[str], initial: Mapping[str, Tensor]
 ) -> tuple[RowSpace, Tensor | None] | None:
-    """Return the space of the rows of layers that read the same; ``None`` if none is exact.
+    """Return the exact space of the largest rank, of layers that read the same; ``None`` without one.
 
-    That of all changes of A, or of whole weights, together; where there is none (in the first round B is
-    0, or A is frozen), that of one change of B, with the A through which it sees inputs. Of Adam's step
-    the gradient is taken, where it can be read back.
+    That of all changes of A, or of whole weights, together, or of one change of B, beside the A through
+    which it sees inputs (in the first round B is 0, and some methods freeze A). Of Adam's step the
+    gradient is taken as well, where it can be read back.
     """
     parts: dict[str, list[Tensor]] = {}
-    through: list[tuple[RowSpace, Tensor | None]] = []
+    found: list[tuple[str, RowSpace, Tensor | None]] = []
     training, rounds = planted.experiment.training, planted.experiment.federation.rounds
     for name, change in update.changes.items():
         if layer_of(name.rpartition("/")[2]) not in layers:
             continue
-        known = factor_a(update, name, initial)
+        known = factor_a(update, name, initial) if name.endswith(FACTOR_B) else None
+        if name.endswith(FACTOR_B) and known is None:
+            continue
         for mark, own, rounding in read_back(update, name, change, training, rounds):
             if name.endswith(FACTOR_B):
-                space = row_space(own, rounding=rounding)
-                if space.is_exact and known is not None:
-                    through.append((space, known))
+                found.append((mark, row_space(own, rounding=rounding), known))
             elif rounding:
                 parts.setdefault(mark, []).append(own.double() / rounding)
-    for mark in sorted(parts, reverse=True):  # what was read back first
-        space = row_space(torch.cat(parts[mark]), rounding=1.0)
-        if space.is_exact:
-            return space, None
-    return max(through, key=lambda own: own[0].limit) if through else None
+    found += [(mark, row_space(torch.cat(own), rounding=1.0), None) for mark, own in parts.items()]
+    exact = [own for own in found if own[1].is_exact]
+    if not exact:
+        return None
+    _, space, known = max(exact, key=lambda own: (own[0], own[1].rank, own[2] is None))
+    return space, known
 
 
 def _round_line(round: int, own: Sequence[Record]) -> Record:
