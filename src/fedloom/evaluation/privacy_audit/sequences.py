@@ -29,8 +29,12 @@ NEAR = 2e-2
 """Distance up to which a beginning is taken for one of a row. Of a step's gradient in float32 rows are
 at most 1e-3 away, of one that was read back from Adam's step 2e-2, and others from 3e-2 on."""
 
-MOST_KEPT = 64
-"""Beginnings that are made longer at a time, the nearest."""
+MOST_KEPT = 32
+"""Beginnings that are made longer at a time, the nearest; where more are near at two places in a row, the
+space tells rows from nothing."""
+
+MOST_READ = 20_000
+"""Beginnings that are read for an update."""
 
 MOST_TOKENS = 128
 """Distinct tokens of which rows are made: every beginning is tried with each of them."""
@@ -65,14 +69,19 @@ def recover_rows(
     directions = space.directions[: space.rank]
     beginnings: list[Row] = [(token,) for token in sorted(set(tokens))]
     found: list[Row] = []
+    read_so_far, full = 0, 0
     for _ in range(1, longest):
         longer = [(*own, token) for own in beginnings for token in sorted(set(tokens))]
         longer = [own for own in longer if len(set(own)) > 1]
-        if not longer:
+        read_so_far += len(longer)
+        if not longer or read_so_far > MOST_READ:
             break
         apart = distances(read(longer), directions)
         order = torch.sort(apart, stable=True).indices[:MOST_KEPT].tolist()
         kept = [longer[i] for i in order if float(apart[i]) <= near]
+        full = full + 1 if len(kept) == MOST_KEPT else 0
+        if full == 2:
+            return []
         going_on = {own[:-1] for own in kept}
         found += [own for own in beginnings if len(own) > 1 and own not in going_on]
         beginnings = kept
