@@ -25,9 +25,10 @@ Row = tuple[int, ...]
 Read = Callable[[Sequence[Row]], Tensor]
 """From beginnings of one length, ``(n, columns)`` what the layer reads at the last place of each."""
 
-NEAR = 2e-2
-"""Distance up to which a beginning is taken for one of a row. Of a step's gradient in float32 rows are
-at most 1e-3 away, of one that was read back from Adam's step 2e-2, and others from 3e-2 on."""
+NEAR, NEAR_READ_BACK = 5e-3, 2e-2
+"""Distances up to which a beginning is taken for one of a row: of a step's gradient in float32, of which
+rows are at most 1e-3 away, and of one that was read back from Adam's step, 2e-2. Others are mostly from
+3e-2 on."""
 
 MOST_KEPT = 32
 """Beginnings that are made longer at a time, the nearest; where more are near at two places in a row, the
@@ -97,9 +98,9 @@ class RowRecovery:
     Attributes:
         rows: Distinct rows that were trained on.
         candidates: Rows that were made of what the update tells.
-        exact: Rows of which every token but the last is one of these, in order.
-        rouge: By name, the mean over the rows of the best F-measure, 0 to 1, against a row without its
-            last token; ``None`` where the library is not installed.
+        exact: Rows that are one of these, token by token.
+        rouge: By name, the mean over the rows of the best F-measure, 0 to 1; ``None`` where the library
+            is not installed.
     """
 
     rows: int
@@ -118,9 +119,9 @@ def compare_rows(found: Sequence[Row], trained: Sequence[Row]) -> RowRecovery:
 
     Args:
         found: As :func:`recover_rows` returns them.
-        trained: Whole rows, with the last tokens that no update tells.
+        trained: Rows, up to the last token from which one is predicted.
     """
-    wanted = sorted({own[:-1] for own in trained if len(own) > 2})
+    wanted = sorted({own for own in trained if len(own) > 1})
     known = set(found)
     return RowRecovery(
         len(wanted), len(found), sum(own in known for own in wanted), rouge(found, wanted)

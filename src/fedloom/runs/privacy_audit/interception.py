@@ -38,8 +38,8 @@ class Update:
         changes: By name, the tensors sent less those received.
         received: What the client was sent.
         tokens: Distinct token ids that it trained on: the truth.
-        rows: Token ids of the rows that it trained on, each once; the truth as well, empty where the
-            rows could not be told apart.
+        rows: Token ids of the rows that it trained on, each once and up to the last token from which one
+            is predicted; the truth as well, empty where the rows could not be told apart.
         steps: Optimizer steps.
     """
 
@@ -167,7 +167,7 @@ class InterceptingEngine:
     ) -> tuple[frozenset[int], tuple[tuple[int, ...], ...]]:
         """Return the tokens that were trained on, and the rows that they are of.
 
-        No gradient passes through the last token of a row, as nothing is predicted from it. Rows are
+        No gradient passes through the tokens from which none that is learnt is predicted. Rows are
         found in what was read; where they do not explain all of it (answers that share their prompt),
         each token is counted that is inside any row of the client.
         """
@@ -178,17 +178,18 @@ class InterceptingEngine:
         lines = read.lines if few else set()
         rows: dict[tuple[int, ...], None] = {}
         inside: set[int] = set()
+        seen: set[int] = set()
         for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
             own = ids[start:end]
-            kept = own[: len(own) - predicts].tolist()
-            inside.update(kept)
-            row = tuple(own.tolist())
-            if row and row not in rows and any(_holds(line, own) for line in lines):
+            learnt = np.flatnonzero(tokens.trained[start:end])
+            row = tuple(own[: learnt[-1] if predicts and len(learnt) else len(own)].tolist())
+            inside.update(row)
+            if row and any(_holds(line, own) for line in lines):
                 rows[row] = None
-        seen = {token for row in rows for token in row}
+                seen.update(own.tolist())
         if not rows or len(read.tokens - seen) > 1:  # one more is that of padding
             return frozenset(read.tokens & inside), ()
-        found = {token for row in rows for token in row[: len(row) - predicts]}
+        found = {token for row in rows for token in row}
         return frozenset(found & read.tokens), tuple(rows)
 
 

@@ -143,7 +143,9 @@ def _canaries(experiment: Experiment, division: PartitionedData, count: int) -> 
     words = _words(division, clients)
     row = 1 + max(own.row for rows in division.train.values() for own in rows)
     flips = not by_client and not isinstance(division.train[clients[0]][0], Instruction)
-    kinds: list[Kind] = ["insertion", *(["label_flip"] if flips else []), "backdoor"]
+    kinds: list[Kind] = ["insertion", "label_flip", "backdoor"]
+    if not flips:
+        kinds.remove("label_flip")
     for kind in kinds:
         for unit in range(len(clients) if by_client else count):
             client = clients[unit % len(clients)]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fedloom.evaluation.privacy_audit.sequences import (
     MOST_TOKENS,
+    NEAR,
+    NEAR_READ_BACK,
     ROUGE,
     Row,
     compare_rows,
@@ -97,13 +99,13 @@ def _of_update(
         told = space_of(planted, update, second.layers, initial)
         if told is None:
             return "the rank of the second block's update is at its limit"
-        space, through = told
+        near, space, through = told
 
         def read(beginnings: Sequence[Row]) -> Tensor:
             own = second.read(beginnings)
             return own if through is None else own @ through.float().T
 
-        rows = recover_rows(tokens, space, read, LONGEST)
+        rows = recover_rows(tokens, space, read, LONGEST, near)
     compared = compare_rows(rows, update.rows)
     return {
         "round": update.round,
@@ -140,8 +142,10 @@ def tokens_of(planted: PlantedRun, update: Update, view: ReadByToken) -> list[in
 
 def space_of(
     planted: PlantedRun, update: Update, layers: Sequence[str], initial: Mapping[str, Tensor]
-) -> tuple[RowSpace, Tensor | None] | None:
+) -> tuple[float, RowSpace, Tensor | None] | None:
     """Return the exact space of the largest rank, of layers that read the same; ``None`` without one.
+
+    Before it stands how near a row is to it, and behind it the A through which inputs are seen.
 
     That of all changes of A, or of whole weights, together, or of one change of B, beside the A through
     which it sees inputs (in the first round B is 0, and some methods freeze A). Of Adam's step the
@@ -165,8 +169,8 @@ def space_of(
     exact = [own for own in found if own[1].is_exact]
     if not exact:
         return None
-    _, space, known = max(exact, key=lambda own: (own[0], own[1].rank, own[2] is None))
-    return space, known
+    mark, space, known = max(exact, key=lambda own: (own[0], own[1].rank, own[2] is None))
+    return NEAR_READ_BACK if mark else NEAR, space, known
 
 
 def _round_line(round: int, own: Sequence[Record]) -> Record:
