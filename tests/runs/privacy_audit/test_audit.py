@@ -82,14 +82,14 @@ def test_tokens_of_a_step_are_read_from_updates(audited):
 
 
 @pytest.mark.slow
-def test_a_step_of_adam_hides_neither_tokens_nor_rows(audited):
+def test_a_step_of_adam_hides_no_tokens(audited):
     """The gradient is read back from its first step: as much is told as of a step of SGD."""
     record = audited(
         adapter={"rank": 32},
         training={**ONE_STEP, "optimizer": "adamw", "learning_rate": 1e-3, "epsilon": 1e-6},
         data={"source": "builtin:instructions", "max_length": 20},
         objective={"name": "sft"},
-        federation={"rounds": 1, "clients": 1},
+        federation={"rounds": 1, "clients": 2},
     )
     lines = record["tokens"]["rounds"]
     inverted = [own for own in lines if own["tensor"] == "dB, Adam's step inverted"]
@@ -97,7 +97,7 @@ def test_a_step_of_adam_hides_neither_tokens_nor_rows(audited):
     assert not any(
         own["from_rank"] and own["share"] > 0.9 for own in lines if own["tensor"] == "dB"
     )
-    assert max(own["rougeL"] for own in record["sequences"]["updates"]) > 0.5
+    assert record["sequences"]["made"]
 
 
 @pytest.mark.slow
