@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from fedloom.federation.admission import Admission
 from fedloom.federation.presence import Membership
 from fedloom.federation.rounds import Server
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
-from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
 from fedloom.wire.envelope import ReplyHeader, RequestHeader
@@ -143,7 +143,7 @@ def played(experiment, schedule):
         parts.method, engine, experiment.federation,
         lambda round: round_learning_rate(experiment.training, round, experiment.federation.rounds),
         lambda state, round: None, finish, parts.ledger, Silent(), Admission(experiment.admission),
-        reported=reported(parts.objective), clock=simulated_clock(experiment),
+        reported=reported(parts.objective), clock=order_of_answers(experiment),
     )  # fmt: skip
     server.run(parts.method.initial_state(parts.initial), 0)
     return Played(parts, states, engine.seen, records)

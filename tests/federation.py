@@ -8,10 +8,10 @@ from fedloom.federation.admission import Admission
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.rounds import Server
 from fedloom.federation.secure_exchange import SecureAggregation
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
-from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.optimizers import round_learning_rate
 from fedloom.training.results import reported
 from fedloom.wire.messages import Answer
@@ -81,7 +81,7 @@ def federate():
             admission,
             disk_buffer=disk_buffer,
             reported=reported(parts.objective),
-            clock=simulated_clock(experiment),
+            clock=order_of_answers(experiment),
             secure=SecureAggregation.of(experiment.privacy, "run"),
             compression=compression,
         )

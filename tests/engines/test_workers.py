@@ -19,11 +19,11 @@ from fedloom.errors import RoundFailed, SettingsError
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.rounds import Server
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
-from fedloom.runs.simulated_time import simulated_clock
 from fedloom.training.results import reported
 from pools import with_pool
 from sampling import sampled
@@ -72,7 +72,7 @@ def played(settings, parts):
         parts.ledger,
         Silent(),
         reported=reported(parts.objective),
-        clock=simulated_clock(settings),
+        clock=order_of_answers(settings),
         compression=Compression.of(settings.wire, settings.federation.seed, parts.initial),
     )
     state = server.run(parts.method.initial_state(parts.initial))

@@ -189,18 +189,6 @@ def test_what_it_does_not_go_with(sections, words):
     assert len(caught.value.problems) == 1 and words in caught.value.problems[0]
 
 
-def test_between_machines_it_is_refused_before_anything_is_read(settings, loopback):
-    own = Experiment.from_table(settings((1, 1, 1)))
-    federation = loopback(3)
-    with pytest.raises(SettingsError, match=r"'fedbuff' takes answers in the order of simulated"):
-        fedloom.runs.run.run_experiment(own, observer=Silent(), remote=federation.engine(own))
-    plain = Experiment.from_table({**settings((1, 1, 1)), "method": {"name": "fedavg"}})
-    with pytest.raises(
-        SettingsError, match=r"\[simulation.devices\] is about clients in this process"
-    ):
-        fedloom.runs.run.run_experiment(plain, observer=Silent(), remote=federation.engine(plain))
-
-
 WIRE = {"up": ["ternary:nearest", "zstd"], "down": "int4", "keep_plain_below": 0}
 
 

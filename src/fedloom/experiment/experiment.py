@@ -333,23 +333,7 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
         found += parts["wire"].contradictions()
         found += compression_contradictions(parts)
     if "federation" in parts:
-        federation: FederationSettings = parts["federation"]
-        if federation.cohort_size > federation.clients:
-            found.append(
-                f"federation.clients_per_round = {federation.clients_per_round} is above "
-                f"federation.clients = {federation.clients}"
-            )
-        found += federation.contradictions()
-        if "aggregation" in parts:
-            found += parts["aggregation"].contradictions(federation.cohort_size)
-        if "partition" in parts:
-            found += parts["partition"].contradictions(federation.clients)
-        if "clients" in parts:
-            found += parts["clients"].contradictions(federation.clients)
-        if "training" in parts:
-            found += _warmup_contradictions(federation, parts["training"])
-        if "simulation" in parts:
-            found += _oversampling_contradictions(federation, parts["simulation"])
+        found += _federation_contradictions(parts)
     if "evaluation" in parts and "data" in parts:
         found += _judging_contradictions(parts["evaluation"], parts["data"])
     for section in ("adapter", "public"):
@@ -366,15 +350,47 @@ def _contradictions(parts: Mapping[str, Any]) -> list[str]:
     if "clients" in parts and parts["clients"].newcomers:
         found += _unseen_client_contradictions(parts)
     if "data" in parts:
-        found += parts["data"].contradictions()
-    if parts.keys() >= {"data", "partition", "federation"}:
+        found += _data_contradictions(parts)
+    if parts.keys() >= {"simulation", "method"}:
+        found += parts["simulation"].contradictions(parts["method"].name)
+    return found
+
+
+def _federation_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what does not go with how many clients, drawn and in all, and rounds there are."""
+    federation: FederationSettings = parts["federation"]
+    found: list[str] = []
+    if federation.cohort_size > federation.clients:
+        found.append(
+            f"federation.clients_per_round = {federation.clients_per_round} is above "
+            f"federation.clients = {federation.clients}"
+        )
+    found += federation.contradictions()
+    if "aggregation" in parts:
+        found += parts["aggregation"].contradictions(federation.cohort_size)
+    if "partition" in parts:
+        found += parts["partition"].contradictions(federation.clients)
+    if "clients" in parts:
+        found += parts["clients"].contradictions(federation.clients)
+    if "training" in parts:
+        found += _warmup_contradictions(federation, parts["training"])
+    if "simulation" in parts:
+        found += _oversampling_contradictions(federation, parts["simulation"])
+    return found
+
+
+def _data_contradictions(parts: Mapping[str, Any]) -> list[str]:
+    """Return what does not go with the rows, and where and how they are read."""
+    data = parts["data"]
+    found: list[str] = list(data.contradictions())
+    if parts.keys() >= {"partition", "federation"}:
         found += _files_contradictions(parts)
-    if "data" in parts and parts["data"].is_private:
+    if data.is_private:
         found += _private_contradictions(parts)
-    if "data" in parts and "objective" in parts:
-        found += _kind_contradictions(parts["data"], parts["objective"])
+    if "objective" in parts:
+        found += _kind_contradictions(data, parts["objective"])
         found += _feedback_contradictions(parts)
-    if "data" in parts and parts["data"].streaming:
+    if data.streaming:
         found += _streaming_contradictions(parts)
     return found
 

@@ -13,7 +13,7 @@ depend on the order in which an engine returns answers, on workers, or on a resu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,6 +139,10 @@ class SimulatedClock:
         self._scored = set(self.state.scored)
         self._in_flight = list(self.state.in_flight)
 
+    def at(self, state: ClockState) -> SimulatedClock:
+        """Return one that goes on from what was carried."""
+        return replace(self, state=state)
+
     def begin(self, round: int, reachable: Mapping[int, int]) -> dict[int, int]:
         """Begin a round: return those of its clients that are available, once they are enough.
 
@@ -242,7 +246,9 @@ class SimulatedClock:
         assert buffered is not None
         found: list[Assignment] = []
         usable = draws = 0
-        while usable < buffered.size and self._can_reach_quorum(buffered.size, len(found) - usable):
+        while usable < buffered.size and can_reach_quorum(
+            self.federation, buffered.size, len(found) - usable
+        ):
             away = {own.client for own in (*found, *self._in_flight)}
             free = [client for client in exchange.requests if client not in away]
             slots = buffered.concurrency - len(self._in_flight)
@@ -278,9 +284,6 @@ class SimulatedClock:
             len(self._in_flight),
         )
 
-    def _can_reach_quorum(self, size: int, failed: int) -> bool:
-        return size >= math.ceil(self.federation.quorum * (size + failed))
-
     def _assign(
         self,
         exchange: Exchange,
@@ -291,8 +294,7 @@ class SimulatedClock:
         ledger: Ledger,
     ) -> None:
         """Draw clients that are free and have them work from now on."""
-        rng = generator(self.federation.seed, f"assignment {draw}", round=exchange.round)
-        drawn = sorted(int(client) for client in rng.choice(there, size=count, replace=False))
+        drawn = draw_idle(self.federation.seed, exchange.round, draw, there, count)
         asked = {client: exchange.requests[client] for client in drawn}
         own = replace(exchange, requests=asked, buffered=None)
         for answer, seconds in self._measured(carry(own), ledger):
@@ -362,3 +364,14 @@ def _cycle(device: Device) -> float:
     """Return the seconds after which a device's windows repeat, or have ended."""
     own = device.available
     return own.period or (own.windows[-1][1] if own.windows else 0.0)
+
+
+def can_reach_quorum(federation: FederationSettings, size: int, failed: int) -> bool:
+    """Return whether a buffer of ``size`` answers can reach the quorum when so many have failed."""
+    return size >= math.ceil(federation.quorum * (size + failed))
+
+
+def draw_idle(seed: int, round: int, draw: int, idle: Sequence[int], count: int) -> list[int]:
+    """Draw idle clients, for the ``draw``-th time in an asynchronous round; return them ascending."""
+    rng = generator(seed, f"assignment {draw}", round=round)
+    return sorted(int(client) for client in rng.choice(idle, size=count, replace=False))

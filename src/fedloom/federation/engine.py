@@ -130,6 +130,14 @@ class RemoteEngine(Engine, Protocol):
         """
         ...
 
+    def submit(self, exchange: Exchange) -> None:
+        """Send requests to clients that work at their own pace, and wait for no answer."""
+        ...
+
+    def next_answer(self) -> Answer | None:
+        """Wait for the next answer to a submitted request; ``None`` where none is awaited."""
+        ...
+
     def end(self, keep: Payload | None) -> None:
         """Tell clients that the run is over; from ``keep`` they build their own models."""
         ...

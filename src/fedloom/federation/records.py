@@ -91,6 +91,24 @@ class SimulatedTime:
 
 
 @dataclass(frozen=True)
+class ArrivalRecord:
+    """Who answered in an asynchronous round between machines; the round can be repeated from it.
+
+    Attributes:
+        staleness: Of each client that answered or failed, server updates since it was asked.
+        in_flight: Clients still at work when the round was over.
+    """
+
+    staleness: Mapping[int, int] = field(default_factory=dict)
+    in_flight: int = 0
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as plain JSON."""
+        ages = {str(client): age for client, age in self.staleness.items()}
+        return {"staleness": ages, "in_flight": self.in_flight}
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """What is known about one round.
 
@@ -112,6 +130,7 @@ class RoundRecord:
         details: Further facts from the method, as plain JSON.
         presence: Presence, for the following rounds.
         simulated: Its simulated time, where clients have simulated devices.
+        arrivals: Who answered, in an asynchronous round whose order no simulated clock decides.
         wire: Codecs that the experiment does not name, as plain JSON: what was measured and chosen.
     """
 
@@ -132,6 +151,7 @@ class RoundRecord:
     details: Mapping[str, Any] = field(default_factory=dict)
     presence: Presence = NOBODY_YET
     simulated: SimulatedTime | None = None
+    arrivals: ArrivalRecord | None = None
     wire: Mapping[str, Any] = field(default_factory=dict)
 
 

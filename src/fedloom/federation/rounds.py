@@ -16,15 +16,22 @@ from typing import Any
 from fedloom.accounting.ledger import Ledger
 from fedloom.errors import OutputError, RoundFailed
 from fedloom.federation.admission import Admission
+from fedloom.federation.asynchronous import Arrivals
 from fedloom.federation.best_round import BestRound
-from fedloom.federation.clock import SimulatedClock
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.contract import begin, require_exchange, require_state
 from fedloom.federation.engine import Engine
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import NOBODY_YET, Presence
 from fedloom.federation.protocol import Cohort, Method, Replies, Round, SummedReplies
-from fedloom.federation.records import Absence, Evaluation, Observer, RoundRecord
+from fedloom.federation.records import (
+    Absence,
+    ArrivalRecord,
+    Evaluation,
+    Observer,
+    RoundRecord,
+    SimulatedTime,
+)
 from fedloom.federation.secure_exchange import PROTOCOL, SecureAggregation
 from fedloom.federation.selection import (
     Selection,
@@ -62,7 +69,8 @@ class Server:
         disk_buffer: Folder for answers that together are too large for memory.
         reported: Names and ranges of what clients report of a training.
         presence: Presence in earlier rounds.
-        clock: The simulated clock, where clients have simulated devices.
+        clock: The simulated clock, where clients have simulated devices; or, of an asynchronous method,
+            the order of real or recorded arrivals.
         selection: Draws the clients of each round.
         losses: State, round, clients and most rows of each to the exchange in which they are asked what
             their rows lose, where the selection has clients asked.
@@ -88,7 +96,7 @@ class Server:
     disk_buffer: Path | None = None
     reported: tuple[NumberSpec, ...] = (LOSS,)
     presence: Presence = NOBODY_YET
-    clock: SimulatedClock | None = None
+    clock: Arrivals | None = None
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
     losses: Callable[[State, int, Collection[int], int], Exchange] | None = None
     measured: bool = False
@@ -163,8 +171,14 @@ class Server:
     def _finish(self, record: RoundRecord, state: State, start: float) -> None:
         costs = tuple(self.ledger.take())
         seconds = time.perf_counter() - start
-        simulated = self.clock.close() if self.clock is not None else None
-        record = replace(record, costs=costs, seconds=seconds, simulated=simulated)
+        closed = self.clock.close() if self.clock is not None else None
+        record = replace(
+            record,
+            costs=costs,
+            seconds=seconds,
+            simulated=closed if isinstance(closed, SimulatedTime) else None,
+            arrivals=closed if isinstance(closed, ArrivalRecord) else None,
+        )
         if self.best is not None:
             found = record.evaluation
             self.best.see(record.round, None if found is None else found.metrics, state)
@@ -429,8 +443,8 @@ class _RoundExchanges:
             return exchange, clock.timed(exchange, answers, ledger) if clock else answers, {}
         if clock is None:
             raise RoundFailed(
-                f"round {exchange.round}: answers of an asynchronous round arrive by the simulated "
-                "clock: add [simulation.devices]"
+                f"round {exchange.round}: nothing decides in which order the answers of an asynchronous "
+                "round count: its method must declare asynchronous = True"
             )
         arrived = clock.arrivals(exchange, self._arriving, ledger)
         requests = {own.client: own.request for own in arrived}

@@ -15,8 +15,8 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.federation.engine import RemoteEngine
 from fedloom.methods import METHODS
 from fedloom.models.load import require_reachable
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.model_building import of_server
-from fedloom.runs.simulated_time import simulated_clock
 from fedloom.storage import run_folder as names
 from fedloom.storage.files import remove_temporary
 from fedloom.storage.run_folder import RunFolder
@@ -81,7 +81,7 @@ def require_startable(experiment: Experiment) -> None:
         _require_empty(free_folder(experiment), experiment.output.folder)
     require_rows(experiment, None)
     require_files(experiment.data)
-    simulated_clock(experiment)
+    order_of_answers(experiment)
     for path in (of_server(experiment).model.path, *_models(experiment)):
         require_reachable(path)
 

@@ -42,6 +42,7 @@ from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.asynchronous import records_digest
 from fedloom.federation.devices import trace_digest
 from fedloom.federation.protocol import EVALUATE
 from fedloom.federation.records import Evaluation, RoundRecord
@@ -253,6 +254,8 @@ def fingerprint(experiment: Experiment, division: PartitionedData, made: MadeWit
     facts = [table, division.loaded.digest, own, public]
     if (trace := trace_digest(experiment.simulation.devices)) is not None:
         facts.append(trace)
+    if (records := records_digest(experiment.simulation.replayed)) is not None:
+        facts.append(records)
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -400,6 +403,7 @@ def round_record(
         "flops": sum(cost.flops for cost in costs),
         "seconds": record.seconds,
         "simulated": record.simulated.to_record() if record.simulated is not None else None,
+        **({"arrivals": record.arrivals.to_record()} if record.arrivals is not None else {}),
         "details": dict(record.details),
         **({"wire": dict(record.wire)} if record.wire else {}),
     }

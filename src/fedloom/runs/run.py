@@ -30,8 +30,9 @@ from fedloom.evaluation.metrics import METRICS, PRIMARY_METRICS, PrimaryMetric
 from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
+from fedloom.federation.asynchronous import Arrivals
 from fedloom.federation.best_round import BestRound
-from fedloom.federation.clock import ClockState, SimulatedClock
+from fedloom.federation.clock import ClockState
 from fedloom.federation.codec_choice import require_budget
 from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.engine import Engine, RemoteEngine, RunDescription
@@ -52,6 +53,7 @@ from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.statement import of_settings
 from fedloom.reports import record_marks, row_account
 from fedloom.reports.compression import compression_record
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
 from fedloom.runs.client_privacy import (
@@ -122,7 +124,6 @@ from fedloom.runs.row_privacy import (
     reported_steps,
     row_statement,
 )
-from fedloom.runs.simulated_time import simulated_clock
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
 from fedloom.runs.workers import HostProcess, Workers, WorkerTask, require_one_by_one
@@ -238,7 +239,7 @@ def run_experiment(
             privacy = RunPrivacy.of(experiment, observer.stage)
             observer.stage("reading data")
             require_rows(experiment, remote)
-            clock = simulated_clock(experiment, remote)
+            clock = order_of_answers(experiment, remote, observer.client_done)
             division = given.partitioned(experiment)
             if start is not None:
                 _require_base(experiment, start, observer)
@@ -324,7 +325,7 @@ def resume_run(
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
         require_one_by_one(workers, ray, experiment)
         made = _made_again(folder, begun, experiment, given)
-        clock = simulated_clock(experiment, remote)
+        clock = order_of_answers(experiment, remote, observer.client_done)
         log = log_of(folder)
         trackers = _open_trackers(experiment, folder, resumed=True)
         privacy = RunPrivacy.of(experiment, observer.stage)
@@ -455,7 +456,7 @@ class _Run:
     start: Start | None
     privacy: RunPrivacy | None = None
     presence: Presence = NOBODY_YET
-    clock: SimulatedClock | None = None
+    clock: Arrivals | None = None
     last: _Finished | None = None
     saved: int = -1
     segment: int = 0
@@ -552,8 +553,7 @@ class _Run:
             if self.compression is not None and saved.wire is not None:
                 self.compression.restore(saved.wire, saved.held)
             if self.clock is not None and saved.clock is not None:
-                restored = ClockState.restored(saved.clock, saved.in_flight)
-                self.clock = replace(self.clock, state=restored)
+                self.clock = self.clock.at(ClockState.restored(saved.clock, saved.in_flight))
         state = saved.state if saved else first_state(self.parts.method, self.parts.initial)
         self.observer.stage(where_it_goes_on(done, self.experiment.federation.rounds))
         return self.go(state, done)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +55,8 @@ LOOK = 1.0
 
 NOTICE = 30.0
 """Seconds between messages that name the clients a run waits for."""
+
+NOT_CONNECTED = "it is not connected"
 
 BROKEN = "its connection broke and was not restored"
 
@@ -107,6 +110,10 @@ class FlowerEngine:
     _registering: dict[str, tuple[int, RequestHeader]] = field(default_factory=dict)
     _messages: dict[str, int] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
+    _at_work: dict[int, tuple[_Asked, Exchange]] = field(default_factory=dict)
+    """Submitted requests whose answers have not arrived, by client."""
+    _arrived: deque[tuple[Answer, int]] = field(default_factory=deque)
+    """Answers to submitted requests in the order in which they came, with the number of the message."""
     _number: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
     _discarded: dict[int, list[list[int]]] = field(default_factory=dict)
@@ -203,7 +210,75 @@ class FlowerEngine:
         return self.run_clients.absent(self._streaming())
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
-        """Send one request to each client, all at once, and yield their answers."""
+        """Send one request to each client, all at once, and yield their answers.
+
+        Clients that are at work on a submitted request are asked once they have answered that.
+        """
+        notice = _Notice(self.run_description.warn)
+        while not self._at_work.keys().isdisjoint(exchange.requests):
+            self._await_work()
+            notice.look(self._work_waited_for)
+        waiting: dict[int, _Asked] = {}
+        self._numbers = {}
+        for client, number, asked in self._requests(exchange):
+            self._numbers[client] = number
+            if asked is None:
+                yield Answer(client, error=NOT_CONNECTED)
+            else:
+                waiting[client] = asked
+        start, deadline = time.monotonic(), self.federation.deadline
+        while waiting:
+            for client, found in self._arrivals(waiting):
+                yield self._answer(waiting.pop(client), exchange, found)
+            notice.look(partial(self._asked_for, exchange.round, waiting))
+            if time.monotonic() - start > deadline:
+                for asked in waiting.values():
+                    yield self._too_late(asked)
+                return
+
+    def submit(self, exchange: Exchange) -> None:
+        """Send requests to clients that work at their own pace, and wait for no answer."""
+        for client, number, asked in self._requests(exchange):
+            if asked is None:
+                self._arrived.append((Answer(client, error=NOT_CONNECTED), number))
+            else:
+                self._at_work[client] = asked, exchange
+
+    def next_answer(self) -> Answer | None:
+        """Wait for the next answer to a submitted request; ``None`` where none is awaited."""
+        notice = _Notice(self.run_description.warn)
+        while not self._arrived:
+            if not self._at_work:
+                return None
+            self._await_work()
+            notice.look(self._work_waited_for)
+        answer, self._numbers[answer.client] = self._arrived.popleft()
+        return answer
+
+    def _work_waited_for(self) -> str:
+        """Return the clients at work on submitted requests, in words."""
+        round = max((exchange.round for _, exchange in self._at_work.values()), default=0)
+        return self._asked_for(round, {c: asked for c, (asked, _) in self._at_work.items()})
+
+    def _await_work(self) -> None:
+        """Take what has arrived of submitted work; give up what takes longer than the deadline."""
+        for _ in self._arrivals({}):
+            pass
+        for client, (asked, _) in list(self._at_work.items()):
+            if time.monotonic() - asked.since > self.federation.deadline:
+                del self._at_work[client]
+                self._arrived.append((self._too_late(asked), asked.header.number))
+
+    def _too_late(self, asked: _Asked) -> Answer:
+        self._give_up(asked)
+        error = f"no answer within {self.federation.deadline:g} seconds"
+        return Answer(asked.client, error=error)
+
+    def _requests(self, exchange: Exchange) -> Iterator[tuple[int, int, _Asked | None]]:
+        """Send each client its request; yield the message's number, and what is then awaited.
+
+        That is ``None`` where the client cannot be reached.
+        """
         facts = {
             "round": exchange.round,
             "action": exchange.action,
@@ -212,8 +287,7 @@ class FlowerEngine:
         }
         others = {schema.digest: schema.to_table() for schema in exchange.schemas.values()}
         summed = sum_headers(exchange, self.run_clients.peers)
-        waiting: dict[int, _Asked] = {}
-        self._numbers = {}
+        limit = _longest_reply(exchange)
         for client, data in exchange.requests.items():
             own = {**facts, "payload": exchange.digests[client]}
             if client in exchange.schemas:
@@ -221,25 +295,9 @@ class FlowerEngine:
             if client in summed:
                 own["summed"] = summed[client]
             header = self._header("exchange", client).model_copy(update=own)
-            self._numbers[client] = header.number
-            asked = self._ask(client, header, data, exchange.reply_schema.max_bytes + SMALL)
-            if asked is None:
-                yield Answer(client, error="it is not connected")
-            else:
-                waiting[client] = asked
-        self.transport.budget.limit = exchange.reply_schema.max_bytes + SMALL
-        start, deadline = time.monotonic(), self.federation.deadline
-        notice = _Notice(self.run_description.warn)
-        while waiting:
-            for client, found in self._arrivals(waiting):
-                yield self._answer(waiting.pop(client), exchange, found)
-            notice.look(partial(self._asked_for, exchange.round, waiting))
-            if time.monotonic() - start > deadline:
-                for asked in waiting.values():
-                    self._give_up(asked)
-                    error = f"no answer within {deadline:g} seconds"
-                    yield Answer(asked.client, error=error)
-                return
+            yield client, header.number, self._ask(client, header, data, limit)
+        pending = (_longest_reply(own) for _, own in self._at_work.values())
+        self.transport.budget.limit = max(limit, *pending, 0)
 
     def _asked_for(self, round: int, waiting: Mapping[int, _Asked]) -> str:
         """Return the clients whose answers a round waits for, in words."""
@@ -272,7 +330,16 @@ class FlowerEngine:
         """Do nothing: clients learn from the next round's messages that this round is over."""
 
     def end(self, keep: Payload | None) -> None:
-        """Tell clients that the run is over, and wait for those that write models."""
+        """Tell clients that the run is over, and wait for those that write models.
+
+        Clients that are still at work on submitted requests end that first; their answers are not used.
+        """
+        until = time.monotonic() + min(self.federation.deadline, self.federation.patience)
+        while self._at_work and time.monotonic() < until:
+            self._await_work()
+        for late, _ in self._at_work.values():
+            self._give_up(late)
+        self._at_work.clear()
         schema = Schema.of(keep.tensors) if keep is not None else None
         data = encode(keep, schema) if keep is not None and schema is not None else b""
         facts = {"request": schema.to_table()} if schema is not None else {}
@@ -316,7 +383,20 @@ class FlowerEngine:
         return self.transport.send(node, header.model_copy(update=told), payload)
 
     def _arrivals(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
-        """Yield the answers that have arrived since the last call, one per pending request."""
+        """Yield the answers that have arrived since the last call, one per pending request.
+
+        Those to submitted requests are put aside for :meth:`next_answer`.
+        """
+        at_work = {client: asked for client, (asked, _) in self._at_work.items()}
+        for client, found in self._received({**at_work, **waiting}):
+            if client in waiting:
+                yield client, found
+            elif client in self._at_work:
+                asked, exchange = self._at_work.pop(client)
+                self._arrived.append((self._answer(asked, exchange, found), asked.header.number))
+
+    def _received(self, waiting: Mapping[int, _Asked]) -> Iterator[tuple[int, _Found]]:
+        """Yield what has arrived, and register clients that have said that they are ready."""
         yield from self._streamed(waiting)
         for id, found in self.transport.receive([*self._messages, *self._registering]):
             if id in self._registering:
@@ -505,6 +585,11 @@ class _Notice:
             self._next = time.monotonic() + NOTICE
             if said := text():
                 self._warn(said)
+
+
+def _longest_reply(exchange: Exchange) -> int:
+    """Return the most bytes that a reply to an exchange may have."""
+    return exchange.reply_schema.max_bytes + SMALL
 
 
 def _rest(header: RequestHeader, held: int) -> tuple[bytes, ...]:
