@@ -70,8 +70,8 @@ def states(folder):
     return {own["round"]: own["state"] for own in events if own["event"] == "round"}
 
 
-def replayed(experiment, name, folder):
-    result = fedloom.run(experiment(name, simulation={"replay": str(folder)}))
+def replayed(experiment, name, folder, **sections):
+    result = fedloom.run(experiment(name, simulation={"replay": str(folder)}, **sections))
     assert arrivals(result.folder) == arrivals(folder)
     assert states(result.folder) == states(folder)
     assert adapter(result.folder) == adapter(folder)
@@ -102,7 +102,8 @@ class Stop(Silent):
 @pytest.mark.slow
 def test_a_server_that_is_stopped_goes_on_and_all_its_rounds_are_repeated(experiment, loopback):
     """A client that fails is left out, and its work is not repeated; one evaluation waits for all."""
-    own, federation = experiment("deployed", evaluation={"per_client": True}), loopback(4)
+    judged = {"evaluation": {"per_client": True}}
+    own, federation = experiment("deployed", **judged), loopback(4)
     mail = federation.mail(source="builtin:instructions", order=OneByOne())
     failing(mail, federation)
     with pytest.raises(Interrupted):
@@ -116,7 +117,7 @@ def test_a_server_that_is_stopped_goes_on_and_all_its_rounds_are_repeated(experi
     assert len(again) == 2 and all(own.action == "train" for own in again)  # in flight: asked anew
     assert any(own["rejected"] for own in rounds(folder))
     assert rounds(folder)[-1]["evaluation"]["clients"]
-    replayed(experiment, "replayed", done.folder)
+    replayed(experiment, "replayed", done.folder, **judged)
 
 
 def failing(mail, federation):
