@@ -144,6 +144,7 @@ def played(experiment, schedule):
         lambda round: round_learning_rate(experiment.training, round, experiment.federation.rounds),
         lambda state, round: None, finish, parts.ledger, Silent(), Admission(experiment.admission),
         reported=reported(parts.objective), clock=order_of_answers(experiment),
+        means_alone=parts.method.means_alone,
     )  # fmt: skip
     server.run(parts.method.initial_state(parts.initial), 0)
     return Played(parts, states, engine.seen, records)

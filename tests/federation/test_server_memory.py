@@ -31,10 +31,10 @@ UPDATE = sum(tensor.numel() * 4 for tensor in ADAPTER.values())
 
 
 class Clients:
-    """An engine whose clients each send their number, in no order."""
+    """An engine whose clients each send their number, the last one first, or in order."""
 
-    def __init__(self, count):
-        self.count = count
+    def __init__(self, count, in_order=False):
+        self.count, self.in_order = count, in_order
 
     def sizes(self):
         return dict.fromkeys(range(self.count), 10)
@@ -49,7 +49,7 @@ class Clients:
         return f"client {client}"
 
     def exchange(self, exchange):
-        for client in reversed(range(self.count)):
+        for client in range(self.count) if self.in_order else reversed(range(self.count)):
             tensors = {name: torch.full_like(t, client) for name, t in ADAPTER.items()}
             payload = Payload(tensors, {"examples": 10})
             yield Answer(client, encode(payload, exchange.reply_schema))
@@ -58,13 +58,13 @@ class Clients:
         """They keep nothing."""
 
 
-def play(count, folder):
+def play(count, folder, in_order=False):
     """Return the state after a round, and the peak of memory in it."""
-    done = []
+    done, method = [], make_method(FedAvgSettings())
     server = Server(
-        make_method(FedAvgSettings()), Clients(count), FederationSettings(rounds=1, clients=count),
+        method, Clients(count, in_order), FederationSettings(rounds=1, clients=count),
         lambda round: 1e-3, lambda state, round: None, lambda record, state: done.append(record),
-        Ledger(), Silent(), disk_buffer=folder,
+        Ledger(), Silent(), disk_buffer=folder, means_alone=method.means_alone,
     )  # fmt: skip
     reset_peak_memory()
     return server.run(State(ADAPTER), 0), peak_memory()
@@ -78,11 +78,19 @@ def grown(clients, folder):
     print(many[1] - few[1], many[0].tensors["layer.3.lora_A.weight"].unique().item())
 
 
+def grown_in_order(clients, folder):
+    """As :func:`grown`, where answers come in order and are added as they come: none is put aside."""
+    servers.STREAM_ABOVE = 0
+    play(4, None, in_order=True)
+    few, many = (play(count, None, in_order=True) for count in (4, clients))
+    print(many[1] - few[1], many[0].tensors["layer.3.lora_A.weight"].unique().item())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("clients", [24, 256])
-def test_memory_is_flat_from_4_clients_on(clients, tmp_path):
+@pytest.mark.parametrize(("clients", "order"), [(24, "any"), (256, "any"), (64, "in order")])
+def test_memory_is_flat_from_4_clients_on(clients, order, tmp_path):
     found = subprocess.run(  # what its memory is taken from is chosen when a process of Flower's starts
-        [sys.executable, __file__, str(clients), str(tmp_path)],
+        [sys.executable, __file__, str(clients), str(tmp_path), order],
         env={**os.environ, **QUIET}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     more, weight = map(float, found.stdout.split())
@@ -131,4 +139,5 @@ def test_stored_tensors_are_a_dictionary_like_others(tmp_path):
 
 
 if __name__ == "__main__":
-    grown(int(sys.argv[1]), Path(sys.argv[2]))
+    measure = grown_in_order if sys.argv[3] == "in order" else grown
+    measure(int(sys.argv[1]), Path(sys.argv[2]))

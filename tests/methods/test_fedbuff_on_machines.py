@@ -77,7 +77,7 @@ def replayed(experiment, name, folder, **sections):
     assert adapter(result.folder) == adapter(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_answers_count_as_they_arrive_and_a_simulation_of_the_records_has_the_same_bits(
     experiment, loopback
 ):

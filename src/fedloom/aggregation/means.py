@@ -73,6 +73,41 @@ def weighted_mean(
     return found
 
 
+class RunningMean:
+    """The mean of :func:`weighted_mean` of updates that are given one by one and not kept; the same bits.
+
+    What it holds does not grow with the number of updates: one set of tensors.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._means: Tensors = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._total = 0.0
+
+    def add(self, update: Tensors, weight: float) -> None:
+        """Add an update, of the names and shapes of the first one, with a weight of at least 0."""
+        self._total += weight
+        step = weight / self._total if self._total else 0.0
+        for name in update:
+            tensor = update[name]
+            if name in self._means:
+                self._means[name].lerp_(tensor.to(self._means[name].dtype), step)
+            else:
+                self._dtypes[name] = tensor.dtype
+                self._means[name] = tensor.to(_wide(tensor.dtype), copy=True)
+
+    def mean(self) -> Tensors:
+        """Return the mean; there is nothing more to add.
+
+        Raises:
+            ValueError: No update had a weight above 0.
+        """
+        if not self._total > 0:
+            raise ValueError("there is no update with a weight above 0")
+        return {name: mean.to(self._dtypes[name]) for name, mean in self._means.items()}
+
+
 def _average(blocks: deque[Sequence[Tensor]], steps: Sequence[float]) -> None:
     """Take block after block and write the mean of all but its first tensor into that one."""
     while True:

@@ -147,8 +147,8 @@ class SummedReplies(Replies):
             alike = name.startswith(self.total.alike) if self.total.alike else False
             if name.startswith(f"{part}/" if part else "") and alike != (by == "clients"):
                 raise PluginError(
-                    f"the mean of {name!r} by {by} is not known: under privacy.secure_aggregation "
-                    "replies are summed with the weights that Exchange.alike says"
+                    f"the mean of {name!r} by {by} is not known: replies are summed with the weights "
+                    "that Exchange.alike says, under privacy.secure_aggregation and where they are large"
                 )
         return part_of(self.total.means, part) if part else dict(self.total.means)
 
@@ -158,7 +158,8 @@ class SummedReplies(Replies):
 
     def _single(self, *_: object) -> NoReturn:
         raise PluginError(
-            "under privacy.secure_aggregation there is no single reply: a method takes replies.mean()"
+            "there is no single reply under privacy.secure_aggregation, nor where they are large and the "
+            "method declares that it goes with that: a method takes replies.mean()"
         )
 
     def __len__(self) -> int:

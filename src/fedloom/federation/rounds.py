@@ -41,11 +41,15 @@ from fedloom.federation.selection import (
     draw_candidates,
 )
 from fedloom.federation.selection_contract import Observation, Told
+from fedloom.federation.streaming_mean import EXAMPLES, StreamingMean
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
 from fedloom.wire.schema import LOSS, NumberSpec
+
+STREAM_ABOVE = 128 << 20
+"""Bytes of an exchange's answers above which each is added and let go of, if means are all it takes."""
 
 DISK_BUFFER_ABOVE = 512 << 20
 """Bytes of an exchange's answers above which they are buffered on disk."""
@@ -81,6 +85,7 @@ class Server:
         secure: Has replies summed of which the server sees none, where that is asked for.
         compression: Has tensors compressed on their way, where that is asked for.
         best: The best round so far, and when no later one is waited for, where that is asked for.
+        means_alone: Whether the method needs the means of replies and no single one.
     """
 
     method: Method
@@ -104,6 +109,7 @@ class Server:
     secure: SecureAggregation | None = None
     compression: Compression | None = None
     best: BestRound | None = None
+    means_alone: bool = False
 
     def run(self, state: State, done: int = -1) -> State:
         """Run all rounds after round ``done`` and return the last state.
@@ -383,12 +389,12 @@ class _RoundExchanges:
         if compression is not None:
             exchange = compression.carried(exchange)
         exchange, answers, staleness = self._carried(exchange)
+        keep, streamed = self._keeping(exchange), None
+        if self._streams(exchange):
+            streamed = StreamingMean(exchange.plain or exchange, keep)
+            answers, keep = streamed.watched(answers), streamed.keep
         replies, rejected = self.server.admission.accept(
-            answers,
-            exchange,
-            self.cohort.presence.rows,
-            self._keeping(exchange),
-            self.server.audit,
+            answers, exchange, self.cohort.presence.rows, keep, self.server.audit
         )
         replies = [replace(own, staleness=staleness.get(own.client, 0)) for own in replies]
         self.rejected.update(rejected)
@@ -403,7 +409,22 @@ class _RoundExchanges:
             self.metrics.setdefault(reply.client, {}).update(reply.payload.metrics)
             if "examples" in reply.payload.numbers or reply.client not in self.examples:
                 self.examples[reply.client] = reply.payload.numbers.get("examples", 1.0)
-        return Replies(replies, rejected)
+        return (
+            Replies(replies, rejected) if streamed is None else streamed.replies(replies, rejected)
+        )
+
+    def _streams(self, exchange: Exchange) -> bool:
+        """Return whether replies are added as they come and let go of.
+
+        Where another client may still be drawn for one that is lost, or it is measured which codec serves
+        best, all are kept until they have come.
+        """
+        server, schema = self.server, (exchange.plain or exchange).reply_schema
+        measured = server.compression is not None and server.compression.choice is not None
+        waits = server.federation.replacements or measured
+        size = len(exchange.requests) * schema.max_bytes
+        weighed = any(spec.name == EXAMPLES for spec in schema.numbers)
+        return server.means_alone and weighed and not waits and size > STREAM_ABOVE
 
     def _sum(self, secure: SecureAggregation, exchange: Exchange) -> Replies:
         """Return the sum of the replies to an exchange, which is carried in stages."""

@@ -668,6 +668,7 @@ class _Run:
             secure=self._secure(),
             compression=self.compression,
             best=self.best,
+            means_alone=parts.method.means_alone,
         )
         plan = plan_of(experiment, parts, done)
         self.observer.begin(replace(plan, folder=str(self.folder.path.resolve())))

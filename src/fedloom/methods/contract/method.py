@@ -267,6 +267,17 @@ class Method(MethodTraits):
                 server.model.stacked, f"aggregation.rule = {server.aggregation.rule!r}"
             )
 
+    @property
+    def means_alone(self) -> bool:
+        """Whether a round needs the means of replies alone, so that each can be added and let go of.
+
+        So it is where a server that sees sums alone suffices. Rules that compare updates need all of them
+        (median, Krum and the others), and so does the private mean, which clips each.
+        """
+        own = self.aggregation
+        plain = (own is None or own.rule == "mean") and self.private is None
+        return plain and self.declares.secure_aggregation.holds
+
     def averaged(
         self, replies: Sequence[Reply], cohort: Cohort, start: Tensors, *, noted: bool = False
     ) -> Tensors:
