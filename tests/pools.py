@@ -23,12 +23,13 @@ class PoolHere:
         self._engines = [self._make() for _ in range(size)]
         self._asked = {}
         self._rng = np.random.default_rng(seed)
-        self.order = []
+        self.order, self.units = [], []
 
     def send(self, worker, request):
         assert worker not in self._asked, "a worker has one request at a time"
         self._asked[worker] = request
-        self.order.append(request.client)
+        self.order += request.clients
+        self.units.append(request.clients)
 
     def receive(self):
         idle = [own for own in self.ready if own not in self._asked]

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import fedloom
+from engines.test_workers import played
 from fedloom.engines import cohorts
 from fedloom.errors import SettingsError
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
+from pools import with_pool
 
 PLAIN = {"optimizer": "sgd", "learning_rate": 0.5, "local_steps": 2, "batch_size": 4}
 """Adam divides by the gradient's own size, and so magnifies rounding."""
@@ -137,6 +139,27 @@ def test_a_cohort_is_auto_or_a_number(experiment, value):
     assert len(error.value.problems) == 1
 
 
-def test_cohorts_and_workers_exclude_each_other(experiment):
-    with pytest.raises(SettingsError, match=r"simulation\.cohort = 2 trains clients together"):
-        fedloom.run(settings_of(experiment, "fedavg", 2), workers=2)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=getattr(pytest.mark, "slow" if n == "scaffold" else "full")) for n in METHODS]
+)  # fmt: skip
+def test_a_cohort_is_a_workers_unit_of_work_and_has_the_same_bits(experiment, name):
+    """Also where a worker ends: the cohort is trained once more."""
+    settings = settings_of(experiment, name, 2, federation={"rounds": 2, "clients": 3})
+    alone = played(settings, assemble(settings, partition_data(settings)))
+    parts, pool = with_pool(settings, seed=3, dies=[False, True, False, True])
+    assert played(settings, parts) == alone
+    assert any(len(unit) == 2 for unit in pool.units)
+
+
+@pytest.mark.full
+def test_workers_say_of_an_action_that_its_handler_trains_by_itself(experiment):
+    """From the next exchange on its clients are units by themselves, as in one process."""
+    settings = experiment(
+        method={"name": "fedamole"},
+        adapter={"kind": "experts", "rank": 2, "experts": 4},
+        simulation={"cohort": 3},
+        training={"local_steps": 1},
+    )
+    alone = played(settings, assemble(settings, partition_data(settings)))
+    parts, _ = with_pool(settings, size=2, seed=1)
+    assert played(settings, parts)[:2] == alone[:2]

@@ -196,22 +196,31 @@ class SimulationEngine:
 
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out a request at each client, one after the other."""
-        if exchange.round != self._round:
-            self._sessions, self._round = {}, exchange.round
-        self.store.begin_exchange()
+        self.begin(exchange)
         cohorts = {client: own for own in self.cohorts(exchange) for client in own}
         answers: dict[int, Answer] = {}
         for client in exchange.requests:
             if client not in answers:
-                answers |= self._answers(exchange, cohorts[client])
+                answers |= self.answers(exchange, cohorts[client])
             yield answers.pop(client)
 
-    def cohorts(self, exchange: Exchange) -> list[list[int]]:
-        """Return who is worked on together, in the order of the requests; it follows from these alone."""
+    def begin(self, exchange: Exchange) -> None:
+        """Begin an exchange; the first of a round ends what clients had of the round before."""
+        if exchange.round != self._round:
+            self._sessions, self._round = {}, exchange.round
+        self.store.begin_exchange()
+
+    def cohorts(self, exchange: Exchange, apart: Collection[int] = ()) -> list[list[int]]:
+        """Return who is worked on together, in the order of the requests; it follows from these alone.
+
+        Args:
+            exchange: What is asked.
+            apart: Clients that are in the middle of work elsewhere, each of which is worked on by itself.
+        """
         found: list[list[int]] = []
         alike: dict[int, list[int]] = {}
         for client in exchange.requests:
-            if self._together(exchange, client):
+            if client not in apart and self._together(exchange, client):
                 alike.setdefault(id(self.resources[client].model), []).append(client)
             else:
                 found.append([client])
@@ -234,7 +243,7 @@ class SimulationEngine:
         own = self.resources[client]
         return own.maker is None and not reason_against(own.model)
 
-    def _answers(self, exchange: Exchange, clients: list[int]) -> dict[int, Answer]:
+    def answers(self, exchange: Exchange, clients: list[int]) -> dict[int, Answer]:
         """Return the answers of clients that are worked on together, or of one."""
         if len(clients) > 1 and self.together is not None:
             try:

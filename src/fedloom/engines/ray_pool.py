@@ -342,10 +342,12 @@ class RayPool:
 
     def send(self, worker: int, request: ClientRequest) -> None:
         """Give an idle worker something to do; the state of an exchange is put into the store once."""
-        state = request.exchange.requests[request.client]
+        requests = request.exchange.requests
+        state = requests[request.clients[0]]
         if self._state[0] is not state:
             self._state = state, self._ray.put(state)
-        bare = replace(request.exchange, requests={request.client: b""})
+        rest = {client: b"" if data is state else data for client, data in requests.items()}
+        bare = replace(request.exchange, requests=rest)
         packed = pickle.dumps(replace(request, exchange=bare), pickle.HIGHEST_PROTOCOL)
         self._jobs[self._actors[worker].work.remote(packed, self._state[1])] = worker
 

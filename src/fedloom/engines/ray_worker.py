@@ -50,7 +50,8 @@ class RayWorker:
 
         assert self._engine is not None
         request = pickle.loads(packed)
-        exchange = replace(request.exchange, requests={request.client: state})
+        requests = {client: data or state for client, data in request.exchange.requests.items()}
+        exchange = replace(request.exchange, requests=requests)
         return work_packed(self._engine, replace(request, exchange=exchange))
 
     def live(self) -> None:

@@ -126,7 +126,7 @@ from fedloom.runs.row_privacy import (
 )
 from fedloom.runs.trackers import Tracker, open_trackers, round_numbers
 from fedloom.runs.verification import Verifier
-from fedloom.runs.workers import HostProcess, Workers, WorkerTask, require_one_by_one
+from fedloom.runs.workers import HostProcess, Workers, WorkerTask
 from fedloom.security import audit_log
 from fedloom.security.audit_log import AuditLog
 from fedloom.settings.suggestions import nearest
@@ -229,7 +229,6 @@ def run_experiment(
     cluster) they are actors of Ray. An ``auditor`` plants rows, and sees what clients send.
     """
     given = _Given(observer, objective, data, remote, on_step, profile, workers, ray, auditor)
-    require_one_by_one(workers, ray, experiment)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
     with new_folder(experiment) as folder, worker_source(workers, ray) as source:
@@ -323,7 +322,6 @@ def resume_run(
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
-        require_one_by_one(workers, ray, experiment)
         made = _made_again(folder, begun, experiment, given)
         clock = order_of_answers(experiment, remote, observer.client_done)
         log = log_of(folder)

@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from fedloom.accounting.cores import available_cores
+from fedloom.data.client_rows import TokenShare
 from fedloom.data.loading import DataSource
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.engines.workers import (
@@ -42,6 +43,7 @@ from fedloom.runs.initial_adapter import Start
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.parent_process import end_with_parent, of_this_process
 from fedloom.runs.partitioning import partition_data
+from fedloom.training.cohort import cohort_size
 from fedloom.training.memory import most_memory
 from fedloom.training.row_privacy import RowPrivacy
 
@@ -88,24 +90,6 @@ class WorkerTask:
     digest: str = ""
     probed: Mapping[int, tuple[bool | None, int]] = field(default_factory=dict)
     hidden: Mapping[int, RowPrivacy] | None = None
-
-
-def require_one_by_one(asked: Workers, ray: str | None, experiment: Experiment) -> None:
-    """Check that clients who are to be trained together are not given to several processes.
-
-    Raises:
-        SettingsError: They are.
-    """
-    cohort = experiment.simulation.cohort
-    if cohort != 1 and (asked != 1 or ray is not None):
-        workers = f"--workers {asked}" if ray is None else "--engine ray"
-        raise SettingsError(
-            [
-                f"{workers}: simulation.cohort = {cohort!r} trains clients together in one "
-                "process, and workers train one client each: leave out one of the two"
-            ],
-            "the command",
-        )
 
 
 @contextlib.contextmanager
@@ -221,8 +205,22 @@ def worker_memory(
     clients = [(local.resources[client].model, share) for client, share in local.shares.items()]
     models = {id(model): model for model, _ in clients}
     weights = [quantized_bytes(model.model, quantization) for model in models.values()]
-    training = most_memory(clients, experiment.training, quantization, weights=False)
-    return float(max(weights, default=0)), (training or 0.0) + process
+    training = most_memory(clients, experiment.training, quantization, weights=False) or 0.0
+    return float(max(weights, default=0)), training * _together(parts, experiment) + process
+
+
+def _together(parts: RunComponents, experiment: Experiment) -> int:
+    """Return how many clients a worker trains together at most."""
+    local = parts.local
+    shares: dict[int, list[TokenShare]] = {}
+    for client, share in local.shares.items():
+        shares.setdefault(id(local.resources[client].model), []).append(share)
+    models = {id(own.model): own.model for own in local.resources.values()}
+    rows = experiment.training.batch_size
+    most = max(
+        (cohort_size(local.cohort, models[own], shares[own], rows) for own in shares), default=1
+    )
+    return min(most, experiment.federation.cohort_size)
 
 
 def packed_task(task: WorkerTask) -> bytes:

@@ -50,10 +50,10 @@ class ClientStore:
         self._before: dict[int, Slots | None] = {}
 
     @classmethod
-    def of(cls, client: int, slots: Slots) -> ClientStore:
-        """Return a store in which one client has these slots."""
+    def of(cls, slots: Mapping[int, Slots]) -> ClientStore:
+        """Return a store in which clients have these slots."""
         store = cls()
-        store._slots[client] = dict(slots)
+        store._slots |= {client: dict(own) for client, own in slots.items()}
         return store
 
     def slots(self, client: int) -> Slots:
