@@ -212,6 +212,20 @@ ALIASES: dict[str, Alias] = {
 }
 """``section.name`` as it is elsewhere, to the setting here."""
 
+_PACKED = (
+    "rows are read together already, as many as fit training.tokens_per_pass and with little padding; none "
+    "is cut or joined to another, and a step has training.batch_size rows, not packs of data.max_length "
+    "tokens"
+)
+
+ALREADY = {
+    "training.packing": (TRL, _PACKED),
+    "training.padding_free": (TRL, _PACKED),
+    "training.neat_packing": (FACTORY, _PACKED),
+    "training.sample_packing": (AXOLOTL, _PACKED),
+}
+"""``section.name`` of what is done in any case, to whose name it is and what is done."""
+
 PER_PASS, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 """Of transformers' ``TrainingArguments``: their product is ``training.batch_size``."""
 
@@ -232,6 +246,7 @@ def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str
     notes: list[str] = []
     problems: list[str] = []
     _read_batches(found, notes, problems)
+    _read_what_is_done(found, notes, problems)
     for name, alias in ALIASES.items():
         section, key = name.split(".")
         own = found.get(section)
@@ -256,6 +271,20 @@ def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str
         remark = f" ({alias.remark})" if alias.remark else ""
         notes.append(f"{name} is read as {alias.ours} = {quoted(value, 60)}{remark}")
     return found, notes, problems
+
+
+def _read_what_is_done(table: Table, notes: list[str], problems: list[str]) -> None:
+    """Take out switches of what is done in any case, with a note on each that asks for it."""
+    for name, (origin, done) in ALREADY.items():
+        section, key = name.split(".")
+        own = table.get(section)
+        if not isinstance(own, dict) or key not in own:
+            continue
+        asked = own.pop(key)
+        if not isinstance(asked, bool):
+            problems.append(f"{name} = {quoted(asked, 60)}: it is true or false")
+        elif asked:
+            notes.append(f"{name} ({origin}) changes nothing: {done}")
 
 
 def require_own_names(table: Mapping[str, Any], place: str) -> tuple[Table, list[str]]:
