@@ -57,11 +57,13 @@ def test_the_page_has_an_experiment_that_is_read_as_it_says():
 
 @pytest.mark.parametrize("name", ["packing", "padding_free", "neat_packing", "sample_packing"])
 def test_packing_is_what_passes_are_in_any_case_and_loses_no_row(name):
-    plain = Experiment.from_table({"objective": {"name": "sft"}})
+    plain = Experiment.from_table({})
     for asked in (True, False):
-        found = Experiment.from_table({"objective": {"name": "sft"}, "training": {name: asked}})
+        found = Experiment.from_table({"training": {name: asked}})
         assert found == plain
-        assert [name in note and "none is cut or joined" in note for note in found.notes] == [True] * asked
+        assert [name in note and "none is cut or joined" in note for note in found.notes] == [
+            True
+        ] * asked
     with pytest.raises(SettingsError, match=f"training.{name} = 'yes': it is true or false"):
         Experiment.from_table({"training": {name: "yes"}})
 

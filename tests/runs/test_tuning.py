@@ -9,6 +9,9 @@ from fedloom.commands import tune as command
 from fedloom.errors import ModelError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs import tuning
+from fedloom.runs.assembly import assemble
+from fedloom.runs.cohort_tuning import cohort_bench, cohort_candidates
+from fedloom.runs.partitioning import partition_data
 from fedloom.runs.tuning import Candidate, Trial, Tuning, tune
 from fedloom.training.settings import TrainingSettings
 
@@ -102,7 +105,7 @@ def outcome(ratio, *, better):
     first = Candidate("tokens_per_pass", 512, 100, [1.0, 1.0], ratios=[1.0, 1.0])
     other = Candidate("tokens_per_pass", 256, 100, [0.9, 0.9], ratios=[ratio, ratio])
     trial = Trial((first, other), 0.03, other if better else None)
-    return Tuning("", (trial,), {"tokens_per_pass": 256} if better else {})
+    return Tuning("", (trial,), {"training.tokens_per_pass": 256} if better else {})
 
 
 def test_the_number_is_written_and_all_else_in_the_file_stays(tmp_path):
@@ -141,11 +144,43 @@ def test_the_command_times_an_experiment_and_its_file_stays_sound(
     code, said = call("tune", str(path), "--limit", "300")
     assert code == 0, said
     assert "DPO on client" in said and "tokens/s" in said and "training.tokens_per_pass:" in said
+    assert "simulation.cohort: " in said
     before, after = tomllib.loads(text), tomllib.loads(path.read_text())
-    found = after["training"].pop("tokens_per_pass", None)
-    before["training"].pop("tokens_per_pass", None)
+    own = Experiment.from_toml(path)
+    for section, key in (("training", "tokens_per_pass"), ("simulation", "cohort")):
+        found = after[section].pop(key, None)
+        before[section].pop(key, None)
+        assert found is None or getattr(getattr(own, section), key) == found
     assert after == before and path.read_text().startswith("# a comment\n")
-    assert found is None or Experiment.from_toml(path).training.tokens_per_pass == found
+
+
+def test_clients_that_cannot_be_trained_together_are_not_timed_and_it_is_said_why(
+    experiment, tmp_path
+):
+    """Bottlenecks have no factors that can be stacked."""
+    own = experiment(adapter={"kind": "ia3", "rank": 8})
+    why = cohort_bench(own, assemble(own, partition_data(own)))
+    assert why.startswith("clients are trained one by one: more is trained than LoRA's two factors")
+    path = tmp_path / "x.toml"
+    path.write_text(FILE)
+    told = Tuning("", outcome(1.0, better=False).trials, {}, {"simulation.cohort": why})
+    assert command._outcome(path, told, dry_run=False)[-1] == f"simulation.cohort: {why}; not timed"
+
+
+def test_cohorts_are_timed_over_the_same_clients_and_steps(experiment):
+    own = experiment(
+        objective={"name": "sft"},
+        data={"source": "builtin:instructions"},
+        training={"batch_size": 1},
+    )
+    parts = assemble(own, partition_data(own))
+    bench, sizes = cohort_bench(own, parts), cohort_candidates(own, parts)
+    bench.steps = 2
+    assert sizes[0] == 1 and 2 in sizes and max(sizes) <= 3
+    runs = [bench.run(bench.training.model_copy(update={"cohort": size})) for size in sizes]
+    assert len({tokens for _, _, tokens in runs}) == 1
+    assert all(loss == pytest.approx(runs[0][1], rel=1e-3) for _, loss, _ in runs)
+    assert all(seconds > 0 for seconds, _, _ in runs)
 
 
 def test_a_file_that_lines_cannot_be_put_into_is_refused_before_anything_is_timed(tmp_path):

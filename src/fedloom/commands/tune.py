@@ -36,7 +36,7 @@ def tune(
         bool, typer.Option("--dry-run", help="Show what is the fastest; write nothing.")
     ] = False,
 ) -> None:
-    """Time the settings of [training] that change speed alone, and write the fastest into the file."""
+    """Time settings that change speed alone, and write the fastest into the file."""
     if not math.isfinite(limit):
         raise typer.BadParameter(f"--limit {limit} is no number of seconds")
     refuse_early(lambda: _check(experiment, assignments, dry_run=dry_run))
@@ -61,7 +61,9 @@ def _check(path: Path, assignments: list[str] | None, *, dry_run: bool) -> None:
     check_rows(path, assignments)
     require_rows(experiment_from(path, assignments), None)
     if not dry_run:
-        _changed(path, {"tokens_per_pass": 1, "threads": 1})
+        _changed(
+            path, {"training.tokens_per_pass": 1, "training.threads": 1, "simulation.cohort": 1}
+        )
         folder = path.resolve().parent
         if not os.access(folder, os.W_OK):
             raise OutputError(f"cannot write {path}: {folder} is not writable; give --dry-run")
@@ -77,27 +79,26 @@ def _outcome(path: Path, found: Tuning, *, dry_run: bool) -> list[str]:
             other = max(trial.candidates, key=lambda own: own.ratio)
             than = f"the best other, {other.value}, is {other.ratio:.2f} times as fast"
             why = "no other is faster" if other is first else than
-            lines.append(
-                f"training.{first.setting}: {first.value} stays ({why}; {within}); not written"
-            )
+            lines.append(f"{first.name}: {first.value} stays ({why}; {within}); not written")
             continue
         lines.append(
-            f"training.{best.setting}: {best.value} is {best.ratio:.2f} times as fast as {first.value} "
+            f"{best.name}: {best.value} is {best.ratio:.2f} times as fast as {first.value} "
             f"({min(best.ratios):.2f} to {max(best.ratios):.2f}; {within}); "
             f"{'not written (--dry-run)' if dry_run else f'written into {path}'}"
         )
     if not found.trials:
         lines.append("training.tokens_per_pass: all values lay out these rows alike; not written")
+    lines += [f"{name}: {why}; not timed" for name, why in found.untried.items()]
     if found.changes and not dry_run:
         _write(path, found.changes)
     return lines
 
 
 def _write(path: Path, changes: dict[str, int]) -> None:
-    """Set numbers of ``[training]`` in a file, which keeps its comments, layout and rights.
+    """Set numbers in a file, which keeps its comments, layout and rights.
 
     Raises:
-        SettingsError: The section is not written line by line.
+        SettingsError: A section is not written line by line.
         OutputError: The file cannot be written.
     """
     from fedloom.storage.files import write_atomically
@@ -107,14 +108,15 @@ def _write(path: Path, changes: dict[str, int]) -> None:
 
 
 def _changed(path: Path, changes: dict[str, int]) -> str:
-    """Return the text of a file with numbers of ``[training]`` set.
+    """Return the text of a file with numbers set.
 
     Raises:
-        SettingsError: The section is not written line by line.
+        SettingsError: A section is not written line by line.
     """
     from fedloom.settings.toml import set_key
 
     text = path.read_bytes().decode()
-    for key, value in changes.items():
-        text = set_key(text, "training", key, value, str(path))
+    for name, value in changes.items():
+        section, key = name.split(".")
+        text = set_key(text, section, key, value, str(path))
     return text

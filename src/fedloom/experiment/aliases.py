@@ -213,9 +213,9 @@ ALIASES: dict[str, Alias] = {
 """``section.name`` as it is elsewhere, to the setting here."""
 
 _PACKED = (
-    "rows are read together already, as many as fit training.tokens_per_pass and with little padding; none "
-    "is cut or joined to another, and a step has training.batch_size rows, not packs of data.max_length "
-    "tokens"
+    "rows are read together already, as many as fit training.tokens_per_pass and with little padding; "
+    "none is cut or joined to another, and a step has training.batch_size rows, not packs of "
+    "data.max_length tokens"
 )
 
 ALREADY = {

@@ -1,10 +1,11 @@
-"""Which settings of ``[training]`` that change speed alone are the fastest on this machine, by measuring.
+"""Which settings that change speed alone are the fastest on this machine, by measuring.
 
 One client's optimizer steps, with the experiment's own model, rows and objective, are timed under some
-values of ``training.tokens_per_pass``, and then of ``training.threads``. All values are timed in one
-order and then in the other (A B B A), so that a machine that slows down slows all of them alike; a value
-is better only where it was faster every time, by more than two timings of one value differ by. Losses
-are compared first: a value that changes them is none of speed.
+values of ``training.tokens_per_pass``, and then of ``training.threads``; and the steps of a round's
+clients under some values of ``simulation.cohort``, where clients can be trained together. All values are
+timed in one order and then in the other (A B B A), so that a machine that slows down slows all of them
+alike; a value is better only where it was faster every time, by more than two timings of one value differ
+by. Losses are compared first: a value that changes them is none of speed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Objective
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.cohort_tuning import COHORT, cohort_bench, cohort_candidates
 from fedloom.runs.cost_estimate import require_rows_trained_on
 from fedloom.runs.initial_adapter import find_start, with_adapter_settings
 from fedloom.runs.partitioning import partition_data
@@ -40,6 +43,8 @@ TOKENS, THREADS = "tokens_per_pass", "threads"
 
 FACTORS = (0.25, 0.5, 2, 4)
 """Candidates for the tokens of a pass, as multiples of what "auto" stands for."""
+
+COHORT_NAME = "simulation.cohort"
 
 SAME = 1e-3
 """Relative difference of losses that rounding makes, at most."""
@@ -59,7 +64,7 @@ class Candidate:
     """A value that was tried.
 
     Attributes:
-        setting: Of ``[training]``.
+        setting: Of ``[training]`` or ``[simulation]``.
         value: Its.
         tokens: Trained on in one timing.
         seconds: Of each timing, in pairs there and back.
@@ -69,12 +74,17 @@ class Candidate:
     """
 
     setting: str
-    value: int
+    value: int | str
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
     memory: int = 0
     ratios: list[float] = field(default_factory=list)
     problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """The setting with its section."""
+        return f"{_section_of(self.setting)}.{self.setting}"
 
     @property
     def speed(self) -> float:
@@ -109,12 +119,19 @@ class Tuning:
     Attributes:
         headline: One line: what was measured.
         trials: By setting, those that were tried.
-        changes: The settings of ``[training]`` that are worth a change, with their values.
+        changes: By ``section.key``, settings that are worth a change, with their values.
+        untried: By ``section.key``, why a setting was not tried.
     """
 
     headline: str
     trials: tuple[Trial, ...]
     changes: dict[str, int]
+    untried: dict[str, str] = field(default_factory=dict)
+
+
+def _section_of(setting: str) -> str:
+    """Return the section of a setting that is tuned."""
+    return "simulation" if setting == COHORT else "training"
 
 
 @dataclass
@@ -189,33 +206,69 @@ def tune(
             ],
             "fedloom tune",
         )
-    given = experiment.training.tokens_per_pass
-    now = auto if given == "auto" else given
-    tried = [TOKENS]
-    cores = available_cores()
-    if bench.model.device.type == "cpu" and cores > 1 and experiment.training.threads is None:
-        tried.append(THREADS)
+    together = cohort_bench(experiment, parts)
+    untried = {COHORT_NAME: together} if isinstance(together, str) else {}
+    tried = _worth_timing(experiment, bench, auto)
+    if not isinstance(together, str):
+        tried.append((COHORT, together, cohort_candidates(experiment, parts)))
     changes: dict[str, int] = {}
     trials = []
     before = torch.get_num_threads()
     ends = time.perf_counter() + limit
     try:
-        for place, setting in enumerate(tried):
+        for place, (setting, own, values) in enumerate(tried):
             share = (ends - time.perf_counter()) / (len(tried) - place)
-            if setting == TOKENS:
-                values = _distinct(bench, [now, auto, *(max(1, int(auto * f)) for f in FACTORS)])
-            else:
-                values = [before, cores if before == 1 else 1]
-            if len(values) > 1:
-                stage(f"timing training.{setting} = {', '.join(map(str, values))}")
-                trial = _try(bench, setting, values, share)
-                trials.append(trial)
-                if trial.best is not None:
-                    changes[setting] = trial.best.value
-                    bench.training = _with(bench.training, setting, trial.best.value)
+            stage(f"timing {_section_of(setting)}.{setting} = {', '.join(map(str, values))}")
+            try:
+                trial = _try(own, setting, values, share)
+            except SettingsError as error:
+                if setting != COHORT:
+                    raise
+                untried[COHORT_NAME] = "; ".join(error.problems)  # what was found of others stays
+                continue
+            trials.append(trial)
+            if trial.best is not None:
+                changes[trial.best.name] = int(trial.best.value)
+                own.training = _with(own.training, setting, trial.best.value)
     finally:
         torch.set_num_threads(before)
-    return Tuning(_headline(bench, before), tuple(trials), changes)
+    return Tuning(_headline(bench, before), tuple(trials), changes, untried)
+
+
+class _Timed(Protocol):
+    """Steps that can be timed under settings of a section."""
+
+    training: Any
+    steps: int
+
+    def run(self, settings: Any) -> tuple[float, float, int]:
+        """Return seconds, mean loss and tokens of the steps."""
+        ...
+
+    def loss(self, settings: Any) -> float:
+        """Return a loss that is the same under all values."""
+        ...
+
+
+def _worth_timing(
+    experiment: Experiment, bench: _Bench, auto: int
+) -> list[tuple[str, _Timed, list[int | str]]]:
+    """Return the settings of ``[training]`` of which several values can differ, the present one first.
+
+    Args:
+        experiment: Its settings.
+        bench: What is timed.
+        auto: What "auto" stands for as tokens of a pass.
+    """
+    given, threads = experiment.training.tokens_per_pass, torch.get_num_threads()
+    now, cores = auto if given == "auto" else given, available_cores()
+    tokens = _distinct(bench, [now, auto, *(max(1, int(auto * factor)) for factor in FACTORS)])
+    found: list[tuple[str, _Timed, list[int | str]]] = []
+    if len(tokens) > 1:
+        found.append((TOKENS, bench, tokens))
+    if bench.model.device.type == "cpu" and cores > 1 and experiment.training.threads is None:
+        found.append((THREADS, bench, [threads, cores if threads == 1 else 1]))
+    return found
 
 
 def _headline(bench: _Bench, threads: int) -> str:
@@ -257,23 +310,23 @@ def _bench(experiment: Experiment, parts: RunComponents) -> _Bench:
     return _Bench(own.model, own.initial, share, objective, experiment.training, seed, client)
 
 
-def _with(training: TrainingSettings, setting: str, value: int) -> TrainingSettings:
+def _with(training: Any, setting: str, value: int | str) -> Any:
     """Return settings with one of them changed; threads are the process's."""
     if setting == THREADS:
-        torch.set_num_threads(value)
+        torch.set_num_threads(int(value))
         return training
     return training.model_copy(update={setting: value})
 
 
-def _distinct(bench: _Bench, values: Sequence[int]) -> list[int]:
+def _distinct(bench: _Bench, values: Sequence[int]) -> list[int | str]:
     """Return the values that lay out the client's rows differently, the first of those alike."""
-    found: dict[tuple[int, ...], int] = {}
+    found: dict[tuple[int, ...], int | str] = {}
     for value in values:
         found.setdefault(bench.passes(value), value)
     return list(found.values())
 
 
-def _try(bench: _Bench, setting: str, values: Sequence[int], seconds: float) -> Trial:
+def _try(bench: _Timed, setting: str, values: Sequence[int | str], seconds: float) -> Trial:
     """Time values there and back, until the time is over; compare losses first.
 
     Raises:
@@ -291,7 +344,7 @@ def _try(bench: _Bench, setting: str, values: Sequence[int], seconds: float) -> 
         needed = seconds + 2 * timings * one - left
         raise SettingsError(
             [
-                f"--limit: {seconds:.0f} s do not suffice for training.{setting}: one optimizer step "
+                f"--limit: {seconds:.0f} s do not suffice for {first.name}: one optimizer step "
                 f"takes {one:.2g} s, and each of {len(usable)} values is timed four times; give about "
                 f"{2 * needed:.0f}"
             ],
@@ -315,7 +368,7 @@ def _try(bench: _Bench, setting: str, values: Sequence[int], seconds: float) -> 
     return Trial(tuple(candidates), noise, best if better else None)
 
 
-def _longest_step(bench: _Bench, setting: str, candidates: Sequence[Candidate]) -> float:
+def _longest_step(bench: _Timed, setting: str, candidates: Sequence[Candidate]) -> float:
     """Return the seconds of one optimizer step with the slowest value that can be used.
 
     A value that does not fit into memory, or whose loss is not the first one's, is given its problem.
@@ -343,7 +396,7 @@ def _longest_step(bench: _Bench, setting: str, candidates: Sequence[Candidate]) 
         one = max(one, took)
     if first.problem:
         raise ModelError(
-            f"one optimizer step with training.{setting} = {first.value} {first.problem}: set a smaller "
+            f"one optimizer step with {first.name} = {first.value} {first.problem}: set a smaller "
             "training.batch_size or data.max_length, or take a smaller model"
         )
     return one
