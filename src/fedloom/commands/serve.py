@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,19 +75,30 @@ def serve(
     access = Access(key, frozenset(name.lower() for name in allow_host or ()), allow_origin or ())
     answers = Answers(models, waiting, max_tokens, seed)
     log = (lambda text: None) if quiet else say
-    try:
+    with _listening(host, port):
         server = ModelServer(host, port, answers, access, log)
-    except OSError as error:
-        raise ConnectionFailed(
-            f"cannot listen at {host}, port {port}: {first_line(error)}; choose others with --host and "
-            "--port"
-        ) from error
     at = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     names = ", ".join(ready.name for ready in models.all)
     say(f"serving {names} at http://{at}:{server.server_port}/v1 (Ctrl-C stops)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve_until_stopped(server)
     say("stopped")
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[None]:
+    """Name the address where a server cannot listen.
+
+    Raises:
+        ConnectionFailed: It cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConnectionFailed(
+            f"cannot listen at {host}, port {port}: {first_line(error)}; choose others with --host and "
+            "--port"
+        ) from error
 
 
 def _require_key(host: str, key: str) -> None:

@@ -173,7 +173,7 @@ LEFT = _names(
         "sum_rounding",
         "evaluation": "samples",
         "output": "folder trackers",
-        "simulation": "devices cohort",
+        "simulation": "devices cohort replay",
     }
 )
 """Settings that are never taken: how rows are read is the client's to say, the others concern the

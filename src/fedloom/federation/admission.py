@@ -168,13 +168,12 @@ class Admission:
                 facts["kind"] = kind
                 self._note(Violation(client, kind, rejected[client], exchange.round, self.run))
         for client in exchange.requests:
-            if client not in replies and client not in rejected:
-                rejected[client] = "no answer"
             facts = came.get(client, {})
-            arrived = "refused" if "message" in facts else "absent"
-            event = "accepted" if client in replies else arrived
-            reason = {"reason": rejected[client]} if client in rejected else {}
-            note(event, client, **facts, **reason)
+            if client in replies:
+                note("accepted", client, **facts)
+            else:
+                event = "refused" if "message" in facts else "absent"
+                note(event, client, **facts, reason=rejected.setdefault(client, "no answer"))
         return [replies[client] for client in sorted(replies)], rejected
 
     def report(self, client: int, kind: ViolationKind, reason: str) -> None:

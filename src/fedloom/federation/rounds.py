@@ -133,46 +133,59 @@ class Server:
             if self.best is not None and self.best.over:
                 break
             start = time.perf_counter()
-            paused = self.admission.paused(round)
-            presence = self._present(round, paused, presence)
-            asked = _Asked()
-            cohort = self._cohort(round, presence, state, asked)
-            self._report_quarantined(round, paused)
-            absent = self._report_absent(round, absent)
-            exchanges = _RoundExchanges(self, cohort, asked.seconds)
-            state, cohort = exchanges.run(state), exchanges.cohort
-            drawn = self._observed(exchanges, asked.told)
-            shown = self.private is None
-            if self.private is not None and state.tensors:
-                self.private.require_released(round)
-            for text in cohort.warnings:
-                self.observer.warning(text)
-            presence = presence.closed(
-                round, exchanges.answered - exchanges.rejected.keys(), exchanges.rejected
-            )
-            evaluation = self.evaluate(state, round)
-            weighed = dict(sorted(self.admission.weighed.items()))
-            record = RoundRecord(
-                round,
-                cohort.clients,
-                dict(sorted(exchanges.rejected.items())),
-                self.admission.close(round),
-                paused,
-                weighed,
-                exchanges.replaced,
-                absent,
-                cohort.learning_rate,
-                _mean(exchanges.metrics, exchanges.examples) | exchanges.summed | cohort.notes
-                if shown
-                else {},
-                dict(sorted(exchanges.metrics.items())) if shown else {},
-                evaluation,
-                details={**cohort.details, **drawn} if shown else {},
-                presence=presence,
-                wire=self.compression.record() if self.compression is not None else {},
-            )
+            state, record = self._played(round, state, presence, absent)
+            presence, absent = record.presence, record.absent
             self._finish(record, state, start)
         return state
+
+    def _played(
+        self, round: int, state: State, before: Presence, gone: Mapping[int, Absence]
+    ) -> tuple[State, RoundRecord]:
+        """Play one round; return the next state, and what is known of the round.
+
+        Args:
+            round: From 1.
+            state: After the round before.
+            before: Presence in the rounds before.
+            gone: Who was absent in the round before.
+        """
+        paused = self.admission.paused(round)
+        presence = self._present(round, paused, before)
+        asked = _Asked()
+        cohort = self._cohort(round, presence, state, asked)
+        self._report_quarantined(round, paused)
+        absent = self._report_absent(round, gone)
+        exchanges = _RoundExchanges(self, cohort, asked.seconds)
+        state, cohort = exchanges.run(state), exchanges.cohort
+        drawn = self._observed(exchanges, asked.told)
+        shown = self.private is None
+        if self.private is not None and state.tensors:
+            self.private.require_released(round)
+        for text in cohort.warnings:
+            self.observer.warning(text)
+        presence = presence.closed(
+            round, exchanges.answered - exchanges.rejected.keys(), exchanges.rejected
+        )
+        evaluation = self.evaluate(state, round)
+        weighed = dict(sorted(self.admission.weighed.items()))
+        train = _mean(exchanges.metrics, exchanges.examples) | exchanges.summed | cohort.notes
+        return state, RoundRecord(
+            round,
+            cohort.clients,
+            dict(sorted(exchanges.rejected.items())),
+            self.admission.close(round),
+            paused,
+            weighed,
+            exchanges.replaced,
+            absent,
+            cohort.learning_rate,
+            train if shown else {},
+            dict(sorted(exchanges.metrics.items())) if shown else {},
+            evaluation,
+            details={**cohort.details, **drawn} if shown else {},
+            presence=presence,
+            wire=self.compression.record() if self.compression is not None else {},
+        )
 
     def _finish(self, record: RoundRecord, state: State, start: float) -> None:
         costs = tuple(self.ledger.take())

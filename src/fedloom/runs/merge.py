@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,24 @@ def merge_adapters(
         return generator(seed, "merging", place)
 
     found, lost = merged(tensors, inputs.weights, None, own, draws, inputs.rank)
+    with _new_folder(target) as part:
+        write_merged(part, found, inputs.adapters[0])
+        describe(part, _facts(Path(os.path.abspath(target)), inputs, own))
+        record = _record(inputs, own, seed, lost)
+        (part / RECORD).write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
+        read_factors(read_mergeable(part))  # what is on the disk is what a reader takes
+    return MergedAdapter(target, inputs, lost)
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target, or in it where it is there, whose files become the target's.
+
+    Whatever fails, the folder is removed.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     there, whole = target.is_dir(), Path(os.path.abspath(target))
     part = (whole if there else whole.parent) / f".{whole.name}.{os.getpid()}.part"
     try:
@@ -170,11 +189,7 @@ def merge_adapters(
     except OSError as error:
         raise OutputError(f"cannot write {part}: {error.strerror or error}") from error
     try:
-        write_merged(part, found, inputs.adapters[0])
-        describe(part, _facts(whole, inputs, own))
-        record = _record(inputs, own, seed, lost)
-        (part / RECORD).write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
-        read_factors(read_mergeable(part))  # what is on the disk is what a reader takes
+        yield part
         if there:  # a folder that somebody may stand in is filled, not replaced
             for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
                 os.replace(file, whole / file.name)
@@ -185,7 +200,6 @@ def merge_adapters(
         raise OutputError(f"cannot write {target}: {why}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return MergedAdapter(target, inputs, lost)
 
 
 def _require_weights(weights: Sequence[float], count: int) -> None:

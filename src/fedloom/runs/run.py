@@ -233,37 +233,7 @@ def run_experiment(
     experiment = with_adapter_settings(experiment, start)
     with new_folder(experiment) as folder, worker_source(workers, ray) as source:
         try:
-            folder.write_text(names.EXPERIMENT, experiment.to_toml())
-            trackers = _open_trackers(experiment, folder)
-            privacy = RunPrivacy.of(experiment, observer.stage)
-            observer.stage("reading data")
-            require_rows(experiment, remote)
-            clock = order_of_answers(experiment, remote, observer.client_done)
-            division = given.partitioned(experiment)
-            if start is not None:
-                _require_base(experiment, start, observer)
-                start = start.kept_in(folder)
-            noise = new_noise(experiment, folder, elsewhere=remote is not None)
-            parts = given.components(experiment, division, start, noise)
-            keep_ledgers(parts.row_privacies, experiment, folder)
-            require_budget(
-                experiment.wire,
-                answers(parts.method, parts.initial),
-                reported(parts.objective),
-            )
-            state = first_state(parts.method, parts.initial)
-            unread = unread_settings(experiment).values()
-            for text in (*experiment.notes, *unread, *experiment.wire.warnings()):
-                observer.warning(text)
-            _report_start(experiment, parts, observer)
-            log = AuditLog(folder.path / audit_log.FILE)
-            made = MadeWith(objective, data)
-            for text in made.warnings:
-                observer.warning(text)
-            parts = given.with_workers(parts, source, experiment, start)
-            run = _Run(
-                experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock
-            )
+            run, state = _new_run(given, experiment, folder, source, start)
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
@@ -273,6 +243,43 @@ def run_experiment(
             key_file(folder).unlink(missing_ok=True)
             raise
         return run.go(state, -1)
+
+
+def _new_run(
+    given: _Given,
+    experiment: Experiment,
+    folder: RunFolder,
+    source: HostProcess | RayCluster | None,
+    start: Start | None,
+) -> tuple[_Run, State]:
+    """Read the data, build what a run in a new folder needs, and return it with its first state."""
+    observer, remote = given.observer, given.remote
+    folder.write_text(names.EXPERIMENT, experiment.to_toml())
+    trackers = _open_trackers(experiment, folder)
+    privacy = RunPrivacy.of(experiment, observer.stage)
+    observer.stage("reading data")
+    require_rows(experiment, remote)
+    clock = order_of_answers(experiment, remote, observer.client_done)
+    division = given.partitioned(experiment)
+    if start is not None:
+        _require_base(experiment, start, observer)
+        start = start.kept_in(folder)
+    noise = new_noise(experiment, folder, elsewhere=remote is not None)
+    parts = given.components(experiment, division, start, noise)
+    keep_ledgers(parts.row_privacies, experiment, folder)
+    require_budget(experiment.wire, answers(parts.method, parts.initial), reported(parts.objective))
+    state = first_state(parts.method, parts.initial)
+    unread = unread_settings(experiment).values()
+    for text in (*experiment.notes, *unread, *experiment.wire.warnings()):
+        observer.warning(text)
+    _report_start(experiment, parts, observer)
+    log = AuditLog(folder.path / audit_log.FILE)
+    made = MadeWith(given.objective, given.data)
+    for text in made.warnings:
+        observer.warning(text)
+    parts = given.with_workers(parts, source, experiment, start)
+    run = _Run(experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock)
+    return run, state
 
 
 @naming_plugins
@@ -334,13 +341,9 @@ def resume_run(
         require_same_data(folder, begun, digest)
         laid_out = with_recorded_layout(experiment, begun)
         finished = (folder.path / names.SUMMARY).is_file() and from_round is None
-        away = remote is not None
-        noise = kept_noise(experiment, folder, finished=finished, elsewhere=away)
+        noise = kept_noise(experiment, folder, finished=finished, elsewhere=remote is not None)
         parts = given.components(laid_out, division, start, noise, saved)
-        keep_ledgers(parts.row_privacies, experiment, folder)
-        require_same_model(folder, begun, parts)
-        _report_start(experiment, parts, observer)
-        report_versions(begun, observer)
+        _require_unchanged(experiment, folder, begun, parts, observer)
         _cut_back(folder, saved, observer)
         parts = given.with_workers(parts, source, laid_out, start)
         run = _Run(
@@ -382,6 +385,24 @@ def _checkpoint(
     saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
     require_records(folder, saved, log)
     return saved
+
+
+def _require_unchanged(
+    experiment: Experiment,
+    folder: RunFolder,
+    begun: Record | None,
+    parts: RunComponents,
+    observer: RunObserver,
+) -> None:
+    """Check that a run goes on with the model that it began with, and report what it goes on with.
+
+    Raises:
+        CheckpointError: It is another.
+    """
+    keep_ledgers(parts.row_privacies, experiment, folder)
+    require_same_model(folder, begun, parts)
+    _report_start(experiment, parts, observer)
+    report_versions(begun, observer)
 
 
 def _cut_back(folder: RunFolder, saved: Checkpoint | None, observer: RunObserver) -> None:
