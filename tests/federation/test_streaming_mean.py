@@ -78,7 +78,7 @@ def test_no_order_of_arrival_moves_a_bit_and_few_wait():
     for order in itertools.permutations(range(5)):
         aside.clear()
         streamed, light = StreamingMean(exchange, put_aside), {}
-        for answer in streamed.watched(Answer(c) for c in order):
+        for answer in streamed.settling(Answer(c) for c in order):
             if answer.client != 3:
                 light[answer.client] = streamed.keep(answer.client, payloads[answer.client])
         assert not any(own.tensors for own in light.values())

@@ -168,7 +168,9 @@ class Server:
         )
         evaluation = self.evaluate(state, round)
         weighed = dict(sorted(self.admission.weighed.items()))
-        train = _mean(exchanges.metrics, exchanges.examples) | exchanges.summed | cohort.notes
+        train: dict[str, float] = {}
+        if shown:
+            train = _mean(exchanges.metrics, exchanges.examples) | exchanges.summed | cohort.notes
         return state, RoundRecord(
             round,
             cohort.clients,
@@ -179,7 +181,7 @@ class Server:
             exchanges.replaced,
             absent,
             cohort.learning_rate,
-            train if shown else {},
+            train,
             dict(sorted(exchanges.metrics.items())) if shown else {},
             evaluation,
             details={**cohort.details, **drawn} if shown else {},
@@ -405,7 +407,7 @@ class _RoundExchanges:
         keep, streamed = self._keeping(exchange), None
         if self._streams(exchange):
             streamed = StreamingMean(exchange.plain or exchange, keep)
-            answers, keep = streamed.watched(answers), streamed.keep
+            answers, keep = streamed.settling(answers), streamed.keep
         replies, rejected = self.server.admission.accept(
             answers, exchange, self.cohort.presence.rows, keep, self.server.audit
         )

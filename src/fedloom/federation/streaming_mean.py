@@ -40,7 +40,7 @@ class StreamingMean:
         self._waiting: dict[int, Payload] = {}
         self._settled: set[int] = set()
 
-    def watched(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+    def settling(self, answers: Iterable[Answer]) -> Iterator[Answer]:
         """Pass answers on; once the next is asked for, it is decided whether the one before counts."""
         for answer in answers:
             yield answer

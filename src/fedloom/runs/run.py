@@ -329,27 +329,50 @@ def resume_run(
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
-        made = _made_again(folder, begun, experiment, given)
-        clock = order_of_answers(experiment, remote, observer.client_done)
-        log = log_of(folder)
-        trackers = _open_trackers(experiment, folder, resumed=True)
-        privacy = RunPrivacy.of(experiment, observer.stage)
-        observer.stage("reading data")
-        division = given.partitioned(experiment)
-        digest = fingerprint(experiment, division, made)
-        saved = _checkpoint(folder, digest, log, from_round, fresh_clients)
-        require_same_data(folder, begun, digest)
-        laid_out = with_recorded_layout(experiment, begun)
-        finished = (folder.path / names.SUMMARY).is_file() and from_round is None
-        noise = kept_noise(experiment, folder, finished=finished, elsewhere=remote is not None)
-        parts = given.components(laid_out, division, start, noise, saved)
-        _require_unchanged(experiment, folder, begun, parts, observer)
-        _cut_back(folder, saved, observer)
-        parts = given.with_workers(parts, source, laid_out, start)
-        run = _Run(
-            experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock
+        run, saved = _begun_run(
+            given, experiment, folder, source, start, begun, from_round, fresh_clients
         )
         return run.go_on(saved, begun)
+
+
+def _begun_run(
+    given: _Given,
+    experiment: Experiment,
+    folder: RunFolder,
+    source: HostProcess | RayCluster | None,
+    start: Start | None,
+    begun: Record | None,
+    from_round: int | None,
+    fresh_clients: Collection[int],
+) -> tuple[_Run, Checkpoint | None]:
+    """Read the data and a checkpoint again, check that nothing has changed, and build what the run needs.
+
+    Returns:
+        The run, and the checkpoint from which it goes on, ``None`` where there is none yet.
+    """
+    observer, remote = given.observer, given.remote
+    made = _made_again(folder, begun, experiment, given)
+    clock = order_of_answers(experiment, remote, observer.client_done)
+    log = log_of(folder)
+    trackers = _open_trackers(experiment, folder, resumed=True)
+    privacy = RunPrivacy.of(experiment, observer.stage)
+    observer.stage("reading data")
+    division = given.partitioned(experiment)
+    digest = fingerprint(experiment, division, made)
+    saved = _checkpoint(folder, digest, log, from_round, fresh_clients)
+    require_same_data(folder, begun, digest)
+    laid_out = with_recorded_layout(experiment, begun)
+    finished = (folder.path / names.SUMMARY).is_file() and from_round is None
+    noise = kept_noise(experiment, folder, finished=finished, elsewhere=remote is not None)
+    parts = given.components(laid_out, division, start, noise, saved)
+    keep_ledgers(parts.row_privacies, experiment, folder)
+    require_same_model(folder, begun, parts)
+    _report_start(experiment, parts, observer)
+    report_versions(begun, observer)
+    _cut_back(folder, saved, observer)
+    parts = given.with_workers(parts, source, laid_out, start)
+    run = _Run(experiment, folder, parts, given, log, made, trackers, start, privacy, clock=clock)
+    return run, saved
 
 
 def _begun_folder(path: Path) -> RunFolder:
@@ -385,24 +408,6 @@ def _checkpoint(
     saved = checkpoint.load(folder.checkpoints, digest, from_round, fresh_clients)
     require_records(folder, saved, log)
     return saved
-
-
-def _require_unchanged(
-    experiment: Experiment,
-    folder: RunFolder,
-    begun: Record | None,
-    parts: RunComponents,
-    observer: RunObserver,
-) -> None:
-    """Check that a run goes on with the model that it began with, and report what it goes on with.
-
-    Raises:
-        CheckpointError: It is another.
-    """
-    keep_ledgers(parts.row_privacies, experiment, folder)
-    require_same_model(folder, begun, parts)
-    _report_start(experiment, parts, observer)
-    report_versions(begun, observer)
 
 
 def _cut_back(folder: RunFolder, saved: Checkpoint | None, observer: RunObserver) -> None:
