@@ -15,7 +15,7 @@ from sampling import sampled
 
 ASYNCHRONOUS = {
     name for name, (_, kind) in METHODS.items() if kind.asynchronous
-}  # in one process alone
+}  # in an order of their own
 FEDERATED = sorted(METHODS.keys() - {"centralised", *ASYNCHRONOUS})
 
 FEDERATION = {

@@ -20,7 +20,7 @@ from loopback import client_file
 QUICK = ["fedavg", "split"]
 ASYNCHRONOUS = {
     name for name, (_, kind) in METHODS.items() if kind.asynchronous
-}  # in one process alone
+}  # in an order of their own
 OTHERS = sorted(METHODS.keys() - {"centralised", *QUICK, *ASYNCHRONOUS})
 
 

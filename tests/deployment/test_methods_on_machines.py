@@ -15,7 +15,7 @@ from sampling import sampled
 
 ASYNCHRONOUS = {
     name for name, (_, kind) in METHODS.items() if kind.asynchronous
-}  # in one process alone
+}  # in an order of their own
 FEDERATED = sorted(METHODS.keys() - {"centralised", *ASYNCHRONOUS})
 ADAPTERS = {
     "fedamole": {"kind": "experts", "rank": 2, "experts": 4},
@@ -70,3 +70,22 @@ def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path)
     log = (three.folder / "c0" / "worker.log").read_text()
     run = json.loads((folder / "run.json").read_text())["id"]
     assert log.count(f"run {run[:8]}: ready") == 1
+
+
+@pytest.mark.full
+@pytest.mark.serial
+@pytest.mark.parametrize("method", sorted(ASYNCHRONOUS))
+def test_a_simulation_of_its_records_has_the_bits_of_an_asynchronous_run(three, method, tmp_path):
+    table = {
+        "data": {"source": "builtin:preferences", "builtin_rows": 90},
+        "method": {"name": method, "concurrency": 3},
+        "federation": {"clients": 3, "clients_per_round": 2, "rounds": 4, "patience": 60},
+        "training": {"local_steps": 2, "batch_size": 8},
+    }
+    folder = three.run(Experiment.from_table(table), method)
+    again = {"output": {"folder": str(tmp_path / "here")}, "simulation": {"replay": str(folder)}}
+    fedloom.run(Experiment.from_table({**table, **again}))
+    audits = (read(path, "audit.jsonl") for path in (tmp_path / "here", folder))
+    states = [[e["state"] for e in lines if e["event"] == "round"] for lines in audits]
+    assert states[0] == states[1] and len(states[0]) == 5
+    assert all(len(r["arrivals"]["staleness"]) == 2 for r in read(folder, "rounds.jsonl")[1:])
