@@ -156,6 +156,15 @@ def test_records_that_are_none_are_one_error(experiment, tmp_path, line, words):
     assert not (tmp_path / "replayed").exists()
 
 
+def test_records_in_which_a_client_does_two_things_at_a_time_are_one_error(experiment, tmp_path):
+    lines = [{"round": 0}] + [
+        {"round": n, "rejected": [], "arrivals": {"staleness": {"1": n - 1}}} for n in range(1, 6)
+    ]
+    (tmp_path / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SettingsError, match="client 1 answers in round 2 to a request of round 1"):
+        fedloom.run(experiment("replayed", simulation={"replay": str(tmp_path)}))
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -262,6 +262,7 @@ def recorded_arrivals(path: Path, federation: FederationSettings) -> dict[int, R
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             told = str(error) if isinstance(error, _NotRecordedError) else "is no record of a round"
             raise SettingsError([f"{named(path)}, line {number}: {told}"], SETTING) from None
+    _require_one_at_a_time(found, path)
     missing = sorted(set(range(1, federation.rounds + 1)) - found.keys())
     if missing:
         raise SettingsError(
@@ -272,6 +273,27 @@ def recorded_arrivals(path: Path, federation: FederationSettings) -> dict[int, R
             SETTING,
         )
     return found
+
+
+def _require_one_at_a_time(found: Mapping[int, RecordedRound], path: Path) -> None:
+    """Check that no client was asked before its answer to an earlier request was taken.
+
+    Raises:
+        SettingsError: One was.
+    """
+    answered: dict[int, int] = {}
+    for round, own in sorted(found.items()):
+        for client, age in own.staleness.items():
+            if round - age <= answered.get(client, 0):
+                raise SettingsError(
+                    [
+                        f"{named(path)}: client {client} answers in round {round} to a request of round "
+                        f"{round - age}, and in round {answered[client]} it had not been asked yet: the "
+                        "records are not those of one run"
+                    ],
+                    SETTING,
+                )
+            answered[client] = round
 
 
 class _NotRecordedError(ValueError):
