@@ -288,8 +288,8 @@ def _require_one_at_a_time(found: Mapping[int, RecordedRound], path: Path) -> No
                 raise SettingsError(
                     [
                         f"{named(path)}: client {client} answers in round {round} to a request of round "
-                        f"{round - age}, and in round {answered[client]} it had not been asked yet: the "
-                        "records are not those of one run"
+                        f"{round - age}, before its answer in round {answered[client]} was taken: these "
+                        "are not the records of one run"
                     ],
                     SETTING,
                 )
