@@ -161,6 +161,8 @@ class Batch:
         joint: ``sequences``, then the mismatched completion of each without a gradient, in one pass that
             reads once what all begin with; ``mismatched`` is empty then.
         rollouts: What is known of ``sequences``, where they were generated.
+        margins: ``(examples,)`` float32, what the rewards of chosen answers are to lead by; ``None`` where
+            no row says it.
         teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
             a class, or a completion token, row by row.
     """
@@ -176,6 +178,7 @@ class Batch:
     teacher: Tensor | None = None
     joint: Sequences | None = None
     rollouts: Rollouts | None = None
+    margins: Tensor | None = None
 
     @property
     def places(self) -> int:

@@ -91,6 +91,7 @@ def collate(
         mismatched_reference_logps=pick(share.mismatched_reference_logps, indices, device),
         teacher=_answers(share, indices, device),
         joint=together,
+        margins=_margins(tokens, indices, device),
     )
 
 
@@ -209,6 +210,12 @@ def _labels(labels: NDArray[np.int64], feedback: bool, device: torch.device) -> 
         return None
     tensor = torch.from_numpy(labels).to(device)
     return tensor.bool() if feedback else tensor
+
+
+def _margins(tokens: TokenSet, indices: Indices, device: torch.device) -> Tensor | None:
+    if tokens.margins is None:
+        return None
+    return torch.from_numpy(tokens.margins[indices]).float().to(device)
 
 
 def _answers(share: TokenShare, indices: Indices, device: torch.device) -> Tensor | None:

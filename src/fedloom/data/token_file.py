@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.data.token_set import ARRAYS, TokenSet, Untokenized, join
+from fedloom.data.token_set import ARRAYS, MARGINS, TokenSet, Untokenized, join
 from fedloom.storage.files import written_atomically
 
 LENGTH, TAIL = struct.Struct("<Q8s"), 32
@@ -53,7 +53,7 @@ def write_tokens(path: Path, parts: Iterable[TokenSet]) -> None:
         shutil.copyfileobj(counting, out, CHUNK)
         count = int(whole.starts[-1])
         places = {"tokens": [0, count], "trained": [total, count]}
-        for name in ARRAYS:
+        for name in ARRAYS if whole.margins is None else (*ARRAYS, MARGINS):
             start = out.align()
             array = np.ascontiguousarray(getattr(whole, name))
             out.write(array.tobytes())
@@ -130,7 +130,7 @@ def _is_whole(file: IO[bytes], size: int) -> bool:
 
 
 def _arrays(content: mmap.mmap, places: dict[str, list[int]]) -> Iterator[tuple[str, NDArray[Any]]]:
-    types = {"tokens": np.int32, "trained": np.bool_, "escaped": np.bool_}
+    types = {"tokens": np.int32, "trained": np.bool_, "escaped": np.bool_, MARGINS: np.float64}
     for name, (start, count) in places.items():
         kind = np.dtype(types.get(name, np.int64))
         yield (

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 ARRAYS = ("index", "rows", "starts", "prompts", "cut", "escaped", "labels", "counted", "common")
 """What a token set holds beside its tokens: arrays with one entry an example or a sequence."""
 
+MARGINS = "margins"
+"""One more, of pairs that have some."""
+
 
 @dataclass(frozen=True)
 class Untokenized:
@@ -51,6 +54,8 @@ class TokenSet:
         counted: ``(examples * width,)`` tokens that count in each sequence, where they were counted.
         common: ``(examples,)`` tokens that all sequences of an example begin with, likewise.
         largest: The largest token id, -1 of none, likewise.
+        margins: ``(examples,)`` what the reward of a pair's chosen answer is to lead by, NaN where its row has
+            something else than a number there; ``None`` where no row says it.
     """
 
     width: int
@@ -67,6 +72,7 @@ class TokenSet:
     counted: NDArray[np.int64] | None = None
     common: NDArray[np.int64] | None = None
     largest: int | None = None
+    margins: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -194,6 +200,7 @@ class TokenSet:
             labels=self.labels[positions],
             counted=None if self.counted is None else self.counted[numbers],
             common=None if self.common is None else self.common[positions],
+            margins=None if self.margins is None else self.margins[positions],
         )
 
     def part(self, first: int, end: int) -> TokenSet:
@@ -214,6 +221,7 @@ class TokenSet:
             labels=self.labels[first:end],
             counted=None if self.counted is None else self.counted[numbers],
             common=None if self.common is None else self.common[first:end],
+            margins=None if self.margins is None else self.margins[first:end],
         )
 
     def without_tokens(self) -> TokenSet:
@@ -264,4 +272,13 @@ def join(parts: Sequence[TokenSet], width: int) -> TokenSet:
         np.concatenate([np.zeros(0, np.int64), *(part.completion_lengths for part in parts)]),
         np.concatenate([np.zeros(0, np.int64), *(part.common_starts for part in parts)]),
         max((part.largest_token for part in parts), default=-1),
+        _joined_margins(parts),
     )
+
+
+def _joined_margins(parts: Sequence[TokenSet]) -> NDArray[np.float64] | None:
+    """Return the margins of parts, 0 in those that have none; ``None`` where no part has any."""
+    if all(part.margins is None for part in parts):
+        return None
+    own = (np.zeros(len(part)) if part.margins is None else part.margins for part in parts)
+    return np.concatenate([*own])

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.data.chat import RenderingError
 from fedloom.data.encode import TextEncoder
@@ -26,7 +28,7 @@ from fedloom.data.truncation import truncate
 from fedloom.errors import OutputError
 from fedloom.storage.cache import make_room, touch
 
-FORMAT = "fedloom-tokens-5"
+FORMAT = "fedloom-tokens-6"
 """Changes whenever this file would give other tokens for the same input."""
 
 TOGETHER = 1024
@@ -34,6 +36,11 @@ TOGETHER = 1024
 
 MOST_BYTES = 4 * 1024**3
 """Of all files of a cache together; those that were read longest ago go first."""
+
+MARGIN = "margin"
+"""Column of pairs: what the reward of the chosen answer is to lead by."""
+
+LARGEST_MARGIN = 1e6
 
 NOTHING_LEFT = "no completion token left"
 NO_PROMPT = "no token before the completion"
@@ -114,6 +121,7 @@ def _part(
     ids = {name: number for number, name in enumerate(classes)}
     bos = encoder.tokenizer.bos_token_id
     index, rows, labels, prompts, cut, escaped = [], [], [], [], [], []
+    margins = list[float | None]()
     tokens, counts, lengths = list[int](), bytearray(), [0]
     dropped: list[Untokenized] = []
     for position, (example, encoded) in enumerate(
@@ -140,6 +148,7 @@ def _part(
         index.append(position)
         rows.append(example.row)
         labels.append(_label(example, ids))
+        margins.append(_margin(example))
         escaped.append(encoded.escaped)
         for completion, mask, length in zip(completions, trained, whole[1], strict=True):
             tokens += prompt
@@ -160,6 +169,7 @@ def _part(
         np.array(escaped, np.bool_),
         np.array(labels, np.int64),
         tuple(dropped),
+        margins=_known(margins),
     )
 
 
@@ -193,6 +203,25 @@ def _label(example: Example, ids: dict[str, int]) -> int:
     if isinstance(example, Choice):
         return example.right
     return int(example.desirable) if isinstance(example, Feedback) else -1
+
+
+def _margin(example: Example) -> float | None:
+    """Return what a pair's column margin says, ``None`` where it has none, NaN for no usable number."""
+    said = example.columns.get(MARGIN) if isinstance(example, Preference) else None
+    if said is None:
+        return None
+    try:
+        found = float(said)
+    except ValueError:
+        return math.nan
+    return found if abs(found) <= LARGEST_MARGIN else math.nan
+
+
+def _known(margins: Sequence[float | None]) -> NDArray[np.float64] | None:
+    """Return margins, 0 where a pair has none; ``None`` where no pair has one."""
+    if all(own is None for own in margins):
+        return None
+    return np.array([0.0 if own is None else own for own in margins], np.float64)
 
 
 def _key(

@@ -25,6 +25,7 @@ from fedloom.evaluation.metrics import (
     of_pairs,
     of_rows,
     preference_metrics,
+    reward_metrics,
     rewards,
     selection_metrics,
 )
@@ -182,6 +183,8 @@ class HeldOut:
                 margins = self.margins(model)
                 own = outcomes(margins.double().mean(0))
                 return selection_metrics(margins), of_rows("selection_accuracy", own, bounds=SHARE)
+            if self.kind == "reward":
+                return self._scored(model)
             if self.answering is not None:
                 return self._answers(model, self.answering)
             return self._rewards(model)
@@ -238,6 +241,18 @@ class HeldOut:
         for indices, batch in self._batches(model):
             found[:, torch.from_numpy(indices)] = letter_margins(model, batch.sequences).cpu()
         return found
+
+    def _scored(self, model: AdapterModel) -> Scored:
+        tokens = self.share.tokens
+        found = torch.zeros(2, len(tokens))
+        for indices, batch in self._batches(model):
+            sequences = batch.sequences
+            output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask)
+            found[:, torch.from_numpy(indices)] = output.logits[:, 0].float().cpu().view(2, -1)
+        lengths = torch.from_numpy(tokens.completion_lengths).view(-1, 2).T
+        won = outcomes(found[0].double() - found[1].double())
+        metrics = reward_metrics(found[0], found[1], (lengths[0], lengths[1]))
+        return metrics, of_rows("reward_accuracy", won, bounds=SHARE)
 
     def _answers(self, model: AdapterModel, answering: Answering) -> Scored:
         tokens = self.share.tokens

@@ -52,6 +52,12 @@ PRIMARY_METRICS = {
         "share of held-out pairs whose chosen answer the selector says is better, asked in both orders "
         "and the two margins added (ties count half)",
     ),
+    "reward": PrimaryMetric(
+        "reward_accuracy",
+        True,
+        "share of held-out pairs whose chosen answer the reward model gives the higher reward (ties count "
+        "half)",
+    ),
     "feedback": PrimaryMetric(
         "feedback_auc",
         True,
@@ -85,6 +91,11 @@ METRICS: dict[str, tuple[NumberSpec, ...]] = {
     ),
     "selection": (
         *map(fraction, ("selection_accuracy", "single_order_accuracy", "first_chosen")),
+        amount("loss"),
+    ),
+    "reward": (
+        *map(fraction, ("reward_accuracy", "longer_accuracy")),
+        score("reward_margin"),
         amount("loss"),
     ),
     "feedback": (
@@ -195,6 +206,29 @@ def selection_metrics(margins: Tensor) -> dict[str, float]:
         "single_order_accuracy": won(whole.view(-1)),
         "first_chosen": won(torch.cat([whole[0], -whole[1]])),
         "loss": float(-F.logsigmoid(whole).mean()),
+    }
+
+
+def reward_metrics(
+    chosen: Tensor, rejected: Tensor, lengths: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Judge a reward model by pairs.
+
+    Args:
+        chosen: ``(pairs,)`` rewards of the chosen answers.
+        rejected: ``(pairs,)`` those of the rejected ones.
+        lengths: ``(pairs,)`` tokens of both.
+
+    Returns:
+        ``reward_accuracy`` (ties count half), ``reward_margin``, ``longer_accuracy`` (of the rule that the
+        longer answer is the chosen one) and ``loss``, the mean of -log sigmoid(margin).
+    """
+    margins = chosen.double() - rejected.double()
+    return {
+        "reward_accuracy": won(margins),
+        "longer_accuracy": won((lengths[0] - lengths[1]).double()),
+        "reward_margin": float(margins.mean()),
+        "loss": float(-F.logsigmoid(margins).mean()),
     }
 
 

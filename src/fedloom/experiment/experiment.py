@@ -227,6 +227,11 @@ class Experiment:
         return OBJECTIVES[self.objective.name][1].compares
 
     @property
+    def scores_answers(self) -> bool:
+        """Whether the model says one number of an answer, by which held-out pairs are judged."""
+        return bool(OBJECTIVES[self.objective.name][1].outputs)
+
+    @property
     def judges_clients(self) -> bool:
         """Whether clients are judged by rows of their own, for which they need the whole model."""
         return self.evaluation.per_client and METHODS[self.method.name][1].whole_at_clients

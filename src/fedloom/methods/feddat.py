@@ -22,7 +22,7 @@ have states of their own in the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.bases.taught_objective import DIVERGENCE, TaughtSteps
 from fedloom.methods.contract.checks import require_linear_layers
 from fedloom.methods.contract.client import Client, Handler, Trainings
+from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, FirstRound, Method, ServerSide
 from fedloom.methods.declaration import KEEPS_ADAPTER, averaging, no
 from fedloom.reports.sections.spec import SectionSpec
@@ -93,6 +94,17 @@ class FedDAT(Method):
         """Keep the settings."""
         self.settings = settings
         self.by_rows = settings.weights == "rows"
+
+    @classmethod
+    def check(cls, view: ExperimentView) -> Iterator[str]:
+        """Yield also that there must be a distribution to learn from."""
+        yield from super().check(view)
+        if view.objective is not None and view.objective.outputs:
+            yield (
+                f"method.name = {view.name!r} teaches by probabilities, and objective.name = "
+                f"{view.objective_name!r} has one number an answer: use another method, such as "
+                '"fedavg"'
+            )
 
     def setup(self, server: ServerSide) -> None:
         """Check also that ranks can be stacked.

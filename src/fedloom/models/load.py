@@ -326,7 +326,8 @@ def _set_classes(config: Any, classes: tuple[str, ...]) -> None:
         config.num_labels = len(classes)
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}
-        config.problem_type = "single_label_classification"  # a checkpoint's may be regression
+        single = len(classes) == 1  # a reward, which transformers has for a regression
+        config.problem_type = "regression" if single else "single_label_classification"
 
 
 def _set_padding(config: Any, pad_token_id: int) -> None:

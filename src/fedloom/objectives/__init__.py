@@ -14,7 +14,9 @@ from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.orpo import ORPO, ORPOSettings
 from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
+from fedloom.objectives.reward_model import RewardModel, RewardModelSettings
 from fedloom.objectives.robust_dpo import RobustDPO, RobustDPOSettings
+from fedloom.objectives.rpo import RPO, RPOSettings
 from fedloom.objectives.selector import Selector, SelectorSettings
 from fedloom.objectives.sft import SFT, SFTSettings
 from fedloom.objectives.simpo import SimPO, SimPOSettings
@@ -26,12 +28,14 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "classification": (ClassificationSettings, Classification),
     "dpo": (DPOSettings, DPO),
     "robust_dpo": (RobustDPOSettings, RobustDPO),
+    "rpo": (RPOSettings, RPO),
     "apo_zero": (APOZeroSettings, APOZero),
     "apo_down": (APODownSettings, APODown),
     "cpo": (CPOSettings, CPO),
     "ipo": (IPOSettings, IPO),
     "simpo": (SimPOSettings, SimPO),
     "orpo": (ORPOSettings, ORPO),
+    "reward_model": (RewardModelSettings, RewardModel),
     "selector": (SelectorSettings, Selector),
     "kto": (KTOSettings, KTO),
     "bco": (BCOSettings, BCO),

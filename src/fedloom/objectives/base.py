@@ -101,6 +101,8 @@ class Objective:
         kind: Kind of example it trains on: instruction, preference, feedback or labelled.
         accepts: Kinds of data it can be given; KTO unrolls pairs into single answers.
         head: Which output layer the backbone gets.
+        outputs: Names of that layer's outputs where rows have no classes that say them.
+        reads_margins: Whether it reads the column margin of pairs.
         compares: Whether a pair is read as the question which of its answers is better, in both orders
             (``data/selection.py``), by which held-out pairs are judged too.
         needs_reference: Whether batches must carry the reference model's log-probs.
@@ -117,6 +119,8 @@ class Objective:
     kind: str = "instruction"
     accepts: tuple[str, ...] = ("instruction",)
     head: Head = "causal"
+    outputs: tuple[str, ...] = ()
+    reads_margins: bool = False
     compares: bool = False
     needs_reference: bool = False
     needs_mismatched: bool = False

@@ -221,7 +221,11 @@ TRAINING = (
     Metric("reward_chosen", f"r(y+), {REWARD}", "1", None, None, "pairs", "training"),
     Metric("reward_rejected", f"r(y-), {REWARD}", "1", None, None, "pairs", "training"),
     _share(
-        "reward_accuracy", "r(y+) > r(y-), a tie counts as lost (as in TRL)", "pairs", "training"
+        "reward_accuracy",
+        "r(y+) > r(y-); a tie counts as lost in training (as in TRL), half on held-out pairs, where it is "
+        "a reward model's",
+        "pairs",
+        "held-out, training",
     ),
     Metric(
         "token_reward_chosen",

@@ -162,7 +162,8 @@ class ModelBundles:
         for key, share in rows.items():
             path, model = self.bundles[key].path, self.bundles[key].model
             once = shares_prompts(model, 0)  # asked of all now, while they are as they begin
-            if model.noise is None and share.tokens.width > 1 and not once:
+            classes = self.division.classes  # what such a model says follows from whole texts alone
+            if model.noise is None and share.tokens.width > 1 and not once and not classes:
                 kind, adapter = type(model.model.config).__name__, self.experiment.adapter.kind
                 told.append(
                     f"{path}: the prompt of a pair is read with each answer, which takes longer: with "

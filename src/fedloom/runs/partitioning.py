@@ -149,7 +149,8 @@ def partition_data(
     by_files = own is None and bool(files)
     classes = own.classes if own else None
     if classes is None:
-        classes = _classes(loaded.train, loaded.test)
+        outputs = (objective or make_objective(experiment.objective)).outputs
+        classes = outputs or _classes(loaded.train, loaded.test)
     limit = experiment.evaluation
     judged = list(few(loaded.test, limit.max_examples, _drawing(experiment)))
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
@@ -221,6 +222,8 @@ def judged_kind(experiment: Experiment, kind: str) -> str:
     """Return what held-out rows of a kind are judged as: see the kinds of ``PRIMARY_METRICS``."""
     if kind == "preference" and experiment.compares:
         return "selection"
+    if kind == "preference" and experiment.scores_answers:
+        return "reward"
     if kind != "instruction":
         return kind
     if experiment.data.choices:

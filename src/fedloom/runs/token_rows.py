@@ -16,7 +16,7 @@ from fedloom.data.row_accounting import Cut, cuts_of
 from fedloom.data.sources import LONGEST_SEQUENCE
 from fedloom.data.stored_rows import joined
 from fedloom.data.token_set import TokenSet, Untokenized
-from fedloom.data.tokenize import tokenize
+from fedloom.data.tokenize import LARGEST_MARGIN, tokenize
 from fedloom.errors import DataError, ModelError
 from fedloom.evaluation.held_out import Answering, HeldOut
 from fedloom.experiment.experiment import Experiment
@@ -70,6 +70,21 @@ def longest(max_length: int | None, context: int) -> int:
         context: Tokens that the model reads.
     """
     return min(max_length or LONGEST_SEQUENCE, context)
+
+
+def _require_margins(client: int, tokens: TokenSet) -> None:
+    """Check that the column margin of every pair, where there is one, is a number.
+
+    Raises:
+        DataError: It is not; the first such row is named.
+    """
+    wrong = np.zeros(0, np.int64) if tokens.margins is None else np.isnan(tokens.margins).nonzero()[0]
+    if len(wrong):
+        raise DataError(
+            f"the column margin is no number from {-LARGEST_MARGIN:g} to {LARGEST_MARGIN:g} in "
+            f"{len(wrong)} rows of client {client}, such as row {tokens.rows[wrong[0]]}: correct it, or "
+            "leave margins out with objective.margins = false"
+        )
 
 
 class TokenReader:
@@ -147,6 +162,8 @@ class TokenReader:
         return Answering(self.encoder, self.experiment.evaluation.max_new_tokens, texts)
 
     def _share(self, client: int, tokens: TokenSet) -> TokenShare:
+        if self.objective.reads_margins:
+            _require_margins(client, tokens)
         if not self.objective.needs_mismatched:
             return TokenShare(tokens)
         rng = generator(self.experiment.federation.seed, "mismatched", client)

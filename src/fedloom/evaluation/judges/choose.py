@@ -1,4 +1,4 @@
-"""Judges by name: rules, a model's folder, an endpoint."""
+"""Judges by name: rules, a model's folder, a reward model's, an endpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from fedloom.errors import JudgeError, SettingsError
 from fedloom.evaluation.judges.base import Judge
 from fedloom.evaluation.judges.endpoint import KEY, EndpointJudge
 from fedloom.evaluation.judges.model import ModelJudge
+from fedloom.evaluation.judges.reward import RewardJudge
 from fedloom.evaluation.judges.rules import RULES
 from fedloom.evaluation.questions import Benchmark
+from fedloom.evaluation.reward_models import is_reward_model
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.models.device import choose_device
 from fedloom.settings.plugins import Choices, undefined
@@ -45,6 +47,8 @@ def make_judges(chosen: Sequence[str], settings: JudgingSettings) -> list[Judge]
         elif name.startswith(("http://", "https://")):
             cache = cache_folder() / "judge"
             judges.append(EndpointJudge(name, settings, os.environ.get(KEY), cache))
+        elif is_reward_model(Path(name)):
+            judges.append(RewardJudge(name, choose_device(settings.device)))
         else:
             judges.append(
                 ModelJudge(

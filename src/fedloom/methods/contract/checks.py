@@ -27,11 +27,22 @@ def general(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
     if view.objective is not None:
         yield from _parameters(kind, view)
         yield from _amounts(kind, view)
+    yield from _pairs_alone(kind, view)
     yield from _embedding_noise(kind, view)
     yield from _best_round(kind, view)
     yield from _start(kind, view)
     yield from _unseen_clients(kind, view)
     yield from _rows(kind, view)
+
+
+def _pairs_alone(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str]:
+    """Yield that public rows hold no pairs, which is all that a reward model can be taught by."""
+    objective = view.objective
+    if objective is not None and objective.outputs and kind.public_rows_needed(view.method):
+        yield (
+            f"method.name = {view.name!r} needs public rows, and objective.name = {view.objective_name!r} "
+            'learns from pairs alone: use another method, such as "fedavg"'
+        )
 
 
 def tasks_only(view: ExperimentView) -> Iterator[str]:
