@@ -21,12 +21,14 @@ from fedloom.data.batching import epoch_batches
 from fedloom.data.client_rows import Indices, TokenShare
 from fedloom.data.encode import TextEncoder
 from fedloom.data.token_set import TokenSet
+from fedloom.errors import ModelError
 from fedloom.evaluation.generate import Ask, BatchSupport, prompt_length, sample_tokens
+from fedloom.evaluation.reward_models import RewardScorer, load_reward_model
 from fedloom.models.adapters import AdapterModel
 from fedloom.objectives.base import Generation
 from fedloom.objectives.logps import completion_token_logps
 from fedloom.randomness import derive_seed
-from fedloom.rewards.functions import Reward, reward
+from fedloom.rewards.functions import MODEL, Reward, reward
 from fedloom.tensors import Tensors
 from fedloom.training.layout import budget_of
 from fedloom.training.passes import Layout
@@ -46,12 +48,14 @@ class RolloutMaker:
         generation: How answers are generated.
         rewards: What they are rewarded for, with a factor each.
         start: What the reference model has for an adapter, ``None`` for the base model.
+        models: Reward models, with a factor each.
     """
 
     encoder: TextEncoder
     generation: Generation
     rewards: Sequence[tuple[Reward, float]]
     start: Tensors | None
+    models: Sequence[tuple[RewardScorer, float]] = ()
 
     @classmethod
     def of(
@@ -71,12 +75,19 @@ class RolloutMaker:
 
         Raises:
             SettingsError: There is no such reward.
+            ModelError: There is no such reward model, or it reads other tokens than the policy writes.
         """
         names, weights = generation.rewards, generation.weights
         if own is not None:
             names, weights = tuple(own), (1.0,) * len(own)
-        rewards = [(reward(name), weight) for name, weight in zip(names, weights, strict=True)]
-        return cls(encoder, generation, rewards, start)
+        weighted = list(zip(names, weights, strict=True))
+        return cls(
+            encoder,
+            generation,
+            [(reward(name), own) for name, own in weighted if not name.startswith(MODEL)],
+            start,
+            [(_reward_model(name, encoder), own) for name, own in weighted if name.startswith(MODEL)],
+        )
 
     def batches(
         self, model: AdapterModel, share: TokenShare, settings: TrainingSettings, making: Making
@@ -122,9 +133,15 @@ class RolloutMaker:
         answers = sample_tokens(model, self.encoder, asks, own.max_new_tokens, TOGETHER, support)
         rewards = torch.tensor(self._rewarded(read, prompts, answers)).view(-1, size)
         advantages, spreads = own.advantages(rewards)
-        known = Rollouts(advantages.flatten(), rewards.flatten(), spreads.repeat_interleave(size))
-        rows = np.repeat(share.tokens.rows[indices], size)
-        tokens = _token_set(rows, [list(ask.prompt) for ask in asks], answers)
+        kept = np.arange(rewards.numel())
+        if own.keeps is not None:
+            kept = own.keeps(rewards).flatten().nonzero()[:, 0].numpy()
+        if not len(kept):
+            return []
+        facts = (advantages.flatten(), rewards.flatten(), spreads.repeat_interleave(size))
+        known = Rollouts(*(fact[torch.from_numpy(kept)] for fact in facts))
+        rows = np.repeat(share.tokens.rows[indices], size)[kept]
+        tokens = _token_set(rows, [list(asks[i].prompt) for i in kept], [answers[i] for i in kept])
         layout = Layout(model, TokenShare(tokens), budget_of(settings, model))
         parts = [_with(layout.batch(part), known, part) for part in layout.passes(_all(tokens))]
         return self._scored(model, parts, making)
@@ -144,13 +161,18 @@ class RolloutMaker:
         asked = decode(list(prompts))
         references = decode([sequence[before:].tolist() for sequence, before in read])
         size = self.generation.group
-        return [
+        found = [
             sum(
                 weight * own(asked[i // size], answer.strip(), references[i // size].strip())
                 for own, weight in self.rewards
             )
             for i, answer in enumerate(decode(list(answers)))
         ]
+        for model, weight in self.models:
+            texts = [[*prompts[i // size], *answer] for i, answer in enumerate(answers)]
+            own_rewards = model.of_tokens(texts)
+            found = [a + weight * b for a, b in zip(found, own_rewards, strict=True)]
+        return found
 
     def _scored(self, model: AdapterModel, parts: list[Batch], making: Making) -> list[Batch]:
         """Return passes with the log-probs of their tokens that their loss needs beside its own."""
@@ -166,6 +188,21 @@ class RolloutMaker:
 
     def _logps(self, model: AdapterModel, part: Batch) -> Tensor:
         return completion_token_logps(model, part.sequences, self.generation.temperature)[0]
+
+
+def _reward_model(name: str, encoder: TextEncoder) -> RewardScorer:
+    """Return the reward model of a reward's name.
+
+    Raises:
+        ModelError: It is none, or reads other tokens than the policy writes.
+    """
+    found = load_reward_model(name.removeprefix(MODEL))
+    if found.encoder.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        raise ModelError(
+            f"objective.rewards: the reward model {found.name} has another vocabulary than the model that "
+            "generates: train it on one with the same tokenizer"
+        )
+    return found
 
 
 def _all(tokens: TokenSet) -> Indices:

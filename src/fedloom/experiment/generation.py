@@ -7,7 +7,7 @@ from typing import Any
 
 from fedloom.methods import METHODS
 from fedloom.objectives import make_objective
-from fedloom.objectives.grpo import GRPOSettings
+from fedloom.objectives.rewarded import RewardedSettings
 from fedloom.rewards.functions import fault_of
 
 
@@ -25,7 +25,7 @@ def generation_contradictions(parts: Mapping[str, Any]) -> list[str]:
         for name, group in (parts["clients"].groups.items() if "clients" in parts else ())
         if group.rewards is not None
     }
-    if not isinstance(settings, GRPOSettings):
+    if not isinstance(settings, RewardedSettings):
         if make_objective(settings).generation is None and rewarded:
             found = [
                 f"clients.groups.{name}.rewards: objective.name = {settings.name!r} has no answers "
@@ -46,7 +46,7 @@ def generation_contradictions(parts: Mapping[str, Any]) -> list[str]:
         for name in ("local_examples", "local_tokens"):
             if getattr(training, name) is not None:
                 found.append(
-                    f"training.{name}: objective.name = 'grpo' generates what it trains on; use "
+                    f"training.{name}: objective.name = {settings.name!r} generates what it trains on; use "
                     "training.local_steps or local_epochs, which count batches of prompts"
                 )
     return found

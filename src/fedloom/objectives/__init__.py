@@ -14,6 +14,7 @@ from fedloom.objectives.kto import KTO, KTOSettings
 from fedloom.objectives.orpo import ORPO, ORPOSettings
 from fedloom.objectives.pdpo import PDPO, PDPOSettings
 from fedloom.objectives.pkto import PKTO, PKTOSettings
+from fedloom.objectives.rejection_sampling import RejectionSampling, RejectionSamplingSettings
 from fedloom.objectives.reward_model import RewardModel, RewardModelSettings
 from fedloom.objectives.robust_dpo import RobustDPO, RobustDPOSettings
 from fedloom.objectives.rpo import RPO, RPOSettings
@@ -41,6 +42,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Objective]]] = {
     "bco": (BCOSettings, BCO),
     "pdpo": (PDPOSettings, PDPO),
     "pkto": (PKTOSettings, PKTO),
+    "rejection_sampling": (RejectionSamplingSettings, RejectionSampling),
     "grpo": (GRPOSettings, GRPO),
 }
 

@@ -66,6 +66,8 @@ class Generation:
         weights: Their factors.
         advantages: ``(prompts, group)`` rewards to advantages of the same shape, and to ``(prompts,)``
             standard deviations.
+        keeps: ``(prompts, group)`` rewards to which answers are trained on, bool of the same shape; ``None``
+            for all.
     """
 
     group: int
@@ -76,6 +78,7 @@ class Generation:
     rewards: tuple[str, ...]
     weights: tuple[float, ...]
     advantages: Callable[[Tensor], tuple[Tensor, Tensor]]
+    keeps: Callable[[Tensor], Tensor] | None = None
 
 
 class ReferenceSettings(NamedSettings):

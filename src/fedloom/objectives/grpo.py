@@ -36,8 +36,8 @@ from fedloom.objectives.base import (
     Separable,
 )
 from fedloom.objectives.logps import completion_token_logps
+from fedloom.objectives.rewarded import RewardedSettings
 from fedloom.objectives.sft import sft_loss
-from fedloom.rewards.functions import fault_of
 from fedloom.settings.schema import Of
 from fedloom.wire.schema import amount, fraction, score
 
@@ -47,24 +47,10 @@ EPSILON = 1e-4
 Averaging = Literal["grpo", "dapo", "dr_grpo"]
 
 
-class GRPOSettings(ReferenceSettings):
+class GRPOSettings(RewardedSettings, ReferenceSettings):
     """``[objective] name = "grpo"``."""
 
     name: Literal["grpo"] = "grpo"
-    rewards: list[str] = Field(default=["exact_match"], min_length=1, max_length=16)
-    """What answers are rewarded for, added up: exact_match, number (the last number is the reference's),
-    regex:PATTERN, unit_tests (the answer is Python that passes the reference, run in a process with
-    limits that are no security boundary: docs/grpo.md), or a function of yours,
-    package.module:function(prompt, answer, reference). Groups of clients have their own as
-    clients.groups.NAME.rewards."""
-    reward_weights: list[float] | None = None
-    """A factor for each of them (default: 1)."""
-    group: int = Field(default=8, ge=2)
-    """G, answers drawn for each prompt; training.batch_size counts prompts."""
-    max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens of an answer at most, and never more than half the model's context."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of the draws. As in TRL the log-probabilities of the loss are of the same temperature."""
     scale: Literal["group", "batch", "none"] = "group"
     """Standard deviation that advantages are divided by: the group's, the optimizer batch's, or none."""
     averaging: Averaging = "grpo"
@@ -82,17 +68,6 @@ class GRPOSettings(ReferenceSettings):
     ] = None
     """The reference model: "start", the base model with the adapter that the run starts from, or "base",
     the base model alone (default: "start" where there is an adapter.start)."""
-
-    def faults(self) -> list[str]:
-        """Return what cannot be, one line each."""
-        found = [f"objective.rewards: {fault}" for fault in map(fault_of, self.rewards) if fault]
-        weights = self.reward_weights
-        if weights is not None and len(weights) != len(self.rewards):
-            found.append(
-                f"objective.reward_weights has {len(weights)} numbers for {len(self.rewards)} rewards: "
-                "give one for each"
-            )
-        return found
 
 
 def group_advantages(
@@ -189,7 +164,7 @@ class GRPO(Objective):
             own.iterations,
             own.beta > 0,
             tuple(own.rewards),
-            tuple(own.reward_weights or [1.0] * len(own.rewards)),
+            own.weights,
             lambda rewards: group_advantages(rewards, own.scale),
         )
 

@@ -5,6 +5,7 @@
 ``number``          1 where the last number in the answer is the last one in the reference
 ``regex:PATTERN``   1 where the pattern is found in the answer
 ``unit_tests``      1 where the answer is Python that passes the tests in the reference (``sandbox.py``)
+``reward_model:P``  the number that a saved reward model gives (``evaluation/reward_models.py``)
 ==================  ====================================================================================
 
 Others are functions of installed packages (entry points of the group ``fedloom.rewards``) or of the
@@ -34,6 +35,9 @@ GROUP = "fedloom.rewards"
 """Of entry points."""
 
 REGEX = "regex:"
+
+MODEL = "reward_model:"
+"""Before the folder of a reward model, which no function here can ask."""
 
 LARGEST = 1e6
 """Most that the size of a reward may be."""
@@ -103,11 +107,13 @@ def fault_of(name: str) -> str:
     """Return why there can be no reward of this name, "" where there may be; imports nothing."""
     if name.startswith(REGEX):
         return _fault_of_pattern(name.removeprefix(REGEX))
+    if name.startswith(MODEL):
+        return "" if name.removeprefix(MODEL).strip() else f"{name!r} names no folder: give {MODEL}FOLDER"
     known = [*OURS, *sorted({point.name for point in entry_points(group=GROUP)})]
     if name in known or CLASS.fullmatch(name):
         return ""
     return (
-        f"{name!r} is no reward; {nearest(name, [*known, REGEX])}, or a function of yours as "
+        f"{name!r} is no reward; {nearest(name, [*known, REGEX, MODEL])}, or a function of yours as "
         "package.module:function"
     )
 
@@ -200,6 +206,8 @@ def reward(name: str) -> Reward:
     """
     if fault := fault_of(name):
         raise SettingsError([f"objective.rewards: {fault}"])
+    if name.startswith(MODEL):
+        raise SettingsError([f"objective.rewards: {name!r} is a model, which scores tokens"])
     if name.startswith(REGEX):
         return Reward(name, _pattern(name.removeprefix(REGEX)))
     if name in OURS:
