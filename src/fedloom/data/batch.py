@@ -161,8 +161,8 @@ class Batch:
         joint: ``sequences``, then the mismatched completion of each without a gradient, in one pass that
             reads once what all begin with; ``mismatched`` is empty then.
         rollouts: What is known of ``sequences``, where they were generated.
-        margins: ``(examples,)`` float32, what the rewards of chosen answers are to lead by; ``None`` where
-            no row says it.
+        margins: ``(examples,)`` float32, what the rewards of chosen answers are to lead by; ``None``
+            where no row says it.
         teacher: ``(positions, width)`` log-probabilities to distil from: a position is an example with
             a class, or a completion token, row by row.
     """

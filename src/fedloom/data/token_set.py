@@ -54,8 +54,8 @@ class TokenSet:
         counted: ``(examples * width,)`` tokens that count in each sequence, where they were counted.
         common: ``(examples,)`` tokens that all sequences of an example begin with, likewise.
         largest: The largest token id, -1 of none, likewise.
-        margins: ``(examples,)`` what the reward of a pair's chosen answer is to lead by, NaN where its row has
-            something else than a number there; ``None`` where no row says it.
+        margins: ``(examples,)`` what the reward of a pair's chosen answer is to lead by, NaN where its
+            row has something else than a number there; ``None`` where no row says it.
     """
 
     width: int

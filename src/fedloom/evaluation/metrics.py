@@ -55,8 +55,8 @@ PRIMARY_METRICS = {
     "reward": PrimaryMetric(
         "reward_accuracy",
         True,
-        "share of held-out pairs whose chosen answer the reward model gives the higher reward (ties count "
-        "half)",
+        "share of held-out pairs whose chosen answer the reward model gives the higher reward (ties "
+        "count half)",
     ),
     "feedback": PrimaryMetric(
         "feedback_auc",
@@ -220,8 +220,8 @@ def reward_metrics(
         lengths: ``(pairs,)`` tokens of both.
 
     Returns:
-        ``reward_accuracy`` (ties count half), ``reward_margin``, ``longer_accuracy`` (of the rule that the
-        longer answer is the chosen one) and ``loss``, the mean of -log sigmoid(margin).
+        ``reward_accuracy`` (ties count half), ``reward_margin``, ``longer_accuracy`` (of the rule that
+        the longer answer is the chosen one) and ``loss``, the mean of -log sigmoid(margin).
     """
     margins = chosen.double() - rejected.double()
     return {

@@ -92,7 +92,8 @@ def is_reward_model(path: Path) -> bool:
     """Return whether a folder, of a run or of what one saved, holds a reward model."""
     try:
         facts = json.loads((saved_folder(path) / FACTS).read_text(encoding="utf-8"))
-        return facts["task"] == "classification" and facts["classes"] == list(RewardModel.outputs)
+        outputs = list(RewardModel.outputs)
+        return bool(facts["task"] == "classification" and facts["classes"] == outputs)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -86,7 +86,11 @@ class RolloutMaker:
             generation,
             [(reward(name), own) for name, own in weighted if not name.startswith(MODEL)],
             start,
-            [(_reward_model(name, encoder), own) for name, own in weighted if name.startswith(MODEL)],
+            [
+                (_reward_model(name, encoder), own)
+                for name, own in weighted
+                if name.startswith(MODEL)
+            ],
         )
 
     def batches(
@@ -199,8 +203,8 @@ def _reward_model(name: str, encoder: TextEncoder) -> RewardScorer:
     found = load_reward_model(name.removeprefix(MODEL))
     if found.encoder.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
         raise ModelError(
-            f"objective.rewards: the reward model {found.name} has another vocabulary than the model that "
-            "generates: train it on one with the same tokenizer"
+            f"objective.rewards: the reward model {found.name} has another vocabulary than the model "
+            "that generates: train it on one with the same tokenizer"
         )
     return found
 

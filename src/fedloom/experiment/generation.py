@@ -46,7 +46,7 @@ def generation_contradictions(parts: Mapping[str, Any]) -> list[str]:
         for name in ("local_examples", "local_tokens"):
             if getattr(training, name) is not None:
                 found.append(
-                    f"training.{name}: objective.name = {settings.name!r} generates what it trains on; use "
-                    "training.local_steps or local_epochs, which count batches of prompts"
+                    f"training.{name}: objective.name = {settings.name!r} generates what it trains on; "
+                    "use training.local_steps or local_epochs, which count batches of prompts"
                 )
     return found

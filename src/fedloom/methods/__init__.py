@@ -8,6 +8,7 @@ from typing import get_args
 
 from fedloom.errors import PluginError
 from fedloom.methods.apfl import APFL, APFLSettings
+from fedloom.methods.appa import APPA, APPASettings
 from fedloom.methods.centralised import Centralised, CentralisedSettings
 from fedloom.methods.contract.method import Method, Reveal
 from fedloom.methods.declaration import Declaration
@@ -85,6 +86,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedadam": (FedAdamSettings, FedAdam),
     "fedyogi": (FedYogiSettings, FedYogi),
     "fedawa": (FedAWASettings, FedAWA),
+    "appa": (APPASettings, APPA),
     "fedbis": (FedBisSettings, FedBis),
     "fedbiscuit": (FedBiscuitSettings, FedBiscuit),
     "fedbuff": (FedBuffSettings, FedBuff),

@@ -244,7 +244,10 @@ def card_text(facts: Facts, kind: FolderKind) -> str:
         *_data(facts),
     ]
     if len(facts["classes"]) == 1:
-        parts += ["## Output", "One number, the reward of a prompt with its answer: higher is better."]
+        parts += [
+            "## Output",
+            "One number, the reward of a prompt with its answer: higher is better.",
+        ]
     elif facts["classes"]:
         parts += ["## Classes", "In the order of their ids, from 0:"]
         parts.append(_fenced(json.dumps(facts["classes"], ensure_ascii=False, indent=0), "json"))

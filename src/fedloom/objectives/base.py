@@ -66,8 +66,8 @@ class Generation:
         weights: Their factors.
         advantages: ``(prompts, group)`` rewards to advantages of the same shape, and to ``(prompts,)``
             standard deviations.
-        keeps: ``(prompts, group)`` rewards to which answers are trained on, bool of the same shape; ``None``
-            for all.
+        keeps: ``(prompts, group)`` rewards to which answers are trained on, bool of the same shape;
+            ``None`` for all.
     """
 
     group: int

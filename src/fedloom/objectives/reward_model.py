@@ -30,11 +30,11 @@ class RewardModelSettings(NamedSettings):
 
     name: Literal["reward_model"] = "reward_model"
     center_rewards_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the mean of (r(chosen) + r(rejected))^2, which keeps rewards near zero (paper: 0.01); 0 is
-    none. TRL's setting of this name."""
+    """Weight of the mean of (r(chosen) + r(rejected))^2, which keeps rewards near zero (paper: 0.01); 0
+    is none. TRL's setting of this name."""
     margins: bool = True
-    """Whether a row's column "margin", a number from -1e6 to 1e6, is what the chosen answer's reward has to
-    lead by; rows without the column have 0."""
+    """Whether a row's column "margin", a number from -1e6 to 1e6, is what the chosen answer's reward has
+    to lead by; rows without the column have 0."""
 
 
 def reward_model_loss(
@@ -75,8 +75,6 @@ class RewardModel(Objective):
         sequences = batch.sequences
         output = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask)
         margins = batch.margins if self.reads_margins else None
-        return reward_model_loss(
-            *output.logits[:, 0].float().chunk(2),
-            margins,
-            center=self.settings.center_rewards_coefficient,
-        )
+        chosen, rejected = output.logits[:, 0].float().chunk(2)
+        center = self.settings.center_rewards_coefficient
+        return reward_model_loss(chosen, rejected, margins, center=center)

@@ -222,8 +222,8 @@ TRAINING = (
     Metric("reward_rejected", f"r(y-), {REWARD}", "1", None, None, "pairs", "training"),
     _share(
         "reward_accuracy",
-        "r(y+) > r(y-); a tie counts as lost in training (as in TRL), half on held-out pairs, where it is "
-        "a reward model's",
+        "r(y+) > r(y-); a tie counts as lost in training (as in TRL), half on held-out pairs, where it "
+        "is a reward model's",
         "pairs",
         "held-out, training",
     ),

@@ -108,7 +108,11 @@ def fault_of(name: str) -> str:
     if name.startswith(REGEX):
         return _fault_of_pattern(name.removeprefix(REGEX))
     if name.startswith(MODEL):
-        return "" if name.removeprefix(MODEL).strip() else f"{name!r} names no folder: give {MODEL}FOLDER"
+        return (
+            ""
+            if name.removeprefix(MODEL).strip()
+            else f"{name!r} names no folder: give {MODEL}FOLDER"
+        )
     known = [*OURS, *sorted({point.name for point in entry_points(group=GROUP)})]
     if name in known or CLASS.fullmatch(name):
         return ""

@@ -78,7 +78,9 @@ def _require_margins(client: int, tokens: TokenSet) -> None:
     Raises:
         DataError: It is not; the first such row is named.
     """
-    wrong = np.zeros(0, np.int64) if tokens.margins is None else np.isnan(tokens.margins).nonzero()[0]
+    wrong = (
+        np.zeros(0, np.int64) if tokens.margins is None else np.isnan(tokens.margins).nonzero()[0]
+    )
     if len(wrong):
         raise DataError(
             f"the column margin is no number from {-LARGEST_MARGIN:g} to {LARGEST_MARGIN:g} in "

@@ -40,7 +40,8 @@ def _pairs_alone(kind: type[MethodTraits], view: ExperimentView) -> Iterator[str
     objective = view.objective
     if objective is not None and objective.outputs and kind.public_rows_needed(view.method):
         yield (
-            f"method.name = {view.name!r} needs public rows, and objective.name = {view.objective_name!r} "
+            f"method.name = {view.name!r} needs public rows, and objective.name = "
+            f"{view.objective_name!r} "
             'learns from pairs alone: use another method, such as "fedavg"'
         )
 
