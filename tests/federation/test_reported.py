@@ -17,6 +17,7 @@ from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
 from fedloom.objectives.pdpo import pdpo_loss
+from fedloom.objectives.reward_model import reward_model_loss
 from fedloom.objectives.robust_dpo import robust_dpo_loss
 from fedloom.objectives.selector import selector_loss
 from fedloom.objectives.simpo import simpo_loss
@@ -33,11 +34,12 @@ RUNS = {
     "sft": TEXTS,
     "classification": LABELLED,
     "dpo": {**PAIRS, "objective": {"name": "dpo", "sft_weight": 0.5, "label_smoothing": 0.1}},
-    **{name: {**PAIRS, "objective": {"name": name}} for name in ("robust_dpo", "apo_zero", "apo_down", "cpo", "ipo", "simpo", "orpo", "selector")},
+    **{name: {**PAIRS, "objective": {"name": name}} for name in ("robust_dpo", "apo_zero", "apo_down", "cpo", "ipo", "simpo", "orpo", "selector", "rpo", "reward_model")},
     **{name: {**FEEDBACK, "objective": {"name": name}} for name in ("kto", "bco")},
     "pdpo": {**PAIRS, **OWN, "objective": {"name": "pdpo", "sft_weight": 0.5}},
     "pkto": {**FEEDBACK, **OWN, "objective": {"name": "pkto"}},
     "grpo": {**TEXTS, "objective": {"name": "grpo", "beta": 0.1, "group": 2, "max_new_tokens": 3}},
+    "rejection_sampling": {**TEXTS, "objective": {"name": "rejection_sampling", "group": 2, "max_new_tokens": 3}},
     "balance": {**PAIRS, **MIXTURE, "method": {"name": "fedavg"}},
     "distil": {**LABELLED, "method": {"name": "distillation"}, "public": {"source": "builtin:labelled", "rows": 12}},
     "mix": {**PAIRS, "method": {"name": "fdlora"}},
@@ -124,6 +126,7 @@ def losses(seed):
             ),
         )
     yield "selector", selector_loss(a - b)
+    yield "reward_model", reward_model_loss(a / 9, b / 9, c / 9, center=0.01)
     yield "classification", classification_loss(a.view(8, 8), torch.arange(8))
 
 

@@ -59,6 +59,8 @@ SETS = {
     "simpo": "builtin:preferences",
     "orpo": "builtin:preferences",
     "robust_dpo": "builtin:preferences",
+    "rpo": "builtin:preferences",
+    "reward_model": "builtin:preferences",
     "apo_zero": "builtin:preferences",
     "apo_down": "builtin:preferences",
     "cpo": "builtin:preferences",
@@ -530,8 +532,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, meth
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dpo"])
 def test_any_objective_interrupted_and_resumed_equals_uninterrupted(experiment, tmp_path, name):
     own = {"group": 3, "max_new_tokens": 4, "iterations": 2, "beta": 0.1} if name == "grpo" else {}
-    others = {"pdpo": SETS["dpo"], "pkto": SETS["kto"], "grpo": SETS["sft"]}
-    if name == "grpo":
+    if name == "rejection_sampling":
+        own = {"group": 3, "max_new_tokens": 4}
+    others = {"pdpo": SETS["dpo"], "pkto": SETS["kto"], "grpo": SETS["sft"], "rejection_sampling": SETS["sft"]}
+    if name in ("grpo", "rejection_sampling"):
         own["rewards"] = ["regex:[a-m]"]
     settings = {
         "objective": {"name": name, **own},
@@ -729,7 +733,7 @@ def test_all_mistakes_of_an_experiment_are_listed_at_once(tmp_path):
         "[federaton]: unknown section; did you mean 'federation'?",
         "federation.rouns: unknown key; did you mean 'rounds'?",
         "federation.clients = 'four'",
-        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, grpo, ipo, kto, orpo, pdpo, pkto, robust_dpo, selector, sft, simpo",
+        "objective.name = 'dop': did you mean 'dpo'? allowed: apo_down, apo_zero, bco, classification, cpo, dpo, grpo, ipo, kto, orpo, pdpo, pkto, rejection_sampling, reward_model, robust_dpo, rpo, selector, sft, simpo",
         "training.optimizer = 'adamx': did you mean 'adam'? allowed: adafactor, adam, adamw, adamw_8bit, lion, muon, sgd",
         "adapter.rank = 0",
     ):

@@ -68,6 +68,8 @@ TAKEN = _names(
         "partition": "client_test_fraction",
         "objective.dpo": "reference beta label_smoothing sft_weight length_normalised",
         "objective.robust_dpo": "reference beta flip_rate",
+        "objective.rpo": "reference beta sft_weight label_smoothing",
+        "objective.reward_model": "center_rewards_coefficient margins",
         "objective.apo_zero": "reference beta",
         "objective.apo_down": "reference beta",
         "objective.cpo": "beta sft_weight",
@@ -79,6 +81,7 @@ TAKEN = _names(
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
         "objective.grpo": "reference beta clip clip_high averaging scale temperature rewards "
         "reward_weights",
+        "objective.rejection_sampling": "minimum temperature rewards reward_weights",
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",
         "training": "optimizer learning_rate schedule warmup_rounds decay head_learning_rate "
@@ -102,6 +105,8 @@ MOST = {
     "objective.grpo.group": "max_batch",
     "objective.grpo.max_new_tokens": "max_tokens",
     "objective.grpo.iterations": "max_steps",
+    "objective.rejection_sampling.group": "max_batch",
+    "objective.rejection_sampling.max_new_tokens": "max_tokens",
     "adapter.virtual_tokens": "max_width",
     "adapter.encoder_width": "max_width",
     "adapter.experts": "max_experts",

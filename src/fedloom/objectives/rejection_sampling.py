@@ -45,8 +45,7 @@ def winners(rewards: Tensor, minimum: float | None = None) -> Tensor:
 
 
 def of_groups(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(prompts, G)`` mean rewards of each answer's group, and ``(prompts,)`` their
-    deviations."""
+    """Return ``(prompts, G)`` mean rewards of the groups, and ``(prompts,)`` their deviations."""
     return rewards.mean(1, keepdim=True).expand_as(rewards), rewards.std(1)
 
 

@@ -3,8 +3,8 @@
 Source: Pang et al. 2024, "Iterative Reasoning Preference Optimization", https://arxiv.org/abs/2404.19733,
 equation 1; Liu et al. 2024, "Provably Mitigating Overoptimization in RLHF", https://arxiv.org/abs/2405.16436.
 As in TRL (``rpo_alpha``, and ``loss_type = ["sigmoid", "sft"]``) the likelihood is a mean over all chosen
-tokens of the optimizer batch, so that a long answer counts by its length; ``sft_weight`` of ``dpo`` is a
-mean over answers of means a token.
+tokens of the optimizer batch, so that a long answer counts by its length; in ``dpo`` the term of
+``sft_weight`` is a mean over answers of means a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RPOSettings(ReferenceSettings):
     name: Literal["rpo"] = "rpo"
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull towards the reference model (paper: 0.1)."""
-    alpha: float = Field(default=1.0, gt=0)
+    sft_weight: float = Field(default=1.0, gt=0)
     """Weight of the chosen answers' cross-entropy, a mean over tokens (paper: 1)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs whose preference is flipped, as in dpo."""
@@ -87,7 +87,7 @@ class RPO(Objective):
             own = -(chosen / _chosen_lengths(batch.sequences)).mean()
         else:
             own = chosen_cross_entropy(chosen, statistics.to(chosen.device) * len(chosen))
-        return loss + self.settings.alpha * own, metrics | {"chosen_cross_entropy": own.detach()}
+        return loss + self.settings.sft_weight * own, metrics | {"chosen_cross_entropy": own.detach()}
 
 
 def _chosen_lengths(sequences: Sequences) -> Tensor:

@@ -187,7 +187,8 @@ TRAINING = (
     ),
     Metric(
         "reward",
-        "GRPO: the weighted sum of the rewards of a generated answer",
+        "GRPO: the weighted sum of the rewards of a generated answer; rejection sampling: its mean over all "
+        "answers to the prompts of which an answer was trained on",
         "1",
         None,
         None,
@@ -195,8 +196,17 @@ TRAINING = (
         "training",
     ),
     Metric(
+        "winner_reward",
+        "rejection sampling: the reward of an answer that was trained on, the best of its prompt's",
+        "1",
+        None,
+        None,
+        "best answers",
+        "training",
+    ),
+    Metric(
         "reward_spread",
-        "GRPO: sample standard deviation of the rewards of the answers to one prompt",
+        "GRPO, rejection sampling: sample standard deviation of the rewards of the answers to one prompt",
         "1",
         0.0,
         None,
@@ -211,7 +221,7 @@ TRAINING = (
     ),
     Metric(
         "answer_tokens",
-        "GRPO: tokens of a generated answer, with the one that ends it",
+        "GRPO, rejection sampling: tokens of a generated answer that is trained on, with the one that ends it",
         "tokens",
         0.0,
         None,
@@ -289,7 +299,7 @@ TRAINING = (
     _share("without_kl", "z0 is 0, as the client has a single row", "answers", "training"),
     Metric(
         "chosen_cross_entropy",
-        "mean -log pi per token of y+ (with sft_weight)",
+        "mean -log pi per token of y+ (with sft_weight); RPO: over all tokens of all y+",
         "nats",
         0,
         None,

@@ -1,0 +1,164 @@
+"""Reward models by hand and in runs: loss, margins, accuracy, PEFT's folder in plain transformers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import fedloom
+from fedloom.data.examples import Preference
+from fedloom.data.token_file import read_tokens, write_tokens
+from fedloom.data.token_set import join
+from fedloom.data.tokenize import tokenize
+from fedloom.errors import DataError, ModelError, SettingsError
+from fedloom.evaluation.generate import load_encoder
+from fedloom.evaluation.judges.base import Case
+from fedloom.evaluation.judges.choose import make_judges
+from fedloom.evaluation.metrics import reward_metrics
+from fedloom.evaluation.questions import Question
+from fedloom.evaluation.reward_models import load_reward_model
+from fedloom.evaluation.verdicts import JudgingSettings
+from fedloom.experiment.experiment import Experiment
+from fedloom.objectives.reward_model import reward_model_loss
+from fedloom.runs.assembly import assemble
+from fedloom.runs.partitioning import partition_data
+
+RUN = {
+    "data": {"source": "builtin:preferences", "builtin_rows": 24},
+    "objective": {"name": "reward_model"},
+    "method": {"name": "fedavg"},
+    "federation": {"rounds": 1, "clients": 2},
+    "training": {"local_steps": 2, "batch_size": 4},
+    "evaluation": {"samples": 0},
+}
+
+
+def test_hand_numbers():
+    """Lead 2 - 0.5 - 1 = 0.5: -log sigmoid = log(1 + e^-0.5) = 0.4740769842; 0.01 (2 + 0.5)^2 = 0.0625."""
+    rewards = torch.tensor([2.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    loss, metrics = reward_model_loss(*rewards, torch.tensor([1.0]), center=0.01)
+    assert loss.item() == pytest.approx(0.4740769841801067 + 0.0625, abs=1e-12)
+    assert metrics["reward_margin"].item() == 1.5 and metrics["reward_accuracy"].item() == 1
+    assert reward_model_loss(*rewards)[0].item() == pytest.approx(math.log1p(math.exp(-1.5)))
+
+
+def test_it_does_not_follow_a_shift_unless_rewards_are_centred():
+    chosen, rejected = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = reward_model_loss(chosen, rejected)[0]
+    torch.testing.assert_close(reward_model_loss(chosen + 3, rejected + 3)[0], plain)
+    assert reward_model_loss(chosen + 3, rejected + 3, center=0.1)[0] > plain + 1
+
+
+def test_held_out_pairs_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0])
+    found = reward_metrics(*rewards, (torch.tensor([3, 4, 5]), torch.tensor([2, 4, 9])))
+    assert found["reward_accuracy"] == 0.5 and found["longer_accuracy"] == 0.5
+    assert found["reward_margin"] == 0
+    losses = [math.log1p(math.exp(-1)), math.log(2), math.log1p(math.exp(1))]
+    assert found["loss"] == pytest.approx(sum(losses) / 3)
+
+
+def pairs(*margins):
+    columns = [{} if own is None else {"margin": own} for own in margins]
+    return [Preference(i, "ask: ", f"good {i}", f"bad {i}", own) for i, own in enumerate(columns)]
+
+
+def test_margins_go_through_tokens_files_and_selections(tiny_model, tmp_path):
+    encoder = load_encoder(str(tiny_model))
+    whole = tokenize(pairs("0.5", None, "-2", "big", "1e9"), encoder, 64)
+    assert whole.margins.tolist()[:3] == [0.5, 0, -2] and np.isnan(whole.margins[3:]).all()
+    assert tokenize(pairs(None, None), encoder, 64).margins is None
+    write_tokens(tmp_path / "tokens", [whole.part(0, 3)])
+    assert read_tokens(tmp_path / "tokens").margins.tolist() == [0.5, 0, -2]
+    assert whole.take(np.array([2, 0])).margins.tolist() == [-2, 0.5]
+    plain = tokenize(pairs(None), encoder, 64)
+    assert join([plain, whole.part(0, 1)], 2).margins.tolist() == [0, 0.5]
+
+
+def rows(tmp_path, *margins):
+    path = tmp_path / "pairs.jsonl"
+    own = [
+        {"prompt": "ask: ", "chosen": f"good {i}", "rejected": f"bad {i}", "margin": margins[i % len(margins)]}
+        for i in range(24)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    return {"source": str(path), "kind": "preference"}
+
+
+def test_a_batch_has_the_margins_of_its_rows(experiment, tmp_path):
+    own = experiment(**{**RUN, "data": rows(tmp_path, 0.5, 2)})
+    client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
+    by_row = dict(zip(client.share.tokens.rows.tolist(), client.share.tokens.margins, strict=True))
+    assert set(by_row.values()) == {0.5, 2.0}
+    first = next(iter(by_row))
+    assert by_row[first] == (0.5, 2.0)[first % 2] or by_row[first] == (0.5, 2.0)[1 - first % 2]
+
+
+def test_a_margin_that_is_no_number_is_named_before_training(experiment, tmp_path):
+    data = rows(tmp_path, "large")
+    with pytest.raises(DataError, match=r"margin is no number .* objective\.margins = false"):
+        fedloom.run(experiment(**{**RUN, "data": data}))
+    without = {"name": "reward_model", "margins": False}
+    assert fedloom.run(experiment(**{**RUN, "data": data, "objective": without})).metrics
+
+
+def test_public_rows_and_teachers_cannot_teach_it():
+    for method in ({"name": "distillation"}, {"name": "feddat"}):
+        with pytest.raises(SettingsError, match="reward_model"):
+            Experiment.from_table({**RUN, "method": method})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, module_experiment):
+    folder = tmp_path_factory.mktemp("reward") / "run"
+    return fedloom.run(module_experiment(**RUN, output={"folder": str(folder)}))
+
+
+def test_a_run_travels_with_its_head_and_loads_in_plain_transformers(trained):
+    """The head is PEFT's modules_to_save; scores of a fresh load are the scorer's."""
+    folder = trained.folder / "adapter"
+    facts = json.loads((folder / "fedloom.json").read_text())
+    config = AutoConfig.from_pretrained(folder / "classifier.json")
+    assert config.num_labels == 1
+    base = AutoModelForSequenceClassification.from_pretrained(facts["base"]["path"], config=config)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    assert any("score" in name for name in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"])
+    scorer = load_reward_model(str(trained.folder))
+    texts = [scorer.encoder.tokenizer(own)["input_ids"] for own in ("one two", "three four five six")]
+    expected = [model(input_ids=torch.tensor([own])).logits.item() for own in texts]
+    assert scorer.of_tokens(texts) == pytest.approx(expected, abs=1e-5)
+    assert set(trained.metrics) >= {"reward_accuracy", "longer_accuracy", "reward_margin", "loss"}
+
+
+def test_it_judges_and_rewards(trained, module_experiment):
+    (judge,) = make_judges([str(trained.folder)], JudgingSettings(device="cpu"))
+    question = Question("1", "one two ")
+    (verdict,) = judge.rate([Case(question, ("three", "four"))])
+    scorer = load_reward_model(str(trained.folder))
+    assert list(verdict.scores) == scorer.of_answers("one two ", ["three", "four"])
+    assert judge.costs() == {"requests": 1.0} and not judge.compares
+    name = f"reward_model:{trained.folder}"
+    table = {
+        "data": {"source": "builtin:instructions", "builtin_rows": 20},
+        "objective": {"name": "grpo", "rewards": [name], "group": 2, "max_new_tokens": 3},
+        "evaluation": {"samples": 0},
+        "training": {"local_steps": 1, "batch_size": 2},
+    }
+    own = module_experiment(**{**RUN, **table})
+    client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
+    prompt, answers = [5, 6, 7], [[8], [9, 10]]
+    read = [(np.array([5, 6, 7, 8], np.int32), 3)]
+    found = client.maker._rewarded(read, [prompt], answers)
+    assert found == scorer.of_tokens([prompt + own for own in answers])
+
+
+def test_a_folder_without_a_reward_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match="is no reward model"):
+        load_reward_model(str(tmp_path))
+    for name in ("reward_model:", "reward_model: "):
+        with pytest.raises(SettingsError, match="names no folder"):
+            Experiment.from_table({"objective": {"name": "grpo", "rewards": [name]}, "data": {"source": "builtin:sums"}})
