@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import fedloom
+from fedloom.data.batching import collate
 from fedloom.data.examples import Preference
 from fedloom.data.token_file import read_tokens, write_tokens
 from fedloom.data.token_set import join
@@ -47,7 +48,9 @@ def test_hand_numbers():
 
 
 def test_it_does_not_follow_a_shift_unless_rewards_are_centred():
-    chosen, rejected = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen, rejected = torch.randn(
+        2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     plain = reward_model_loss(chosen, rejected)[0]
     torch.testing.assert_close(reward_model_loss(chosen + 3, rejected + 3)[0], plain)
     assert reward_model_loss(chosen + 3, rejected + 3, center=0.1)[0] > plain + 1
@@ -67,8 +70,8 @@ def pairs(*margins):
     return [Preference(i, "ask: ", f"good {i}", f"bad {i}", own) for i, own in enumerate(columns)]
 
 
-def test_margins_go_through_tokens_files_and_selections(tiny_model, tmp_path):
-    encoder = load_encoder(str(tiny_model))
+def test_margins_go_through_tokens_files_and_selections(model_folder, tmp_path):
+    encoder = load_encoder(str(model_folder))
     whole = tokenize(pairs("0.5", None, "-2", "big", "1e9"), encoder, 64)
     assert whole.margins.tolist()[:3] == [0.5, 0, -2] and np.isnan(whole.margins[3:]).all()
     assert tokenize(pairs(None, None), encoder, 64).margins is None
@@ -89,13 +92,19 @@ def rows(tmp_path, *margins):
     return {"source": str(path), "kind": "preference"}
 
 
+def client_text(own, ids):
+    return load_encoder(own.model.path).tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_a_batch_has_the_margins_of_its_rows(experiment, tmp_path):
     own = experiment(**{**RUN, "data": rows(tmp_path, 0.5, 2)})
     client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
-    by_row = dict(zip(client.share.tokens.rows.tolist(), client.share.tokens.margins, strict=True))
-    assert set(by_row.values()) == {0.5, 2.0}
-    first = next(iter(by_row))
-    assert by_row[first] == (0.5, 2.0)[first % 2] or by_row[first] == (0.5, 2.0)[1 - first % 2]
+    batch = collate(client.share, np.arange(3), 0, torch.device("cpu"))
+    shown = [client.share.tokens.sequence(2 * i)[0].tolist() for i in range(3)]
+    texts = [client_text(own, ids) for ids in shown]
+    assert [
+        0.5 if int(text.split()[-1]) % 2 == 0 else 2.0 for text in texts
+    ] == batch.margins.tolist()
 
 
 def test_a_margin_that_is_no_number_is_named_before_training(experiment, tmp_path):
@@ -103,7 +112,8 @@ def test_a_margin_that_is_no_number_is_named_before_training(experiment, tmp_pat
     with pytest.raises(DataError, match=r"margin is no number .* objective\.margins = false"):
         fedloom.run(experiment(**{**RUN, "data": data}))
     without = {"name": "reward_model", "margins": False}
-    assert fedloom.run(experiment(**{**RUN, "data": data, "objective": without})).metrics
+    own = experiment(**{**RUN, "data": data, "objective": without})
+    assert assemble(own, partition_data(own), probe=False).local.shares
 
 
 def test_public_rows_and_teachers_cannot_teach_it():
@@ -112,12 +122,12 @@ def test_public_rows_and_teachers_cannot_teach_it():
             Experiment.from_table({**RUN, "method": method})
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, module_experiment):
-    folder = tmp_path_factory.mktemp("reward") / "run"
-    return fedloom.run(module_experiment(**RUN, output={"folder": str(folder)}))
+@pytest.fixture
+def trained(experiment, once):
+    return once("run", lambda: fedloom.run(experiment(**RUN)))
 
 
+@pytest.mark.slow
 def test_a_run_travels_with_its_head_and_loads_in_plain_transformers(trained):
     """The head is PEFT's modules_to_save; scores of a fresh load are the scorer's."""
     folder = trained.folder / "adapter"
@@ -126,15 +136,21 @@ def test_a_run_travels_with_its_head_and_loads_in_plain_transformers(trained):
     assert config.num_labels == 1
     base = AutoModelForSequenceClassification.from_pretrained(facts["base"]["path"], config=config)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    assert any("score" in name for name in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"])
+    assert any(
+        "score" in name
+        for name in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+    )
     scorer = load_reward_model(str(trained.folder))
-    texts = [scorer.encoder.tokenizer(own)["input_ids"] for own in ("one two", "three four five six")]
+    texts = [
+        scorer.encoder.tokenizer(own)["input_ids"] for own in ("one two", "three four five six")
+    ]
     expected = [model(input_ids=torch.tensor([own])).logits.item() for own in texts]
     assert scorer.of_tokens(texts) == pytest.approx(expected, abs=1e-5)
     assert set(trained.metrics) >= {"reward_accuracy", "longer_accuracy", "reward_margin", "loss"}
 
 
-def test_it_judges_and_rewards(trained, module_experiment):
+@pytest.mark.slow
+def test_it_judges_and_rewards(trained, experiment):
     (judge,) = make_judges([str(trained.folder)], JudgingSettings(device="cpu"))
     question = Question("1", "one two ")
     (verdict,) = judge.rate([Case(question, ("three", "four"))])
@@ -148,7 +164,7 @@ def test_it_judges_and_rewards(trained, module_experiment):
         "evaluation": {"samples": 0},
         "training": {"local_steps": 1, "batch_size": 2},
     }
-    own = module_experiment(**{**RUN, **table})
+    own = experiment(**{**RUN, **table})
     client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
     prompt, answers = [5, 6, 7], [[8], [9, 10]]
     read = [(np.array([5, 6, 7, 8], np.int32), 3)]
@@ -161,4 +177,9 @@ def test_a_folder_without_a_reward_model_is_named(tmp_path):
         load_reward_model(str(tmp_path))
     for name in ("reward_model:", "reward_model: "):
         with pytest.raises(SettingsError, match="names no folder"):
-            Experiment.from_table({"objective": {"name": "grpo", "rewards": [name]}, "data": {"source": "builtin:sums"}})
+            Experiment.from_table(
+                {
+                    "objective": {"name": "grpo", "rewards": [name]},
+                    "data": {"source": "builtin:sums"},
+                }
+            )

@@ -24,7 +24,9 @@ def batch(lengths=LENGTHS, reference=(-3.0, -7.0, -3.0, -1.0)):
     ids = torch.ones(len(lengths), 6, dtype=torch.long)
     reference = torch.tensor(reference, dtype=torch.float64)
     sequences = Sequences(ids, torch.ones_like(ids), mask, 1)
-    return Batch(tuple(range(len(lengths) // 2)), sequences, sum(lengths), 24, reference_logps=reference)
+    return Batch(
+        tuple(range(len(lengths) // 2)), sequences, sum(lengths), 24, reference_logps=reference
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,9 @@ def test_however_a_batch_is_cut_its_mean_is_over_all_tokens():
     one, two = batch([2, 3], (-3.0, -3.0)), batch([4, 1], (-7.0, -1.0))
     mean = own.statistics(LOGPS, [one, two])
     parts = [own.loss(LOGPS[[0, 2]], one, mean)[0], own.loss(LOGPS[[1, 3]], two, mean)[0]]
-    torch.testing.assert_close(sum(parts) / 2, own.loss(LOGPS, whole, own.statistics(LOGPS, [whole]))[0])
+    torch.testing.assert_close(
+        sum(parts) / 2, own.loss(LOGPS, whole, own.statistics(LOGPS, [whole]))[0]
+    )
 
 
 def test_by_pair_it_is_dpo_with_sft_weight(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.utils import nanstd
 
 from fedloom.objectives.apo import apo_down_loss, apo_zero_loss
@@ -17,7 +18,9 @@ from fedloom.objectives.grpo import averaged, divergence, group_advantages, toke
 from fedloom.objectives.ipo import ipo_loss
 from fedloom.objectives.kto import kl_estimate, kto_loss
 from fedloom.objectives.orpo import orpo_loss
+from fedloom.objectives.reward_model import reward_model_loss
 from fedloom.objectives.robust_dpo import robust_dpo_loss
+from fedloom.objectives.rpo import chosen_cross_entropy
 from fedloom.objectives.simpo import simpo_loss
 
 with warnings.catch_warnings():
@@ -171,6 +174,65 @@ def test_kto(labels, weights):
     if not label.all():
         found = metrics["reward_undesirable"].item()
         assert found == pytest.approx(recorded["rewards/rejected"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("center", [None, 0.01, 0.5])
+@pytest.mark.parametrize("margins", [False, True])
+def test_reward_model(center, margins):
+    torch.manual_seed(3)
+    rewards = (4 * torch.randn(12)).requires_grad_()
+    lead = torch.rand(6)
+    self = trainer(args=SimpleNamespace(center_rewards_coefficient=center))
+    inputs = trl_inputs(12) | ({"margin": lead} if margins else {})
+    model = lambda **_: SimpleNamespace(logits=rewards[:, None])  # noqa: E731
+    expected = RewardTrainer.compute_loss(self, model, inputs)
+    (expected_gradient,) = torch.autograd.grad(expected, rewards)
+    loss, metrics = reward_model_loss(
+        *rewards.chunk(2), lead if margins else None, center=center or 0.0
+    )
+    (gradient,) = torch.autograd.grad(loss, rewards)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
+    recorded = self._metrics["train"]
+    assert metrics["reward_accuracy"].item() == recorded["accuracy"][-1]
+    assert metrics["reward_margin"].item() == pytest.approx(recorded["margin"][-1], abs=1e-6)
+
+
+def test_rpo():
+    """TRL's sigmoid and sft together, as its rpo_alpha was: the latter over all tokens of chosen answers."""
+    torch.manual_seed(4)
+    lengths = torch.tensor([1, 4, 2, 3, 4, 1])
+    mask = torch.arange(5) < lengths[:, None] + 1
+    mask[:, 0] = False
+    logps = (-3 * torch.rand(6, 4)).requires_grad_()
+    reference = -9 * torch.rand(6)
+    self = trainer(
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        beta=0.1,
+        label_smoothing=0.0,
+        loss_types=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.7],
+        use_weighting=False,
+    )
+    inputs = {
+        "input_ids": torch.ones(6, 5, dtype=torch.long),
+        "attention_mask": torch.ones(6, 5, dtype=torch.long),
+        "completion_mask": mask.long(),
+        "ref_chosen_logps": reference[:3],
+        "ref_rejected_logps": reference[3:],
+    }
+    zeros = torch.zeros(6, 4)
+    said = SimpleNamespace(log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    expected = DPOTrainer._compute_loss(self, lambda **_: said, inputs, False)
+    (expected_gradient,) = torch.autograd.grad(expected, logps)
+    whole = (logps * mask[:, 1:]).sum(1)
+    loss, _ = dpo_loss(*whole.chunk(2), *reference.chunk(2), beta=0.1)
+    loss = loss + 0.7 * chosen_cross_entropy(whole[:3], lengths[:3].sum())
+    (gradient,) = torch.autograd.grad(loss, logps)
+    torch.testing.assert_close(loss, expected, **TOLERANCE)
+    torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
 
 
 def robust(chosen, rejected, *, beta):

@@ -534,7 +534,12 @@ def test_any_objective_interrupted_and_resumed_equals_uninterrupted(experiment, 
     own = {"group": 3, "max_new_tokens": 4, "iterations": 2, "beta": 0.1} if name == "grpo" else {}
     if name == "rejection_sampling":
         own = {"group": 3, "max_new_tokens": 4}
-    others = {"pdpo": SETS["dpo"], "pkto": SETS["kto"], "grpo": SETS["sft"], "rejection_sampling": SETS["sft"]}
+    others = {
+        "pdpo": SETS["dpo"],
+        "pkto": SETS["kto"],
+        "grpo": SETS["sft"],
+        "rejection_sampling": SETS["sft"],
+    }
     if name in ("grpo", "rejection_sampling"):
         own["rewards"] = ["regex:[a-m]"]
     settings = {
