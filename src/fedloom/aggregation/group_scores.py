@@ -1,9 +1,9 @@
 """Weights of groups of clients by how well each is served, pure.
 
-Sources: APPA (adaptive preference pluralistic alignment; as digested in abstracts and secondary sources)
-for the reverse softmax and the fairness index; Sagawa et al. 2020, "Distributionally Robust Neural
-Networks for Group Shifts", https://arxiv.org/abs/1911.08731, algorithm 1, for :func:`group_dro`; Mohri et
-al. 2019, "Agnostic Federated Learning", https://arxiv.org/abs/1902.00146, for the worst group.
+Sources: APPA, https://arxiv.org/abs/2604.04261 (its abstract and digests of it), for the reverse softmax
+and the fairness index; Sagawa et al. 2020, "Distributionally Robust Neural Networks for Group Shifts",
+https://arxiv.org/abs/1911.08731, algorithm 1, for :func:`group_dro`; Mohri et al. 2019, "Agnostic
+Federated Learning", https://arxiv.org/abs/1902.00146, for the worst group.
 
 A score is a mean reward, the higher the better; where there are no rewards, a loss with its sign turned.
 """

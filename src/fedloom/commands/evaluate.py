@@ -30,7 +30,9 @@ Benchmark = Annotated[
 Questions = Annotated[Path | None, typer.Option(help="Where a named benchmark's questions lie.")]
 Judges = Annotated[
     list[str] | None,
-    typer.Option(help="refusal, reference, longest, a model's folder, or http://HOST/v1."),
+    typer.Option(
+        help="refusal, reference, longest, a model's folder, a reward model's run, or http://HOST/v1."
+    ),
 ]
 JudgeAudit = Annotated[
     Path | None, typer.Option(help="Measure the judges on pairs that people judged, instead.")

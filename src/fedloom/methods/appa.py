@@ -11,11 +11,12 @@ is the running mean of group g's, and the server's mean over groups has the weig
 Within a group clients weigh by their rows. With an objective that reports no reward the score is the
 training loss with its sign turned.
 
-**A reconstruction** of APPA, whose text was not to be had: there one policy is trained on the server by
-rewards r = sum_g w_g r_g that groups give to the same answers. Here groups' policy gradients are weighed,
-which is the same to first order, as the gradient is linear in the reward; advantages are standardised
-within a client, and answers stay where they are generated. Who reports a low reward gets weight, so
-scores are to be on one scale, and a group can lie: ``most`` bounds a group's weight.
+**A reconstruction** of APPA (https://arxiv.org/abs/2604.04261), whose text was not to be had: there one
+policy is trained on the server by rewards r = sum_g w_g r_g that groups give to the same answers. Here
+groups' policy gradients are weighed, which is the same to first order, as the gradient is linear in the
+reward; advantages are standardised within a client, and answers stay where they are generated. Who
+reports a low reward gets weight, so scores are to be on one scale, and a group can lie: ``most`` bounds a
+group's weight.
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ class APPA(Method):
 
     declares = Declaration(
         "APPA",
-        "https://arxiv.org/abs/1911.08731",
+        "https://arxiv.org/abs/2604.04261",
         "reconstructed",
-        "groups' changes are weighed where the paper weighs their rewards; the paper cited is group "
-        "DRO's",
+        "groups' changes are weighed by their rewards, where the paper puts rewards of the same answers "
+        "together",
         "FedLLM",
         "the adapter, down and up",
         "nothing",

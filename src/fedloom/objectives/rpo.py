@@ -87,7 +87,9 @@ class RPO(Objective):
             own = -(chosen / _chosen_lengths(batch.sequences)).mean()
         else:
             own = chosen_cross_entropy(chosen, statistics.to(chosen.device) * len(chosen))
-        return loss + self.settings.sft_weight * own, metrics | {"chosen_cross_entropy": own.detach()}
+        return loss + self.settings.sft_weight * own, metrics | {
+            "chosen_cross_entropy": own.detach()
+        }
 
 
 def _chosen_lengths(sequences: Sequences) -> Tensor:

@@ -187,8 +187,8 @@ TRAINING = (
     ),
     Metric(
         "reward",
-        "GRPO: the weighted sum of the rewards of a generated answer; rejection sampling: its mean over all "
-        "answers to the prompts of which an answer was trained on",
+        "GRPO: the weighted sum of the rewards of a generated answer; rejection sampling: its mean "
+        "over all answers to the prompts of which an answer was trained on",
         "1",
         None,
         None,
@@ -221,7 +221,8 @@ TRAINING = (
     ),
     Metric(
         "answer_tokens",
-        "GRPO, rejection sampling: tokens of a generated answer that is trained on, with the one that ends it",
+        "GRPO, rejection sampling: tokens of a generated answer that is trained on, with the one that "
+        "ends it",
         "tokens",
         0.0,
         None,
