@@ -160,6 +160,41 @@ def test_generated_answers_and_their_rewards_are_the_same_between_machines(
     assert costs(one) == costs(two)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "objective", "source"),
+    [
+        ({"name": "fedavg"}, {"name": "reward_model"}, "preferences"),
+        (
+            {"name": "appa"},
+            {"name": "rejection_sampling", "group": 2, "max_new_tokens": 3},
+            "instructions",
+        ),
+    ],
+)
+def test_reward_models_and_best_answers_are_the_same_between_machines(
+    suited, loopback, tmp_path, method, objective, source
+):
+    table = {
+        **suited("fedavg"),
+        "method": method,
+        "data": {"source": f"builtin:{source}", "builtin_rows": 30},
+        "objective": objective,
+        "federation": {"rounds": 1, "clients": 2},
+        "training": {"learning_rate": 1e-2, "batch_size": 4, "local_steps": 2},
+    }
+    here = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "here")}})
+    there = Experiment.from_table({**table, "output": {"folder": str(tmp_path / "there")}})
+    fedloom.run(here)
+    federation = loopback(2)
+    mail = federation.mail(source=table["data"]["source"])
+    run_experiment(there, observer=Silent(), remote=federation.engine(there, mail))
+    one, two = tmp_path / "here", tmp_path / "there"
+    assert states(one) == states(two) and len(set(states(one))) == 2
+    assert rounds(one) == rounds(two)
+    assert costs(one) == costs(two)
+
+
 @pytest.mark.parametrize(
     ("method", "noise"),
     [

@@ -25,8 +25,20 @@ ALTERNATELY = {"method": {"name": "fedrep"}}
 LION = dict.fromkeys(("beta1", "beta2"), " or 'lion'")
 
 HIDDEN = {"unit": "client", "delta": 1e-3, "noise_multiplier": 1.0}
+WORST = {"name": "appa", "combine": "worst"}
 
 CASES = {
+    **{
+        f"method.{key}": (
+            {"method": {**WORST, key: value}},
+            f"method.{key} = {value} does nothing: it is read where method.combine is {of!r}, which is "
+            "'worst'",
+            {"method": {"name": "appa", "combine": of, key: value}},
+        )
+        for key, value, of in (
+            ("temperature", 0.2, "appa"), ("fair", 0.9, "appa"), ("rate", 0.3, "group_dro")
+        )
+    },
     "training.loraplus_lr_ratio": (
         {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
         "training.loraplus_lr_ratio = 4.0 does nothing: it is read where adapter.kind is 'lora', which is "
