@@ -53,8 +53,8 @@ def test_a_batch_is_one_answer_a_prompt_and_its_loss_that_of_sft(experiment):
 
 
 def test_prompts_without_a_good_answer_teach_nothing(experiment):
-    assert made(experiment, minimum=2.0)[1] == [[], []]
-    client, _ = made(experiment, minimum=2.0)
+    client, found = made(experiment, minimum=2.0)
+    assert found == [[], []]
     before = client.model.read()
     result = client.train(0.01)
     assert result.steps == 0 and result.metrics == {"skipped_steps": 2.0}
