@@ -183,3 +183,9 @@ def test_a_folder_without_a_reward_model_is_named(tmp_path):
                     "data": {"source": "builtin:sums"},
                 }
             )
+
+
+def test_dropout_is_switched_off_of_a_model_with_one_output(experiment):
+    """As row-level privacy asks: one number has no spread that a change could be weighed by."""
+    own = experiment(**RUN, model={"path": experiment().model.path, "dropout": False})
+    assert assemble(own, partition_data(own), probe=False).local.client(0, 1).model is not None
