@@ -178,7 +178,7 @@ def test_it_runs_and_a_resume_with_another_file_is_refused(folder, table):
         (NAME, METHOD.replace("    sections = (", "    sections = [1]\n    other = ("), "its sections must be a tuple of SectionSpec(kind, title, text, key), got [1]"),
         (NAME, METHOD.replace("def handlers(", "def handler("), "it must define handlers"),
         (NAME, METHOD.replace("Settings = FedDynSettings", "Settings = dict"), "its Settings must subclass NamedSettings"),
-        ("mydyn", METHOD, "allowed: apfl, centralised"),
+        ("mydyn", METHOD, "allowed: apfl, appa, centralised"),
     ],
 )  # fmt: skip
 def test_a_class_that_cannot_be_used_is_one_clear_line(folder, name, code, words):
