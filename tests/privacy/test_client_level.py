@@ -159,7 +159,7 @@ def test_the_noise_of_the_quantile_is_paid_by_the_sum():
     assert update_multiplier(1, 2.0) == pytest.approx(1.0328, abs=1e-4)
     assert update_multiplier(1, 5.0) == pytest.approx(1.0050, abs=1e-4)
     assert update_multiplier(0, 1.0) == 0
-    with pytest.raises(ValueError, match="above half"):
+    with pytest.raises(ValueError, match="must be above 0"):
         update_multiplier(1, 0.5)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fedloom.errors import PluginError, PrivacyError, SettingsError
 from fedloom.privacy.accounting import Releases, epsilon
+from fedloom.privacy.client_level import ClippedSum
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean
@@ -28,6 +29,12 @@ def updates(*values):
     return [{"a": torch.full((50,), float(value))} for value in values]
 
 
+def mean(private, values, round, start=START):
+    """The mean of clients that take part for the first time."""
+    first = 1000 * round + 10 * len(private.ledger.entries)
+    return private.mean(updates(*values), start, round, range(first, first + len(values)))
+
+
 def test_a_target_is_solved_for_all_rounds(tmp_path):
     own = plan(target_epsilon=4.0, rounds=10)
     assert own.promised.epsilon == pytest.approx(4.0, rel=1e-3) and own.promised.epsilon <= 4
@@ -37,11 +44,11 @@ def test_a_target_is_solved_for_all_rounds(tmp_path):
 
 def test_the_same_release_again_is_the_same_noise_and_costs_nothing(tmp_path):
     first = made(tmp_path, plan(noise_multiplier=1.0))
-    one = first.mean(updates(0.1, 0.2), START, 1)
-    again = made(tmp_path, first.plan).mean(updates(0.2, 0.1), START, 1)  # in another order
+    one = mean(first, [0.1, 0.2], 1)
+    again = mean(made(tmp_path, first.plan), [0.2, 0.1], 1)  # in another order
     assert torch.equal(one["a"], again["a"])
     resumed = made(tmp_path, first.plan)
-    other = resumed.mean(updates(0.1), START, 1)  # one answer less
+    other = mean(resumed, [0.1], 1)  # one answer less
     gap = (other["a"] - one["a"] + (0.2 / 5)).double()
     assert float(gap.std()) > 0.2  # the noises do not cancel
     assert len(resumed.ledger.entries) == 2
@@ -49,27 +56,27 @@ def test_the_same_release_again_is_the_same_noise_and_costs_nothing(tmp_path):
 
 
 def test_nobody_answering_is_noise_alone_over_the_same_denominator(tmp_path):
-    found = made(tmp_path, plan(noise_multiplier=1.0)).mean([], START, 1)
+    found = mean(made(tmp_path, plan(noise_multiplier=1.0)), [], 1)
     assert 0.2 < float(found["a"].std()) < 0.7  # 1.0 * clip 2 / 5 expected = 0.4
 
 
 def test_a_budget_stops_before_it_is_passed(tmp_path):
     private = made(tmp_path, plan(target_epsilon=4.0, rounds=2))
-    private.mean(updates(1), START, 1)
-    private.mean(updates(1), START, 2)
+    mean(private, [1], 1)
+    mean(private, [1], 2)
     before = private.spent()
     assert before.epsilon <= 4
     with pytest.raises(PrivacyError, match="target_epsilon is 4"):
-        private.mean(updates(0.1), START, 2)
+        mean(private, [0.1], 2)
     assert private.spent() == before and private.latest == 2
-    private.mean(updates(1), START, 2)  # the one that was spent may be repeated
+    mean(private, [1], 2)  # the one that was spent may be repeated
 
 
 def test_the_clip_follows_and_is_restored(tmp_path):
     own = plan(noise_multiplier=1.0, clip_quantile=0.5, clip_count_noise=2.0)
     assert own.sum_multiplier == pytest.approx(1.0328, abs=1e-4)
     private = made(tmp_path, own)
-    private.mean(updates(*[100] * 20), START, 1)
+    mean(private, [100] * 20, 1)
     saved, clip = private.saved(), private.clip
     assert clip > own.clip  # all were longer
     other = made(tmp_path, own)
@@ -79,11 +86,27 @@ def test_the_clip_follows_and_is_restored(tmp_path):
         plan(noise_multiplier=1.0, clip_quantile=0.5)  # a twentieth of 5 clients
 
 
+@pytest.mark.parametrize("settings", [{}, {"min_separation": 2}, {"max_participations": 1}])
+def test_sum_and_number_of_clients_together_cost_what_the_noise_multiplier_says(settings):
+    """By the two sums of neighbours, with noise of each: their joint distance is 1 / z."""
+    own = plan(noise_multiplier=1.5, clip_quantile=0.5, clip_count_noise=2.0, **settings)
+    long, other = ClippedSum.empty(START, own.clip), ClippedSum.empty(START, own.clip)
+    for update in updates(100):
+        long.add(update)
+    for update in updates(*[0] * (own.neighbours == "one with all its changes zero")):
+        other.add(update)
+    moved = abs(long.balance - other.balance) / 2 / own.count_noise
+    assert 1 / own.sum_multiplier**2 + moved**2 == pytest.approx(1.5**-2)
+    least = 2.0 if settings else 1.0
+    with pytest.raises(SettingsError, match=f"it must be above {least:g}"):
+        plan(noise_multiplier=2.0, clip_quantile=0.5, clip_count_noise=least, **settings)
+
+
 def test_a_state_that_did_not_come_of_it_is_refused(tmp_path):
     private = made(tmp_path, plan(noise_multiplier=1.0))
     with pytest.raises(PluginError, match="Method"):
         private.require_released(1)
-    private.mean([], START, 1)
+    mean(private, [], 1)
     private.require_released(1)
 
 
@@ -111,9 +134,8 @@ def noises(private, rounds, values=(0.3,)):
     """The noise that each round adds, in units of the clip."""
     found = []
     for round in rounds:
-        mean = private.mean(updates(*values), START, round)
         clean = sum(values) * min(1, 2 / (values[0] * 50**0.5)) if values else 0
-        found.append((mean["a"].double() * 5 - clean) / 2)
+        found.append((mean(private, values, round)["a"].double() * 5 - clean) / 2)
     return torch.stack(found)
 
 
@@ -152,9 +174,9 @@ def test_a_chain_needs_its_releases_each_round_once_and_the_same_tensors(tmp_pat
     private = made(tmp_path, own)
     noises(private, [1])
     with pytest.raises(PluginError, match="one mean of the same tensors in each"):
-        private.mean(updates(1), START, 1)
+        mean(private, [1], 1)
     with pytest.raises(PluginError, match="with 50 numbers, this has 3"):
-        private.mean([], {"a": torch.zeros(3)}, 2)
+        mean(private, [], 2, {"a": torch.zeros(3)})
     saved = private.saved()
     saved["chain"]["hashes"] = ["00" * 32]
     with pytest.raises(PrivacyError, match="goes on from releases"):
@@ -187,8 +209,17 @@ def test_a_client_in_more_rounds_than_are_accounted_is_refused_before_anything_i
         with pytest.raises(
             PrivacyError, match="in 2 rounds at most, 2 or more apart, once in each"
         ):
-            resumed.mean(updates(1), START, 5, clients)
+            resumed.mean(updates(*clients), START, 5, clients)
     assert len(resumed.ledger.entries) == 2
+
+
+def test_updates_of_clients_that_are_not_named_are_refused_before_anything_is_spent(tmp_path):
+    private = made(tmp_path, plan(noise_multiplier=1.0, min_separation=2))
+    for clients in ([], [3], [3, 4, 5]):
+        with pytest.raises(PluginError, match=f"got 2 updates of {len(clients)} clients"):
+            private.mean(updates(1, 1), START, 1, clients)
+    assert not private.ledger.entries
+    private.mean(iter(updates(1, 1)), START, 1, [3, 4])  # nothing was noted
 
 
 def test_banded_noise_that_is_too_large_is_refused():

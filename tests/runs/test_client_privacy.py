@@ -18,14 +18,17 @@ import torch
 
 from fedloom.errors import CheckpointError, PrivacyError, SettingsError
 from fedloom.experiment.experiment import Experiment
-from fedloom.federation.presence import Presence
+from fedloom.federation.presence import Membership, Presence
 from fedloom.federation.selection import draw
 from fedloom.methods import METHODS
 from fedloom.privacy.accounting import Releases, epsilon
 from fedloom.privacy.correlation import Banded, Participation
+from fedloom.privacy.ledger import PrivacyLedger
+from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.private_mean import PrivateMean
 from fedloom.reports.run_page import write_report
 from fedloom.runs import run as runs
-from fedloom.runs.client_privacy import key_file, selection_of
+from fedloom.runs.client_privacy import RunPrivacy, key_file, selection_of
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.storage.run_folder import RunFolder
@@ -44,6 +47,9 @@ SMALL = {
     "training": {"local_steps": 1, "batch_size": 4},
     "evaluation": {"samples": 0, "max_examples": 4, "client_max_examples": 2},
 }
+FEW = {"clients": {"newcomers": [1, 2, 3]}, "evaluation": {"per_client": True}}
+"""One member, where two clients are drawn."""
+
 ABLE = sorted(name for name, (_, kind) in METHODS.items() if kind.declares.client_privacy.holds)
 
 
@@ -177,6 +183,22 @@ def test_other_methods_are_refused_with_their_reason(private, name):
             "privacy.mechanism is about the rounds of",
         ),
         ({"privacy": {"max_participations": 0}}, "greater than or equal to 1"),
+        (
+            {"privacy": {"mechanism": "tree"}, "selection": {"name": "rows"}},
+            "draws clients by how often and when each was drawn: leave out selection.name = 'rows'",
+        ),
+        (
+            {"privacy": {"min_separation": 2}, "federation": {"replacements": 1}},
+            "draws clients by how often and when each was drawn, and those who give no answer",
+        ),
+        (
+            {"privacy": {"min_separation": 1}, **FEW},
+            "every round needs 2 clients, and there are 1: draw fewer clients for a round",
+        ),
+        (
+            {"privacy": {"max_participations": 1}, **FEW},
+            "need 4 participations, and 1 clients have 1: draw fewer clients for a round",
+        ),
     ],
 )
 def test_what_cannot_be_private_is_refused_before_anything_is_read(private, sections, words):
@@ -379,6 +401,59 @@ def test_a_draw_keeps_the_rounds_of_each_client_apart_and_few(private, away):
     assert min(b - a for own in taken.values() for a, b in pairwise(own)) >= 4
     if not away:
         assert {len(own) for own in taken.values()} == {24}  # 120 * 8 / 40: the draw is even
+
+
+@pytest.mark.parametrize("reachable", [12, 11, 4])
+def test_a_pause_of_one_client_changes_no_draw_but_its_own(private, reachable):
+    """Quarantine follows from a client's answers, which may not change who else takes part."""
+    own: Experiment = private(
+        {"min_separation": 2}, federation={"clients": 12, "clients_per_round": 5, "rounds": 40}
+    )
+    members = Membership(tuple(range(12)), rows=dict.fromkeys(range(12), 5))
+    for paused in range(12):
+        found = []
+        for pauses in ({}, {paused: 30}):
+            selection, presence, rng = selection_of(own), Presence(), np.random.default_rng(paused)
+            found.append([])
+            for round in range(1, 41):
+                there = set(rng.permutation(12)[:reachable].tolist())
+                suspended = pauses if 5 <= round <= 30 else {}
+                presence = presence.begun(round, members, there, suspended)
+                selection.begin(round, {})
+                found[-1].append(set(draw(selection, presence, 5, 0, round)))
+        plain, other = found
+        assert all(
+            theirs == ours - ({paused} if 5 <= round <= 30 else set())
+            for round, (ours, theirs) in enumerate(zip(plain, other, strict=True), 1)
+        )
+        assert any(paused in cohort for cohort in plain[4:30])
+    everybody = presence.begun(41, members, set(range(12)), {})
+    whole = draw(selection_of(own), everybody, 5, 0, 1)
+    for away in whole:  # numbers are those of clients, not of places
+        others = draw(selection_of(own), everybody.without([away]), 5, 0, 1)
+        assert len(others) == 5 and set(whole) - {away} < set(others)
+
+
+def test_the_sentence_after_a_run_says_what_a_client_moves_with_repeated_rounds(private, tmp_path):
+    privacy = RunPrivacy(private({"min_separation": 2}, federation={"rounds": 4}))
+    start = {"a": torch.zeros(3)}
+
+    def mean(values):
+        ledger = PrivacyLedger(tmp_path / "ledger", compose=privacy.plan.compose)
+        made = PrivateMean(privacy.plan, NoiseSource(bytes(32), "run"), ledger)
+        made.mean(
+            [{"a": torch.full((3,), value)} for value in values], start, 1, range(len(values))
+        )
+        return made
+
+    mean([0.1])
+    record = privacy.promise(mean([0.1, 0.2]))  # round 1 again, with one answer more
+    assert privacy.promise()["sensitivity"] == pytest.approx(2**0.5)  # two of four rounds
+    assert record["sensitivity"] == pytest.approx(2**0.5) and record["steps"] == 2
+    record = privacy.promise(mean([0.2, 0.2]))
+    assert record["sensitivity"] == pytest.approx(3**0.5)
+    assert "moves all releases together by at most 1.732 clips" in record["sentences"][0]
+    assert record["epsilon"] == epsilon([Releases(1.0 / 3**0.5, 1, 1)], 1e-2, "rdp").epsilon
 
 
 def test_poisson_cohorts_have_the_rate_of_the_accountant(private):

@@ -37,20 +37,20 @@ def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what draws clients in another way than by coins, and a delta that is too large."""
+    """Yield what draws clients in another way than is accounted for, and a delta that is too large."""
     federation, delta = parts["federation"], parts["privacy"].delta
+    separates = parts["privacy"].separates
+    coins = "draws each client by a coin of its own"
+    draws = "draws clients by how often and when each was drawn" if separates else coins
     if "selection" in parts and parts["selection"].name != "uniform":
-        yield (
-            f"{WHAT} draws each client by a coin of its own: leave out selection.name = "
-            f"{parts['selection'].name!r}"
-        )
+        yield f"{WHAT} {draws}: leave out selection.name = {parts['selection'].name!r}"
     for key in ("replacements", "extra"):
         if getattr(federation, key):
             yield (
-                f"{WHAT} draws each client by a coin of its own, and those who give no answer add "
-                f"nothing: leave out federation.{key} = {getattr(federation, key)}"
+                f"{WHAT} {draws}, and those who give no answer add nothing: leave out "
+                f"federation.{key} = {getattr(federation, key)}"
             )
-    if parts["privacy"].separates:
+    if separates:
         yield from _rounds_of_clients(parts)
     if delta is not None and delta >= 1 / federation.clients:
         yield (
@@ -67,15 +67,18 @@ def _rounds_of_clients(parts: Mapping[str, Any]) -> Iterator[str]:
     members, drawn = federation.clients - len(unseen), federation.cohort_size
     apart, most = privacy.min_separation, privacy.max_participations
     asked = f"federation.clients_per_round = {drawn}"
+    fewer = "draw fewer clients for a round"
     if apart is not None and apart * drawn > members:
+        least = f"give {members // drawn} at most, or " if drawn <= members else ""
+        every = f"every {apart} rounds need" if apart > 1 else "every round needs"
         yield (
-            f"privacy.min_separation = {apart}: with {asked} every {apart} rounds need "
-            f"{apart * drawn} clients, and there are {members}: give {max(1, members // drawn)} at most, "
-            "or draw fewer clients for a round"
+            f"privacy.min_separation = {apart}: with {asked} {every} {apart * drawn} clients, and there "
+            f"are {members}: {least}{fewer}"
         )
     if most is not None and most * members < federation.rounds * drawn:
+        needed = federation.rounds * drawn
+        more = f"give {-(-needed // members)} at least, or " if drawn <= members else ""
         yield (
             f"privacy.max_participations = {most}: {federation.rounds} rounds with {asked} need "
-            f"{federation.rounds * drawn} participations, and {members} clients have {most * members}: "
-            f"give {-(-federation.rounds * drawn // members)} at least, or draw fewer clients for a round"
+            f"{needed} participations, and {members} clients have {most * members}: {more}{fewer}"
         )

@@ -44,6 +44,7 @@ class Presence:
         rows: Training rows of every client registered so far, absent ones included.
         answered_last: The round of each client's last answer that counted; no entry where there is none.
         interrupted: Clients that, since their last answer that counted, were away or gave none.
+        unreachable: Members that are not registered or cannot be reached now, suspended or not.
     """
 
     members: tuple[int, ...] = ()
@@ -53,6 +54,7 @@ class Presence:
     rows: Mapping[int, int] = field(default_factory=dict)
     answered_last: Mapping[int, int] = field(default_factory=dict)
     interrupted: frozenset[int] = frozenset()
+    unreachable: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, rows: Mapping[int, int]) -> Presence:
@@ -83,8 +85,14 @@ class Presence:
         if reachable is membership.rows and not (membership.left or self.left or suspended):
             # all who ever were are there, as in one process: nothing is gone through client by client
             everybody = membership.enrolled
-            rows = membership.rows
-            return replace(self, members=everybody, available=everybody, suspended={}, rows=rows)
+            return replace(
+                self,
+                members=everybody,
+                available=everybody,
+                suspended={},
+                unreachable=frozenset(),
+                rows=membership.rows,
+            )
         members = tuple(sorted(set(membership.enrolled) - membership.left))
         available = tuple(c for c in members if c in reachable and c not in suspended)
         away = self.answered_last.keys() - set(available)
@@ -93,6 +101,7 @@ class Presence:
             members=members,
             available=available,
             suspended={c: suspended[c] for c in members if c in suspended},
+            unreachable=frozenset(c for c in members if c not in reachable),
             left={c: self.left.get(c, round) for c in sorted(membership.left)},
             rows=dict(sorted({**self.rows, **membership.rows}.items())),
             interrupted=self.interrupted | away,

@@ -132,6 +132,10 @@ class Separated(Selection):
     ``privacy.unit = "client"`` alone. Whoever is drawn takes part, also if no answer comes. Those that
     took part in the fewest rounds come first; those that are alike, uniformly. Where fewer can be drawn
     than are asked for, there may be nobody.
+
+    Accounting hides a client's changes, and so these may not change who else is drawn: a client that is
+    suspended for its answers is drawn as if it were there, gives no answer and is not replaced, and the
+    numbers that decide between clients that are alike go by their ids, not by their places.
     """
 
     exact = False
@@ -146,12 +150,18 @@ class Separated(Selection):
         self._round = round
 
     def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
-        """Return those of the clients that are there and may take part, at most ``size``."""
-        there = [own for own in presence.available if self._taken.may(own, self._round)]
-        often = np.array([self._taken.times(client) for client in there], np.float64)
-        drawn = first(there, often + rng.random(len(there)), size)
+        """Return the available ones of at most ``size`` clients that are drawn; see the class."""
+        suspended = presence.suspended.keys() - presence.unreachable
+        free = [
+            client
+            for client in sorted({*presence.available, *suspended})
+            if self._taken.may(client, self._round)
+        ]
+        numbers = rng.random(1 + max(presence.members, default=0))
+        keys = [self._taken.times(client) + numbers[client] for client in free]
+        drawn = first(free, np.array(keys, np.float64), size)
         self._taken.take(drawn, self._round)
-        return drawn
+        return [client for client in drawn if client not in suspended]
 
     def saved(self) -> dict[str, Any]:
         """Return how often and when each client was drawn, as plain JSON."""
@@ -213,8 +223,8 @@ def draw(
     Args:
         selection: How.
         presence: At the start of the round.
-        size: Number of clients; all are drawn where fewer are there. What is not ``exact`` may draw
-            others.
+        size: Number of clients; all are drawn where fewer are there. What is not ``exact`` is told it as
+            it is, and may draw others.
         seed: The experiment's.
         round: From 1.
         purpose: Of the draw, for its seed.
@@ -222,7 +232,8 @@ def draw(
     Raises:
         PluginError: A class that is not fedloom's returned something else than that many of them.
     """
-    size = min(size, len(presence.available))
+    if selection.exact:
+        size = min(size, len(presence.available))
     drawn = selection.draw(presence, size, generator(seed, purpose, round=round))
     count = size if selection.exact else None
     return _available("draw", selection, drawn, presence, count)

@@ -113,7 +113,8 @@ class Selection:
         Args:
             presence: At the start of the round; ``available`` is ascending, and ``rows`` and
                 ``answered_last`` are mappings by client id.
-            size: Number of clients, from 1 to the number of those available.
+            size: Number of clients, from 1 to the number of those available; for what is not ``exact``
+                as many as are asked for, however few are there.
             rng: The only source of randomness: its seed is of the experiment, the purpose and the round.
         """
         raise NotImplementedError

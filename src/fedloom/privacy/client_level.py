@@ -153,7 +153,8 @@ class ClippedSum:
     def noised_share(self, deviation: float, expected: float, noise: NoiseStream) -> float:
         """Return the noisy share of clients whose change was not longer than the clip.
 
-        Each client's bit is centred to +1/2 or -1/2, so that it moves the sum by 1/2.
+        Each client's bit is centred to +1/2 or -1/2: a client that is not there moves the sum by 1/2, one
+        whose change is another by 1 at most.
 
         Args:
             deviation: sigma_b, standard deviation of the noise on the number of clients.
@@ -169,26 +170,28 @@ def _whole(change: Floats, scale: float) -> Integers:
     return np.trunc(change * scale).astype(np.int64)
 
 
-def update_multiplier(joint: float, deviation: float) -> float:
+def update_multiplier(joint: float, deviation: float, moved: float = 0.5) -> float:
     """Return the noise multiplier of a sum whose clip follows a quantile, given that of both releases.
 
-    z_update = (z^-2 - (2 sigma_b)^-2)^(-1/2): both releases together cost as much as one with z.
+    z_update = (z^-2 - (sigma_b / moved)^-2)^(-1/2): both releases together cost as much as one with z.
 
     Args:
         joint: z, from 0.
         deviation: sigma_b, the noise on the number of clients within the clip.
+        moved: How far a client moves that number: 1/2 where neighbours have one client more or less, 1
+            where they differ in the changes of one.
 
     Raises:
-        ValueError: The number of clients alone costs more than z allows: 2 sigma_b must be above z.
+        ValueError: The number of clients alone costs more than z allows: sigma_b must be above moved z.
     """
     if joint == 0:
         return 0.0
-    if 2 * deviation <= joint:
+    if deviation <= moved * joint:
         raise ValueError(
             f"privacy.clip_count_noise = {deviation:g} is too little for a noise multiplier of "
-            f"{joint:g}: it must be above half of that, {joint / 2:g}"
+            f"{joint:g}, as a client moves the number by {moved:g}: it must be above {moved * joint:g}"
         )
-    return float((joint**-2 - (2 * deviation) ** -2) ** -0.5)
+    return float((joint**-2 - (deviation / moved) ** -2) ** -0.5)
 
 
 def next_clip(clip: float, share: float, quantile: float, rate: float) -> float:

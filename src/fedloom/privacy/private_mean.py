@@ -156,7 +156,8 @@ class ClientLevelPlan:
         """The noise multiplier of the sum alone."""
         if self.quantile is None:
             return self.noise_multiplier
-        return update_multiplier(self.noise_multiplier, self.count_noise)
+        moved = 0.5 if self.correlation is None else 1.0  # by the relation, see ``neighbours``
+        return update_multiplier(self.noise_multiplier, self.count_noise, moved)
 
     @property
     def promised(self) -> Spent:
@@ -189,7 +190,8 @@ class ClientLevelPlan:
         """The relation of the statement, as records name it.
 
         Where a draw of fixed size bounds a client's rounds, another would be drawn in the place of one
-        that is not there. The client's changes are hidden, and not that it was drawn.
+        that is not there. The client's changes are hidden, and not that it was drawn. A change of zero
+        is within the clip and counts as +1/2, where another may count as -1/2.
         """
         return NEIGHBOURS if self.correlation is None else ZERO_OUT
 
@@ -315,7 +317,7 @@ class PrivateMean:
         return total.drawn(self.plan.deviation(total.numbers), noise)
 
     def mean(
-        self, updates: Iterable[Tensors], start: Tensors, round: int, clients: Collection[int] = ()
+        self, updates: Iterable[Tensors], start: Tensors, round: int, clients: Collection[int]
     ) -> Tensors:
         """Return start + (clipped sum of changes + noise) / (q N).
 
@@ -323,17 +325,26 @@ class PrivateMean:
             updates: What clients sent back for ``start``; perhaps of none.
             start: What they were sent.
             round: From 1.
-            clients: Whose updates they are, where a client's rounds are bounded.
+            clients: Whose updates they are, one of each.
 
         Raises:
+            PluginError: A client's rounds are bounded, and updates are not one for each client.
             PrivacyError: The budget would be passed, or a client took part more often than is accounted.
             OutputError: The ledger cannot be written.
         """
         plan, total, chain = self.plan, ClippedSum.empty(start, self.clip), self._chain
-        if self._taken is not None:
-            self._taken.take(clients, round)
+        count = 0
         for update in updates:
             total.add(update)
+            count += 1
+        if self._taken is not None:
+            if count != len(clients):
+                raise PluginError(
+                    f"round {round}: the private mean got {count} updates of {len(clients)} clients: it "
+                    "counts in how many rounds each client takes part, and needs one update of each. "
+                    "Nothing of the round is released; a method has to name whose updates they are"
+                )
+            self._taken.take(clients, round)
         if chain is None:
             digest = self._source.digest(total.content())
         else:

@@ -64,8 +64,8 @@ class PrivacySettings(Settings):
     """How fast it follows (Andrew et al. 2021: 0.2)."""
     clip_count_noise: float | None = Field(default=None, gt=0)
     """Standard deviation of the noise on the number of clients within the clip, which the noise on the
-    sum pays for: above half the noise multiplier (default: a twentieth of the clients expected in a
-    round)."""
+    sum pays for: above half the noise multiplier, with min_separation or max_participations above the
+    whole (default: a twentieth of the clients expected in a round)."""
     mechanism: Mechanism = "independent"
     """For unit = "client": noise that is "independent" in each round, or correlated over
     rounds, of which less is left in the sum of all (DP-FTRL): by a binary "tree", or by a "banded" matrix

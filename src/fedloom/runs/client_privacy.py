@@ -142,6 +142,9 @@ class RunPrivacy:
             "noise_to_signal": once * plan.noise_multiplier * math.sqrt(numbers) / plan.expected,
             "not_covered": _not_covered(self._experiment),
         }
+        if private is not None and plan.correlation is not None:
+            rounds = (entry["round"] for entry in private.ledger.entries)
+            record["sensitivity"] = plan.correlation.total(rounds)
         return {**record, "sentences": sentences(record)}
 
 
