@@ -15,15 +15,21 @@ class PoolHere:
     Attributes:
         dies: For each request that is received, whether its worker ends without an answer.
         idle_dies: How many workers end while they have nothing to do.
+        handlers: Handlers that take the place of the method's, by action.
     """
 
-    def __init__(self, settings, size, seed=0, dies=(), idle_dies=0):
+    def __init__(self, settings, size, seed=0, dies=(), idle_dies=0, handlers=None):
         self.ready, self.dies, self.idle_dies = range(size), list(dies), idle_dies
-        self._make = lambda: assemble(settings, partition_data(settings)).local
+        self._settings, self._handlers = settings, handlers or {}
         self._engines = [self._make() for _ in range(size)]
         self._asked = {}
         self._rng = np.random.default_rng(seed)
         self.order, self.units = [], []
+
+    def _make(self):
+        engine = assemble(self._settings, partition_data(self._settings)).local
+        engine.handlers = {**engine.handlers, **self._handlers}
+        return engine
 
     def send(self, worker, request):
         assert worker not in self._asked, "a worker has one request at a time"

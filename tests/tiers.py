@@ -96,6 +96,7 @@ QUICK = {
     "engines/test_workers.py::test_any_order_of_answers_and_any_death_give_the_bits_of_one_process": 0,
     "engines/test_workers.py::test_log_probs_are_sent_to_a_worker_that_only_evaluated": 0,
     "engines/test_workers.py::test_more_workers_than_memory_are_refused_with_the_number_that_fits": 0,
+    "engines/test_workers.py::test_sessions_of_a_cohort_are_made_anew_one_by_one": 0,
     "engines/test_workers.py::test_the_longest_is_begun_first_and_answers_come_in_the_order_of_requests": 0,
     "engines/test_workers.py::test_work_that_ends_its_worker_three_times_ends_the_round": 0,
     "evaluation/privacy_audit/test_span.py::test_alterations_hide_no_tokens": 1,

@@ -25,6 +25,7 @@ from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.training.results import reported
+from fedloom.wire.messages import Payload
 from pools import with_pool
 from sampling import sampled
 
@@ -82,6 +83,46 @@ def played(settings, parts):
     }
     counted = [(c.round, c.client, c.phase, c.bytes_up, c.bytes_down, c.flops) for c in costs]
     return state.digest(), kept, counted
+
+
+def train_on(client, payload):
+    """Train at a rate that depends on how often the client was asked in this round."""
+    client.model.write(payload.tensors)
+    asked = client.session["asked"] = client.session.get("asked", 0) + 1
+    result = yield from client.training_steps(payload.numbers["learning_rate"] * asked)
+    return Payload(client.model.read(), {"examples": len(client.share)}, result.metrics)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dies", "units"),
+    [
+        # the session that is lost is needed one exchange later
+        (((0, 1, 2), (2,), (0, 1)), [0, 0, 1], [(0, 1), (2,), (2,), (2,), (1,), (0,)]),
+        # a session is made anew beside that of a client which was trained together with it
+        (((0, 1), (0, 1), (0, 1)), [0, 1], [(0, 1), (1,), (1,), (0,), (1,), (0,)]),
+    ],
+)
+def test_sessions_of_a_cohort_are_made_anew_one_by_one(experiment, asked, dies, units):
+    settings = experiment(
+        objective={"name": "sft"},
+        data={"source": "builtin:instructions", "builtin_rows": 24},
+        training={"local_steps": 1, "batch_size": 2},
+        simulation={"cohort": 2},
+    )
+
+    def answers(parts):
+        parts.local.handlers = {**parts.local.handlers, "train": train_on}
+        return [
+            (own.client, own.error, own.data)
+            for clients in asked
+            for own in parts.engine.exchange(training(parts, clients=clients))
+        ]
+
+    alone = answers(assemble(settings, partition_data(settings)))
+    assert all(error is None for _, error, _ in alone)
+    parts, pool = with_pool(settings, size=1, dies=dies, handlers={"train": train_on})
+    assert answers(parts) == alone
+    assert pool.units == units
 
 
 @pytest.mark.parametrize("name", METHODS)

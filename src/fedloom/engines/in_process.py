@@ -6,6 +6,7 @@ counts the bytes that would be sent, and no client sees another client's tensors
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
@@ -368,6 +369,17 @@ class SimulationEngine:
     def forget_attempt(self, client: int) -> None:
         """Discard what a failed attempt at a client's work has left for this round."""
         self._sessions.pop(client, None)
+
+    @contextlib.contextmanager
+    def sessions_aside(self, clients: Collection[int]) -> Iterator[None]:
+        """Have clients work as at the start of a round; afterwards they hold what they held before."""
+        held = {own: self._sessions.pop(own) for own in clients if own in self._sessions}
+        try:
+            yield
+        finally:
+            for own in clients:
+                self.forget_attempt(own)
+            self._sessions |= held
 
     def encoded_reply(self, link: ClientLink, client: Client, reply: Payload, cost: Cost) -> bytes:
         """Return what a client sends back, masked where it is to be summed.

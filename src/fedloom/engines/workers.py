@@ -132,13 +132,12 @@ def carry_out(engine: SimulationEngine, request: ClientRequest) -> ClientResult:
     if secure is not None:
         secure.given |= request.keys
     for place, (earlier, stored) in enumerate(request.earlier):
-        if not place:
-            engine.forget_attempt(clients[0])
         engine.store = ClientStore.of(stored)
         engine.begin(earlier)
-        engine.answers(earlier, [*stored])
-        for other in stored.keys() - {*clients}:
-            engine.forget_attempt(other)
+        if not place:
+            engine.forget_attempt(clients[0])
+        with engine.sessions_aside(stored.keys() - {*clients}):
+            engine.answers(earlier, [*stored])
     engine.ledger.costs.clear()
     scored = {client: _reference_of(engine.shares[client]) is not None for client in clients}
     before = {client: own.slots for client, own in request.facts.items()}
@@ -242,7 +241,8 @@ class WorkersEngine:
     def exchange(self, exchange: Exchange) -> Iterator[Answer]:
         """Carry out one action on every client asked; answers come in the order of the requests.
 
-        The clients of a cohort are one unit of work, and are those that one process would train together.
+        The clients of a cohort are one unit of work, and are those that one process would train together:
+        a client with a session works by itself, also where the worker that held it has ended.
 
         Raises:
             RoundFailed: A client's work has ended its worker three times.
@@ -251,7 +251,7 @@ class WorkersEngine:
             self._round, self._holders, self._earlier = exchange.round, {}, {}
         self._serial += 1
         self.local.store.begin_exchange()
-        units = [tuple(own) for own in self.local.cohorts(exchange, apart=self._holders)]
+        units = [tuple(own) for own in self.local.cohorts(exchange, apart=self._earlier)]
         unit_of = {client: unit for unit in units for client in unit}
         waiting = sorted(units, key=self._expected, reverse=True)
         results: dict[Unit, ClientResult] = {}
