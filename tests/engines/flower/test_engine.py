@@ -15,6 +15,8 @@ from fedloom.federation.records import Participant
 from fedloom.security.client_registry import Members
 from fedloom.security.keys import make_key
 from fedloom.wire.envelope import Joined
+from fedloom.wire.messages import Exchange
+from fedloom.wire.schema import Schema
 
 
 class Open(set):
@@ -117,6 +119,19 @@ def test_a_run_begins_without_nobody_that_is_required(there, require, needed):
     assert f"1 of 3 clients were ready within {asks}" in str(failed.value)
     assert "site-1 (client 1): not connected" in str(failed.value)
     assert "site-2 (client 2): not connected" in str(failed.value)
+
+
+def test_what_was_discarded_is_told_until_its_client_is_asked_again(there):
+    """Also where answers are taken one by one, and another client's is discarded in between."""
+    engine, _ = there([])
+    engine.transport.budget = SimpleNamespace(limit=0)
+    for client in (0, 1):
+        engine.submit(Exchange("train", 1 + client, Schema(), Schema(), {client: b""}))
+        assert engine.next_answer().client == client
+        engine.discard([client])
+        engine.discard([])  # an exchange of which nothing is discarded
+    assert engine._header("exchange", 0).undone == [[1, 1]]
+    assert engine._header("exchange", 1).undone == [[1, 2]]
 
 
 def test_who_is_waited_for_is_said_now_and_then(there, monkeypatch):

@@ -320,6 +320,7 @@ class FlowerEngine:
                 self.run_description.audit("undone", **facts)
             else:
                 self._discarded.pop(client, None)  # it has been informed and has answered
+        self._numbers = {}  # each answer is settled once
 
     def signing_keys(self) -> Mapping[int, bytes]:
         """Return the keys that clients had certified by their own when they registered."""
