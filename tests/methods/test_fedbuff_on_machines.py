@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import fedloom
 from fedloom.errors import Interrupted, SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.observers import Silent
 from fedloom.runs.run import resume_run, run_experiment
 from fedloom.wire.envelope import ReplyHeader, RequestHeader
@@ -163,6 +165,35 @@ def test_records_in_which_a_client_does_two_things_at_a_time_are_one_error(exper
     (tmp_path / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(SettingsError, match="client 1 answers in round 2 to a request of round 1"):
         fedloom.run(experiment("replayed", simulation={"replay": str(tmp_path)}))
+
+
+STOPPED = {"per_client": False, "every": 1, "early_stopping_patience": 1}
+
+
+def recorded(folder, *rounds):
+    own = [{"round": n, "rejected": [], "arrivals": {"staleness": {"1": 0}}} for n in rounds]
+    (folder / "rounds.jsonl").write_text("\n".join(map(json.dumps, own)))
+
+
+def test_records_of_a_run_that_stopped_early_are_enough_for_one_that_does(experiment, tmp_path):
+    own = experiment("replayed", simulation={"replay": str(tmp_path)}, evaluation=STOPPED)
+    recorded(tmp_path, 1, 2)
+    order = order_of_answers(own)
+    assert sorted(order.recorded) == [1, 2]
+    with pytest.raises(SettingsError, match="records end with round 2, and this run goes on with"):
+        order.arrivals(SimpleNamespace(round=3, requests={1: b""}), None, None)
+    with pytest.raises(SettingsError, match="has no round 3, and federation"):
+        order_of_answers(experiment("replayed", simulation={"replay": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(("rounds", "missing"), [((), 1), ((1, 3), 2)])
+def test_a_gap_in_records_is_one_error_also_where_runs_stop_early(
+    experiment, tmp_path, rounds, missing
+):
+    own = experiment("replayed", simulation={"replay": str(tmp_path)}, evaluation=STOPPED)
+    recorded(tmp_path, *rounds)
+    with pytest.raises(SettingsError, match=f"has no round {missing}, and"):
+        order_of_answers(own)
 
 
 @pytest.mark.parametrize(

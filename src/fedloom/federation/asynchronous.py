@@ -212,8 +212,20 @@ class RecordedArrivals(_InOrder):
     recorded: Mapping[int, RecordedRound] = field(default_factory=dict)
 
     def arrivals(self, exchange: Exchange, carry: Carry, ledger: Ledger) -> list[Assignment]:
-        """Have those work now whose answers to this round's request count later; return this round's."""
+        """Have those work now whose answers to this round's request count later; return this round's.
+
+        Raises:
+            SettingsError: The other run ended before this round.
+        """
         now, request = exchange.round, next(iter(exchange.requests.values()))
+        if now not in self.recorded:
+            raise SettingsError(
+                [
+                    f"records end with round {max(self.recorded, default=0)}, and this run goes on with "
+                    f"round {now}: give it the [evaluation] with which the other one stopped early"
+                ],
+                SETTING,
+            )
         taken = {
             client: round
             for round, own in sorted(self.recorded.items())
@@ -237,15 +249,20 @@ class RecordedArrivals(_InOrder):
         return found
 
 
-def recorded_arrivals(path: Path, federation: FederationSettings) -> dict[int, RecordedRound]:
+def recorded_arrivals(
+    path: Path, federation: FederationSettings, *, stops_early: bool = False
+) -> dict[int, RecordedRound]:
     """Read who answered in each round of a run between machines.
 
     Args:
         path: The ``rounds.jsonl`` of its folder.
         federation: Of the experiment that repeats it.
+        stops_early: Whether the run may end before ``federation.rounds``: then the last rounds need not
+            be recorded.
 
     Raises:
-        SettingsError: The file is not there, or a line is no record of such a round of these clients.
+        SettingsError: The file is not there, a line is no record of such a round of these clients, or a
+            round is missing.
     """
     found: dict[int, RecordedRound] = {}
     try:
@@ -263,7 +280,8 @@ def recorded_arrivals(path: Path, federation: FederationSettings) -> dict[int, R
             told = str(error) if isinstance(error, _NotRecordedError) else "is no record of a round"
             raise SettingsError([f"{named(path)}, line {number}: {told}"], SETTING) from None
     _require_one_at_a_time(found, path)
-    missing = sorted(set(range(1, federation.rounds + 1)) - found.keys())
+    last = min(federation.rounds, max(found, default=1)) if stops_early else federation.rounds
+    missing = sorted(set(range(1, last + 1)) - found.keys())
     if missing:
         raise SettingsError(
             [

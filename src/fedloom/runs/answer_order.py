@@ -47,7 +47,9 @@ def order_of_answers(
         _require_on_machines(experiment, remote, asynchronous=asynchronous)
         return ArrivalsByMachine(federation, engine=remote, notify=notify) if asynchronous else None
     if (path := experiment.simulation.replayed) is not None:
-        return RecordedArrivals(federation, recorded=recorded_arrivals(path, federation))
+        stops_early = experiment.evaluation.early_stopping_patience is not None
+        recorded = recorded_arrivals(path, federation, stops_early=stops_early)
+        return RecordedArrivals(federation, recorded=recorded)
     if settings is None and not asynchronous:
         return None
     devices = devices_of(settings or DevicesSettings(), federation.clients, federation.seed)
