@@ -183,6 +183,47 @@ def test_cohorts_are_timed_over_the_same_clients_and_steps(experiment):
     assert all(seconds > 0 for seconds, _, _ in runs)
 
 
+def cohorts_of(experiment, **sections):
+    return experiment(
+        objective={"name": "sft"},
+        data={"source": "builtin:instructions", "builtin_rows": 24},
+        training={"batch_size": 1},
+        **sections,
+    )
+
+
+def test_of_an_asynchronous_method_as_many_clients_are_timed_as_its_buffer_holds(experiment):
+    method, sizes = {"name": "fedbuff"}, {"clients": 3, "clients_per_round": 2}
+    own = cohorts_of(experiment, method=method, federation=sizes)
+    bench = cohort_bench(own, assemble(own, partition_data(own)))
+    assert sorted(bench.exchange.requests) == [0, 1] and bench.exchange.buffered is None
+
+
+def test_clients_that_fail_are_not_timed_and_it_is_said_why(experiment):
+    def broken(client, payload):
+        raise ModelError("no such layer")
+
+    own = cohorts_of(experiment)
+    parts = assemble(own, partition_data(own))
+    parts.local.handlers = {**parts.local.handlers, "train": broken}
+    assert cohort_bench(own, parts) == "client 0 cannot be timed: no such layer"
+
+
+def test_where_clients_fail_only_together_what_was_found_of_other_settings_stays(
+    experiment, monkeypatch
+):
+    def fail(bench, setting, values, seconds):
+        if setting == "cohort":
+            raise ModelError("client 0 cannot be timed: no such layer")
+        return outcome(1.25, better=True).trials[0]
+
+    monkeypatch.setattr(tuning, "_try", fail)
+    monkeypatch.setattr(tuning, "cohort_bench", lambda *_: Bench({}))
+    found = tune(cohorts_of(experiment), 10.0)
+    assert found.changes == {"training.tokens_per_pass": 256}
+    assert found.untried == {"simulation.cohort": "client 0 cannot be timed: no such layer"}
+
+
 def test_a_file_that_lines_cannot_be_put_into_is_refused_before_anything_is_timed(tmp_path):
     path = tmp_path / "x.toml"
     path.write_text("training = { learning_rate = 0.001 }\n")

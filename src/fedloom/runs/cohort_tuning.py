@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 
 from fedloom.accounting.ledger import Ledger
@@ -108,10 +109,17 @@ def cohort_bench(experiment: Experiment, parts: RunComponents) -> CohortBench | 
     )
     steps, exchange = begin(parts.method, first_state(parts.method, parts.initial), cohort)
     steps.close()
-    for client in exchange.requests:
-        engine.add_reference(1, client)
+    first = dict(
+        islice(exchange.requests.items(), asked)
+    )  # an asynchronous method names all clients
+    exchange = replace(exchange, requests=first, buffered=None)
     bench = CohortBench(engine, exchange, experiment.simulation)
-    _, _, tokens = bench.run(experiment.simulation)
+    try:
+        for client in first:
+            engine.add_reference(1, client)
+        _, _, tokens = bench.run(experiment.simulation)
+    except ModelError as error:
+        return str(error)
     return bench if tokens else "the method's first request of a round has no client train"
 
 

@@ -221,10 +221,11 @@ def tune(
             stage(f"timing {_section_of(setting)}.{setting} = {', '.join(map(str, values))}")
             try:
                 trial = _try(own, setting, values, share)
-            except SettingsError as error:
+            except (SettingsError, ModelError) as error:
                 if setting != COHORT:
                     raise
-                untried[COHORT_NAME] = "; ".join(error.problems)  # what was found of others stays
+                problems = error.problems if isinstance(error, SettingsError) else (str(error),)
+                untried[COHORT_NAME] = "; ".join(problems)  # what was found of others stays
                 continue
             trials.append(trial)
             if trial.best is not None:
