@@ -128,7 +128,8 @@ def load_examples(
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
-    train, account, more = _uncontaminated(train, test, settings, account)
+    texts = [] if settings.decontaminate == "off" else benchmark_texts(settings)
+    train, account, more = _uncontaminated(train, test, texts, settings, account)
     train, account = _mixed(train, settings, read, account, rng)
     return LoadedData(
         train,
@@ -162,26 +163,62 @@ def _without_duplicates(
     return take(rows, list(first.values()))
 
 
+def decontaminated(
+    loaded: LoadedData,
+    test: Sequence[Example],
+    benchmarks: Sequence[Sequence[str]],
+    settings: DataSettings,
+) -> LoadedData:
+    """Return the rows of one client, looked through as ``data.decontaminate`` says.
+
+    Args:
+        loaded: What was read of its own file, with an account.
+        test: The global held-out set, which is elsewhere.
+        benchmarks: Texts of each row of the benchmarks.
+        settings: Whether rows are dropped, and how many words contaminate.
+
+    Raises:
+        DataError: None is left.
+    """
+    account = loaded.account or Account(len(loaded.train))
+    before = account.dropped
+    train, account, more = _uncontaminated(loaded.train, test, benchmarks, settings, account)
+    lost = {reason: n for reason, n in account.dropped.items() if reason not in before}
+    return replace(
+        loaded,
+        train=train,
+        digest=_digest(train, loaded.test),
+        dropped=added(loaded.dropped, lost),
+        account=replace(account, trained=len(train)),
+        warnings=(*loaded.warnings, *more),
+    )
+
+
 def _uncontaminated(
-    train: Sequence[Example], test: Sequence[Example], settings: DataSettings, account: Account
+    train: Sequence[Example],
+    test: Sequence[Example],
+    benchmarks: Sequence[Sequence[str]],
+    settings: DataSettings,
+    account: Account,
 ) -> tuple[Sequence[Example], Account, tuple[str, ...]]:
     """Return training rows without those that share a passage with held-out rows or benchmarks.
 
     Args:
         train: Rows, without those that are held out.
         test: The global held-out set.
-        settings: What contaminates, and whether it is dropped.
+        benchmarks: Texts of each row of the benchmarks.
+        settings: Whether they are dropped, and how many words contaminate.
         account: Of the rows so far.
 
     Returns:
         The rows, their account, and warnings.
 
     Raises:
-        DataError: None is left, or a benchmark cannot be read.
+        DataError: None is left.
     """
     if settings.decontaminate == "off":
         return train, account, ()
-    found = contaminated(train, test, benchmark_texts(settings), settings.decontamination_words)
+    found = contaminated(train, test, benchmarks, settings.decontamination_words)
     drop = settings.decontaminate == "drop"
     if not drop or not found.rows:
         return train, account, found.warnings(drop)

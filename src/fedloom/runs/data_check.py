@@ -84,7 +84,7 @@ def _sources(experiment: Experiment) -> Iterator[Finding]:
     for source in each_file(data.benchmarks):
         alone = data.model_copy(update={"benchmarks": [source]})
         try:
-            texts = len(benchmark_texts(alone))
+            texts = sum(map(len, benchmark_texts(alone)))
         except FedloomError as error:
             yield Finding("fault", f"{source}: {error}")
         else:

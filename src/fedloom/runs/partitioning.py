@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.accounting.quantities import human_count
+from fedloom.data.contamination import benchmark_texts
 from fedloom.data.duplicates import near_duplicates
 from fedloom.data.examples import Example, Instruction, Labelled, Preference, as_choice
 from fedloom.data.feedback_partition import FeedbackPartition, partition_feedback, undivided
@@ -22,6 +23,7 @@ from fedloom.data.loading import (
     OVER_MOST,
     DataSource,
     LoadedData,
+    decontaminated,
     few,
     load_examples,
     without_judged,
@@ -266,6 +268,8 @@ def _loaded(
     rng, most = generator(experiment.federation.seed, "data"), experiment.evaluation.max_examples
     drawing = _drawing(experiment)
     named = own_source(experiment.data)
+    if source is not None or named is not None:
+        _require_rows_as_given(experiment.data)
     if experiment.data.streaming and (source is not None or named is not None):
         raise DataError(
             "data.streaming = true reads rows of files and of the Hub, and a source of your own gives "
@@ -290,6 +294,26 @@ def _loaded(
     return replace(
         loaded, train=train, account=account, test_account=judged, warnings=warnings, places=()
     )
+
+
+def _require_rows_as_given(data: DataSettings) -> None:
+    """Check that nothing is asked for that is done where rows are read.
+
+    Raises:
+        DataError: A user's own source, which gives examples, would leave it undone.
+    """
+    asked = {
+        "data.map": bool(data.map),
+        "data.filter": data.filter is not None,
+        "data.deduplicate": data.deduplicate,
+        "data.decontaminate": data.decontaminate != "off",
+    }
+    told = [name for name, there in asked.items() if there]
+    if told:
+        raise DataError(
+            f"{' and '.join(told)}: of rows that are read from files and the Hub, and a source of your "
+            "own gives its examples itself: do it in its load(), and leave the setting out"
+        )
 
 
 def _require_kind(
@@ -337,13 +361,22 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
         DataError: A file cannot be read, or holds other classes than the held-out rows.
     """
     data, seed = experiment.data, experiment.federation.seed
-    coordinators = data.model_copy(update={"source": ELSEWHERE})
+    # once all is read: with the coordinator's rows there is nothing to compare, nor with a file's alone
+    alone = {"decontaminate": "off"}
+    coordinators = data.model_copy(update={"source": ELSEWHERE, **alone})
     loaded = load_examples(coordinators, generator(seed, "data"))
     classes = _classes(loaded.test)
     files: dict[int, LoadedData] = {}
     for client, source in enumerate(data.sources):
         apart = {"source": source, "test_source": None, "test_split": None, "test_kind": None}
-        files[client] = _whole(data.model_copy(update=apart), seed, classes)
+        files[client] = _whole(data.model_copy(update=apart | alone), seed, classes)
+    if data.decontaminate != "off":
+        benchmarks = benchmark_texts(data)
+        for client, read in files.items():
+            try:
+                files[client] = decontaminated(read, loaded.test, benchmarks, data)
+            except DataError as error:
+                raise DataError(f"client {client}: {error}") from None
     digests = [loaded.digest, *(read.digest for read in files.values())]
     dropped = loaded.dropped
     account = Account(0)
@@ -363,6 +396,10 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
         bad_rows=(*loaded.bad_rows, *(bad for read in files.values() for bad in read.bad_rows)),
         dropped=dropped,
         account=account,
+        warnings=(
+            *loaded.warnings,
+            *(f"client {c}: {text}" for c, read in files.items() for text in read.warnings),
+        ),
         layouts=tuple(
             dict.fromkeys(line for read in (loaded, *files.values()) for line in read.layouts)
         ),
