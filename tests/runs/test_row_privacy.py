@@ -7,6 +7,7 @@ import pytest
 
 from fedloom.data.examples import Preference
 from fedloom.errors import CheckpointError, DataError, SettingsError
+from fedloom.experiment.experiment import Experiment
 from fedloom.objectives import make_objective
 from fedloom.objectives.base import Objective
 from fedloom.privacy.accounting import Releases, epsilon
@@ -192,3 +193,25 @@ def test_the_models_own_dropout_is_off(private, experiment, monkeypatch):
             settings, make_objective(settings.objective), (), lambda text: None
         )
         assert len(switched) == times
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"source": "x.jsonl", "max_rows": 9}, r"data\.max_rows draws rows by how many"),
+        (
+            {"domains": {n: {"source": f"{n}.jsonl", "max_rows": 9} for n in "ab"}},
+            r"data\.domains\.b\.max_rows draws",
+        ),
+        (
+            {"domains": {n: {"source": f"{n}.jsonl", "weight": 2} for n in "ab"}},
+            r"data\.domains\.a\.weight draws",
+        ),
+        ({"source": "x.jsonl", "decontaminate": "drop"}, r"data\.decontaminate = \"drop\" takes"),
+    ],
+)
+def test_what_one_row_more_would_draw_others_by_is_refused(data, told):
+    table = {"data": {"kind": "instruction", **data}, "objective": {"name": "sft"}}
+    Experiment.from_table(table)
+    with pytest.raises(SettingsError, match=told):
+        Experiment.from_table({**table, "privacy": {"unit": "row", "delta": 1e-3}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedloom.data.sources import DataSettings
 from fedloom.methods import METHODS, make_method
 from fedloom.objectives import OBJECTIVES, make_objective
 
@@ -64,11 +65,31 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f'{WHAT}: partition.feedback = "spread" puts the two answers of a pair at two clients, each '
             "of which would hide its own answer alone; leave it out"
         )
+    if "data" in parts:
+        yield from _drawn(parts["data"])
     column = parts["privacy"].column
     if column is not None and "data" in parts and parts["data"].streaming:
         yield (
             f"privacy.column = {column!r}: data.streaming = true keeps the rows' other columns in their "
             "files; leave out one of the two"
+        )
+
+
+def _drawn(data: DataSettings) -> Iterator[str]:
+    """Yield which settings choose rows by how many there are, or by other rows."""
+    whole = {"data": data} | {f"data.domains.{name}": own for name, own in data.domains.items()}
+    for section, part in whole.items():
+        asked = {"max_rows": part.max_rows, "weight": part.weight}
+        for name in (name for name, value in asked.items() if value is not None):
+            yield (
+                f"{WHAT}: {section}.{name} draws rows by how many there are, so that one row more "
+                "changes which others are trained on: leave it out, or write the rows drawn to a file"
+            )
+    if data.decontaminate == "drop":
+        yield (
+            f'{WHAT}: data.decontaminate = "drop" takes a passage that many training rows have for a '
+            "template's, so that one row more changes which others are dropped: use "
+            '"report", or drop them from the files'
         )
 
 
