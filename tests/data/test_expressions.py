@@ -35,6 +35,11 @@ ROW = {
         ("round(2.345, 1)", 2.3),
         ("lang.replace('e', 'EE').split('E')", ["", "", "n"]),
         ("'a' in tags and 'What' in q", True),
+        ("tags + ['c']", ["a", "b", "c"]),
+        ("none is not None or score is True", False),
+        ("10 - 4 - 3 * 2 // 5 % 4", 5),
+        ("+".join(["score"] * 60), 240),  # long, and not deep
+        ("len(" + " + '-' + ".join(["lang"] * 50) + ")", 149),
     ],
 )
 def test_its_value_is_pythons(text, value):
@@ -56,6 +61,8 @@ def test_its_value_is_pythons(text, value):
         ("q.replace('a')", r"calls .replace\(\) with 1 arguments, it takes 2"),
         ("q[::2]", "a slice with a step"),
         ("row", "row stands before"),
+        ("lang is 'en'", "is and is not stand before None, True and False alone; write =="),
+        ("score is not none", "is and is not stand before"),
         ("score =", "is no expression"),
         ("(" * 150 + "q" + ")" * 150 + " + " + "-" * 60 + "1", "deeper than|is no expression"),
         ("+".join(["score"] * 200), "has 600 parts, at most 200|parts, at most 200"),
@@ -81,6 +88,10 @@ def test_what_is_none_is_refused_by_the_part_that_is_not(text, told):
         ("tags[5]", "list index out of range"),
         ("none > 1", "not supported"),
         ("round(score, 0 - 999999999)", "round"),
+        ("str(tags)", r"str\(\) is of a number or a text"),
+        ("[tags, tags]", "a list within a list is not made here"),
+        ("*".join(["9999999999999999999"] * 80), "an integer of more than 4096 bits"),
+        ("int('" + "9" * 1500 + "')", "an integer of more than 4096 bits"),
     ],
 )
 def test_a_row_without_a_value_is_malformed_and_told(text, told):
@@ -95,6 +106,24 @@ def test_what_grows_beyond_a_row_is_stopped_before_it_is_made():
     with pytest.raises(RowError, match="longer than 16777216 characters"):
         parse_expression(grown).of({"q": "a"})
     assert time.process_time() - begun < 2
+
+
+def test_what_is_made_of_what_was_made_does_not_grow_without_end():
+    row, begun = {"n": [3], "d": [{"a": "x" * 2**20}]}, time.process_time()
+    for text in ("n", "d"):
+        grown = parse_expression("+".join([text] * 90))
+        longest = 90**2 if text == "n" else 1
+        while len(row[text]) < longest:
+            row[text] = grown.of(row)
+        with pytest.raises(RowError, match="longer than 16777216 characters"):
+            grown.of(row)
+    assert time.process_time() - begun < 1
+
+
+def test_a_message_holds_no_more_than_the_beginning_of_a_rows_text():
+    with pytest.raises(RowError, match="could not convert") as raised:
+        parse_expression("float(q)").of({"q": "private " * 10_000})
+    assert len(str(raised.value)) < 200
 
 
 def test_columns_that_every_row_needs_are_known():

@@ -80,8 +80,8 @@ class Contamination:
         if self.common:
             found.append(
                 f"{human_count(self.common)} passages of {self.words} words stand in several held-out "
-                f"rows, or rows of benchmarks, and in more than {human_count(_often(self.of))} training rows: they are "
-                "taken for a template's and not counted as contamination"
+                f"rows, or rows of benchmarks, and in more than {human_count(_often(self.of))} training "
+                "rows: they are taken for a template's and not counted as contamination"
             )
         return tuple(found)
 
@@ -150,7 +150,7 @@ def _grams(words: Sequence[str], size: int) -> Iterator[str]:
 
 
 def benchmark_texts(settings: DataSettings) -> list[list[str]]:
-    """Return every text of each row of ``data.benchmarks``: files, or the split "test" of sets on the Hub.
+    """Return every text of each row of ``data.benchmarks``: files, or the split "test" on the Hub.
 
     Raises:
         DataError: One cannot be read, has a malformed row, or holds no text.

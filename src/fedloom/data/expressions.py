@@ -2,11 +2,11 @@
 
 The grammar is a part of Python's, read by ``ast`` and never compiled or evaluated by Python: constants,
 columns by name, ``row["a column"]`` and ``row.get("column", other)``, slices, ``+ - * / // %`` on
-numbers, ``+`` on texts and lists, comparisons, ``in``, ``and or not``, ``a if b else c``, and functions
-and methods in :data:`FUNCTIONS` and :data:`METHODS`. There are no loops, no attributes, no powers, no
+numbers, ``+`` on texts and lists, comparisons, ``is`` before None, True and False, ``in``,
+``and or not``, ``a if b else c``, and functions and methods in :data:`FUNCTIONS` and :data:`METHODS`. There are no loops, no attributes, no powers, no
 regular expressions, and ``*`` and ``%`` are of numbers alone, so that the cost of a row is bounded by
-its length and by :data:`MOST_PARTS`; a text that becomes longer than a row may be is an error of its
-row.
+its length and by :data:`MOST_PARTS`; a text or a list that becomes longer than a row may be, an integer
+of more than :data:`MOST_BITS`, and a list within a list are errors of their row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ LONGEST = 2000
 """Characters of an expression."""
 
 MOST_PARTS = 200
-"""Names, constants, operators and calls of an expression."""
+"""Names, constants, operations and calls of an expression."""
+
+MOST_BITS = 4096
+"""Bits of an integer that is computed."""
+
+ITEM = 64
+"""Characters that an item of a list counts as, beside its own."""
+
+LONGEST_REASON = 100
+"""Characters of an error that a message shows: it may hold the row's text."""
 
 DEEPEST = 30
 """Parts within parts."""
@@ -54,6 +63,17 @@ def _length(value: Any) -> int:
     return len(value)
 
 
+def _string(value: Any) -> str:
+    if isinstance(value, dict) or _is_list(value):
+        raise TypeError(f"str() is of a number or a text, got {shown(value)}")
+    return str(value)
+
+
+def _is_list(value: Any) -> bool:
+    """Return whether a value is a list, or an array as Parquet and the Hub give it."""
+    return isinstance(value, list | tuple) or (hasattr(value, "tolist") and hasattr(value, "shape"))
+
+
 def _round(value: Any, digits: int = 0) -> Any:
     if not -15 <= digits <= 15:
         raise ValueError(f"round() is to -15 to 15 digits, got {digits}")
@@ -63,7 +83,7 @@ def _round(value: Any, digits: int = 0) -> Any:
 FUNCTIONS: Mapping[str, tuple[Callable[..., Any], int, int]] = {
     "len": (_length, 1, 1),
     "words": (_words, 1, 1),
-    "str": (str, 1, 1),
+    "str": (_string, 1, 1),
     "int": (int, 1, 1),
     "float": (float, 1, 1),
     "bool": (bool, 1, 1),
@@ -108,6 +128,9 @@ COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda one, several: one not in several,
 }
 
+SIGNS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
+"""What is a node of ``ast`` and no part: whether a name is read, and signs of operations."""
+
 Evaluated = Callable[[Mapping[str, Any]], Any]
 
 
@@ -138,7 +161,10 @@ class Expression:
         except RowError:
             raise
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise RowError(f"{shown(self.text)} has no value ({error})", cause=self.text) from None
+            reason = str(error)
+            if len(reason) > LONGEST_REASON:
+                reason = reason[: LONGEST_REASON - 3] + "..."
+            raise RowError(f"{shown(self.text)} has no value ({reason})", cause=self.text) from None
 
 
 @lru_cache(maxsize=64)
@@ -158,7 +184,7 @@ def parse_expression(text: str) -> Expression:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ExpressionError(f"is no expression: {reason}") from None
-    parts = sum(1 for _ in ast.walk(body))
+    parts = sum(not isinstance(node, SIGNS) for node in ast.walk(body))
     if parts > MOST_PARTS:
         raise ExpressionError(f"has {parts} parts, at most {MOST_PARTS} are read")
     columns: dict[str, None] = {}
@@ -187,18 +213,24 @@ def _read(node: ast.expr, columns: dict[str, None], room: int) -> Evaluated:
             return _subscript(part(value), place, part)
         case ast.List(elts=items) | ast.Tuple(elts=items):
             values = [part(item) for item in items]
-            return lambda row: [own(row) for own in values]
+            return lambda row: _flat([own(row) for own in values])
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             denied = part(operand)
             return lambda row: not denied(row)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             positive = part(operand)
             return lambda row: -_number(positive(row))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
-            return _arithmetic(type(op), part(left), part(right))
+        case ast.BinOp(op=op) if type(op) in ARITHMETIC:
+            return _chain(node, part)
         case ast.BoolOp(op=op, values=operands):
             return _logic(isinstance(op, ast.And), [part(own) for own in operands])
         case ast.Compare(left=left, ops=ops, comparators=others):
+            for own, other in zip(ops, others, strict=True):
+                if isinstance(own, ast.Is | ast.IsNot) and not _is_one_of_its_kind(other):
+                    raise ExpressionError(
+                        f"holds {ast.unparse(node)!r}: is and is not stand before None, True and False "
+                        "alone; write == or !="
+                    )
             return _comparison(
                 [part(left), *map(part, others)], [COMPARISONS[type(o)] for o in ops]
             )
@@ -240,17 +272,40 @@ def _subscript(
     return lambda row: value(row)[at(row)]
 
 
-def _arithmetic(kind: type[ast.operator], left: Evaluated, right: Evaluated) -> Evaluated:
-    function = ARITHMETIC[kind]
+def _is_one_of_its_kind(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, bool))
+
+
+def _chain(node: ast.expr, part: Callable[[ast.expr], Evaluated]) -> Evaluated:
+    """Return the operations that stand one after another, from the left; a long sum is not deep."""
+    written: list[ast.BinOp] = []
+    while isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        written.append(node)
+        node = node.left
+    first = part(node)
+    later = [(type(own.op), part(own.right)) for own in reversed(written)]
 
     def value(row: Mapping[str, Any]) -> Any:
-        one, other = left(row), right(row)
-        for several in (str, list) if kind is ast.Add else ():
-            if isinstance(one, several) and isinstance(other, several):
-                return _bounded(function(one, other))
-        return function(_number(one), _number(other))
+        so_far, weight = first(row), None
+        for kind, other in later:
+            right = other(row)
+            if kind is ast.Add and isinstance(so_far, list) and isinstance(right, list):
+                weight = (_weight(so_far) if weight is None else weight) + _weight(right)
+                _require_length(weight)
+                so_far = so_far + right
+            else:
+                so_far = _arithmetic(kind, so_far, right)
+        return so_far
 
     return value
+
+
+def _arithmetic(kind: type[ast.operator], one: Any, other: Any) -> Any:
+    function = ARITHMETIC[kind]
+    if kind is ast.Add and isinstance(one, str) and isinstance(other, str):
+        _require_length(len(one) + len(other))
+        return one + other
+    return _bounded(function(_number(one), _number(other)))
 
 
 def _number(value: Any) -> int | float:
@@ -296,7 +351,7 @@ def _call(
         case ast.Name(id=name) if name in FUNCTIONS:
             known, fewest, most = FUNCTIONS[name]
             _require_count(f"{name}()", count, fewest, most)
-            return lambda row: known(*(own(row) for own in arguments))
+            return lambda row: _bounded(known(*(own(row) for own in arguments)))
         case ast.Attribute(value=ast.Name(id="row"), attr="get"):
             _require_count("row.get()", count, 1, 2)
             if not isinstance(written[0], ast.Constant) or not isinstance(written[0].value, str):
@@ -335,8 +390,36 @@ def _require_length(length: int) -> None:
         raise ValueError(f"it becomes longer than {LONGEST_ROW} characters")
 
 
+def _flat(items: list[Any]) -> list[Any]:
+    """Return a list that is made, which holds no other: what is made of it would grow with each map."""
+    if any(map(_is_list, items)):
+        raise TypeError("a list within a list is not made here")
+    _require_length(_weight(items))
+    return items
+
+
+def _weight(value: list[Any]) -> int:
+    """Return how long a list is in characters, as often as they stand in it; no longer than needed."""
+    total, waiting = 0, [value]
+    while waiting and total <= LONGEST_ROW:
+        items = waiting.pop()
+        total += ITEM * len(items)
+        if total > LONGEST_ROW:
+            break
+        for item in items:
+            if isinstance(item, str):
+                total += len(item)
+            elif isinstance(item, dict):
+                waiting.append([*item, *item.values()])
+            elif isinstance(item, list):
+                waiting.append(item)
+    return total
+
+
 def _bounded(value: Any) -> Any:
     """Return a value that is no longer than a row may be."""
     if isinstance(value, str | list):
         _require_length(len(value))
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ValueError(f"it becomes an integer of more than {MOST_BITS} bits")
     return value

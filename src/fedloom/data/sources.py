@@ -28,6 +28,9 @@ LONGEST_SEQUENCE = 1024
 SHOWN = 120
 """Characters of an expression that a message shows."""
 
+MOST_COMPUTED = 32
+"""Columns that ``map`` of a source computes."""
+
 TrainOn = Literal["all_answers", "last_answer", "completion"]
 ControlTokens = Literal["text", "control"]
 
@@ -340,6 +343,10 @@ class DataSettings(SourceSettings):
 def _wrong_expressions(part: SourceSettings, section: str) -> list[str]:
     """Return what is wrong with each expression of a source."""
     found = []
+    if len(part.map) > MOST_COMPUTED:
+        found.append(
+            f"{section}.map computes {len(part.map)} columns, at most {MOST_COMPUTED} are computed"
+        )
     for setting, text in part.expressions.items():
         try:
             parse_expression(text)
