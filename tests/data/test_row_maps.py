@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from fedloom.data.loading import load_examples
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.runs.data_check import _sources
 from fedloom.runs.partitioning import partition_data
 
 ROWS = [
@@ -72,3 +75,41 @@ def test_all_wrong_expressions_are_told_at_once_before_anything_is_read(tmp_path
     text = str(raised.value)
     assert "data.map.prompt = \"open('x')\" calls 'open'" in text
     assert "data.filter = 'lang =' is no expression" in text
+
+
+def test_more_columns_than_may_be_computed_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"data\.map computes 33 columns, at most 32"):
+        experiment(tmp_path, map={f"c{i}": "q" for i in range(33)})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"filter": "file == 'a'"},
+        {"columns": {"prompt": "file", "completion": "a"}},
+        {"template": "{file}: {q}", "columns": {"completion": "a"}},
+        {"map": {"completion": "a", "prompt": "row.get('file') + file"}, "filter": "file == 'b'"},
+    ],
+)
+def test_columns_that_a_pattern_gives_are_there_in_a_run_and_in_a_check(tmp_path, data):
+    for name in "ab":
+        rows = [{"prompt": f"p{i}", "completion": "c", **row} for i, row in enumerate(ROWS)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "out").mkdir()
+    made = experiment(tmp_path / "out", source=str(tmp_path / "[ab].jsonl"), **data)
+    found = list(_sources(made))
+    assert [own.state for own in found] == ["ok", "ok"], found
+    assert "a.jsonl" in found[0].text and "60 rows" in found[1].text
+    table = made.data.model_copy(update={"test_fraction": 0.2})
+    assert load_examples(table, np.random.default_rng(0)).train
+
+
+def test_a_domain_is_a_column_that_expressions_may_name(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    own = {"source": str(path), "map": {"prompt": "q + domain", "completion": "a"}}
+    data = {"kind": "instruction", "domains": {"chat": own}}
+    made = Experiment.from_table({"data": data, "objective": {"name": "sft"}})
+    rows = load_examples(made.data, np.random.default_rng(0)).train
+    assert all(row.prompt.endswith(" chat") for row in rows)

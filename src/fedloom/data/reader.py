@@ -134,12 +134,15 @@ class Reader:
         *,
         judged: bool = False,
         store: RowIndex | None = None,
+        apart: bool = False,
     ) -> None:
         """Read as ``settings`` say; what goes wrong is counted in ``read``.
 
         Of rows that are ``judged`` all are of their kind: an incomplete pair is dropped. With a ``store``
-        examples stay in their files, and where they stand is noted there.
+        examples stay in their files, and where they stand is noted there. Files of a pattern that are
+        read ``apart`` have its column "file", and one of them may give no example.
         """
+        self.apart = apart
         self.store = store
         self.settings, self.kind, self.so_far = settings, kind, read
         self.max_bad_share = data.max_bad_share
@@ -165,7 +168,7 @@ class Reader:
         """
         before = Counter(self.so_far.dropped)
         examples = self._examples_of(source, split)
-        if examples:
+        if examples or self.apart:
             return examples
         here = Counter(self.so_far.dropped) - before
         dropped = ", ".join(f"{human_count(count)} {why}" for why, count in here.items())
@@ -182,7 +185,7 @@ class Reader:
             return self._part(source, hub)
         if not is_pattern(source):
             path = Path(os.path.expanduser(source))
-            several = len(self.settings.sources) > 1
+            several = self.apart or len(self.settings.sources) > 1
             extra = {"file": path.name.partition(".")[0]} if several else None
             return self._part(path.name, self._file(path), extra)
         paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(source)))]
@@ -207,10 +210,12 @@ class Reader:
         offset = self.so_far.rows
         rows = file.rows()
         first = list(itertools.islice(rows, LOOKED_AT))
-        looked_at = self.row_map.looked_at(name, [row for _, row in first if isinstance(row, dict)])
+        more = {**(extra or {}), **self.own}
+        looked_at = self.row_map.looked_at(
+            name, [{**row, **more} for _, row in first if isinstance(row, dict)]
+        )
         reading = self._reading(name, looked_at) if looked_at else None
         self.met = Counter()
-        more = {**(extra or {}), **self.own}
         examples = _Examples(self.store)
         if self.store is not None:
             self.store.begin(

@@ -74,13 +74,17 @@ def _sources(experiment: Experiment) -> Iterator[Finding]:
     if own_source(data) is None:
         for name, part in data.parts.items():
             kind = "labelled" if part.continuations else str(data.kind)
-            for source in () if part.is_builtin else each_file(part.sources):
-                yield from _source(data, patient, part, kind, name, source, part.split)
+            for source in () if part.is_builtin else part.sources:
+                for file in each_file([source]):
+                    apart = file != source
+                    yield from _source(data, patient, part, kind, name, file, part.split, apart)
     kind = str(data.test_kind or data.kind)
     if data.test_source or data.test_split:
         tests = [data.test_source] if data.test_source else list(data.sources)
-        for source in each_file(tests):
-            yield from _source(data, patient, data, kind, "", source, data.test_split or "test")
+        for source in tests:
+            for file in each_file([source]):
+                apart, split = file != source, data.test_split or "test"
+                yield from _source(data, patient, data, kind, "", file, split, apart)
     for source in each_file(data.benchmarks):
         alone = data.model_copy(update={"benchmarks": [source]})
         try:
@@ -99,14 +103,16 @@ def _source(
     name: str,
     source: str,
     split: str,
+    apart: bool,
 ) -> Iterator[Finding]:
     """Yield what is found in one file, or one set on the Hub.
 
-    ``patient`` are the settings with which any share of malformed rows is read.
+    ``patient`` are the settings with which any share of malformed rows is read. A file that stands
+    ``apart`` is one of a pattern's, and may give no example as long as another does.
     """
     read = Read()
     try:
-        Reader(patient, part, kind, read, name).read(source, split)
+        Reader(patient, part, kind, read, name, apart=apart).read(source, split)
     except FedloomError as error:
         rows = "".join(f"\n  {row}" for row in read.bad[:SHOWN])
         yield Finding("fault", f"{error}{'; malformed:' if rows else ''}{rows}")
