@@ -3,10 +3,11 @@
 The grammar is a part of Python's, read by ``ast`` and never compiled or evaluated by Python: constants,
 columns by name, ``row["a column"]`` and ``row.get("column", other)``, slices, ``+ - * / // %`` on
 numbers, ``+`` on texts and lists, comparisons, ``is`` before None, True and False, ``in``,
-``and or not``, ``a if b else c``, and functions and methods in :data:`FUNCTIONS` and :data:`METHODS`. There are no loops, no attributes, no powers, no
-regular expressions, and ``*`` and ``%`` are of numbers alone, so that the cost of a row is bounded by
-its length and by :data:`MOST_PARTS`; a text or a list that becomes longer than a row may be, an integer
-of more than :data:`MOST_BITS`, and a list within a list are errors of their row.
+``and or not``, ``a if b else c``, and functions and methods in :data:`FUNCTIONS` and :data:`METHODS`.
+There are no loops, no attributes, no powers, no regular expressions, and ``*`` and ``%`` are of numbers
+alone, so that the cost of a row is bounded by its length and by :data:`MOST_PARTS`; a text or a list that
+becomes longer than a row may be, an integer of more than :data:`MOST_BITS`, and a list within a list are
+errors of their row.
 """
 
 from __future__ import annotations
