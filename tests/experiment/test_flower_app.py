@@ -124,10 +124,28 @@ def test_what_is_not_known_is_named_and_left_out(app):
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ('"all-linear"', "all-linear"),
+        ('"q_proj, v_proj"', ["q_proj", "v_proj"]),
+        ('["q_proj"]', ["q_proj"]),
+    ],
+)
+def test_layers(app, theirs, ours):
+    found = app(
+        APP.replace(
+            "num-server-rounds", f"model.lora.peft-target-modules = {theirs}\nnum-server-rounds"
+        )
+    )
+    assert found.table["adapter"]["targets"] == ours
+
+
+@pytest.mark.parametrize(
     ("changed", "setting", "value"),
     [
         ({"model__quantization": 0}, "model.quantization", "none"),
         ({"model__quantization": 3}, "model.quantization", None),
+        ({"model__quantization": "[4]"}, "model.quantization", None),
         ({"strategy__fraction_fit": 0.01}, "federation.clients_per_round", 2),
         ({"strategy__fraction_fit": 1}, "federation.clients_per_round", 20),
         ({"strategy__fraction_fit": 2.0}, "federation.clients_per_round", None),

@@ -43,14 +43,23 @@ class Key:
 
 
 def _names(theirs: Any) -> Any:
-    return [own.strip() for own in theirs.split(",")] if isinstance(theirs, str) else theirs
+    """Return names of layers that commas part as a list; PEFT's ``all-linear`` is the same here."""
+    if not isinstance(theirs, str):
+        return theirs
+    names = [own.strip() for own in theirs.split(",")]
+    return "all-linear" if names == ["all-linear"] else names
 
 
 _BITS = {4: "int4", 8: "int8", 0: "none", "4": "int4", "8": "int8", "none": "none"}
 
+
+def _quantization(bits: Any) -> str | None:
+    return _BITS.get(bits) if isinstance(bits, int | str) else None
+
+
 KEYS = {
     "model.name": Key("model.path"),
-    "model.quantization": Key("model.quantization", lambda bits: _BITS.get(bits), "int4: on a GPU"),
+    "model.quantization": Key("model.quantization", _quantization, "int4: on a GPU"),
     "model.gradient-checkpointing": Key("training.gradient_checkpointing"),
     "model.lora.peft-lora-r": Key("adapter.rank"),
     "model.lora.peft-lora-alpha": Key("adapter.alpha"),
