@@ -56,10 +56,14 @@ VERBS = (
     "make|mend|merge|move|name|pip install|put|raise|resize|resume|revoke|run|save|say|set|shorten|"
     "start|stop|take|train|try|unset|use|wait|write"
 )
+FIRST_LETTER_OF_ANY_CASE = "|".join(f"(?i:{verb[0]}){verb[1:]}" for verb in VERBS.split("|"))
 WAY_OUT = re.compile(
-    rf"(?:^|(?<=[;:,.?\"')…] )|(?<=; )and )(?=(?:{VERBS}|`fedloom \w|[Gg]o on with)\b)", re.I
+    rf"(?:^|(?<=[;:,.?] )|(?<=; )and )(?=(?:{FIRST_LETTER_OF_ANY_CASE}|`fedloom \w)\b)"
 )
-"""Where a message begins to say what to do."""
+"""Where a message begins to say what to do: ``name`` and ``Name`` are verbs, ``NAME`` is not."""
+
+FEWEST_WORDS = 2
+"""Words of a way out beside what is filled in: ``use …`` says nothing."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def explained(message: Message, written: dict[str, Any]) -> tuple[str, str]:
     own = next((e for e in written["error"] if message.text.startswith(e["words"])), {})
     found = WAY_OUT.search(message.text)
     cause, way = message.text, ""
-    if found:
+    if found and len(re.findall(r"\w+", message.text[found.start() :])) >= FEWEST_WORDS:
         cause, way = message.text[: found.start()].rstrip(" ;:,"), message.text[found.start() :]
     elif " needs " in message.text or "must" in message.text:
         way = "Give what the message says is needed."

@@ -99,6 +99,25 @@ def test_what_is_written_about_messages_is_of_messages_that_there_are(errors):
     assert gone == [] and set(written["files"]) <= places
 
 
+@pytest.mark.parametrize(
+    ("text", "cause", "way"),
+    [
+        ("it is there; name another", "it is there", "name another"),
+        ("it is there. Name another", "it is there.", "Name another"),
+        ("there is no key, NAME.pub, in …", "there is no key, NAME.pub, in …", "of the class"),
+        ("the file … lacks a line `task: NAME`", "the file … lacks a line `task: NAME`", "of the class"),
+        ("the key is refused; set …", "the key is refused; set …", "of the class"),
+        ("… and … have one weight; use another", "… and … have one weight", "use another"),
+        ("it is too much: use … or less", "it is too much", "use … or less"),
+    ],
+)  # fmt: skip
+def test_what_a_message_says_to_do_is_a_verb_with_what_to_do(text, cause, way):
+    page = runpy.run_path(str(DOCS / "errors.py"))
+    written = {"error": [], "files": {}, "classes": {"DataError": "of the class"}}
+    message = page["Message"](text, "DataError", "data/file.py")
+    assert page["explained"](message, written) == (cause, way)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",

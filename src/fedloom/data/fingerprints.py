@@ -141,7 +141,7 @@ def read_fingerprints(path: Path) -> Fingerprints:
         with open(path, "rb") as file:
             first, content = file.readline(LONGEST_HEAD), file.read()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"fingerprints {path} cannot be read: {error.strerror}") from None
     try:
         head = json.loads(first)
         count, check = head["rows"], head["key_check"]
