@@ -166,7 +166,7 @@ def test_generated_answers_and_their_rewards_are_the_same_between_machines(
     [
         ({"name": "fedavg"}, {"name": "reward_model"}, "preferences"),
         (
-            {"name": "appa"},
+            {"name": "appa", "most": 0.9},
             {"name": "rejection_sampling", "group": 2, "max_new_tokens": 3},
             "instructions",
         ),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fedloom
+from fedloom.aggregation.group_scores import group_dro
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
@@ -22,7 +23,7 @@ VALUES = {0: 1.0, 1: 5.0, 2: -2.0}
 def rounds(*rewards, **settings):
     """Play a round with each set of rewards by client (None: it reports a loss of 2 alone)."""
     method, state = (
-        APPA(APPASettings(**settings)),
+        APPA(APPASettings(**{"most": 1.0, **settings})),
         State({"w": torch.zeros(1, dtype=torch.float64)}),
     )
     states, weights = [], []
@@ -72,13 +73,71 @@ def test_the_other_rules():
     assert rounds({0: 0.5, 1: 0.2, 2: 0.2}, combine="worst")[1] == [[0, 0.5, 0.5]]
     states, weights = rounds({0: 1.0, 1: 0.0}, {0: 1.0, 1: 0.0}, combine="group_dro", rate=0.5)
     logits = {k: v for k, v in states[1].numbers.items() if k.startswith("logit")}
-    assert logits == {"logit/000000": -1.0, "logit/000001": 0.0}
+    assert logits == {"logit/000000": -0.5, "logit/000001": 0.5}  # each round -0.5 x (1 - 0.5)
     assert weights[1][1] == pytest.approx(1 / (1 + 2.718281828**-1), rel=1e-6)
     # 1 / (1 + CoV) of (0.5, 0.5) is 1, of (0.5, 0.3) 0.8: alike, and not
     assert rounds({0: 0.5, 1: 0.3}, fair=0.8)[1] == [[0.5, 0.5]]
     assert rounds({0: 0.5, 1: 0.3}, fair=0.81)[1][0][1] > 0.8
     assert rounds({0: 0.9, 1: 0.1, 2: 0.8}, most=0.5)[1][0][1] == pytest.approx(0.5)
     assert rounds({0: 0.9, 1: 0.1}, most=0.01)[1] == [[0.5, 0.5]]
+
+
+def test_group_dro_weighs_by_need_and_not_by_attendance():
+    """All alike, so that logits stay, however often a group is there; rewards are far from 0."""
+    dro = {"combine": "group_dro", "rate": 1.0}
+    states, weights = rounds(
+        {0: 5.0, 1: 5.0}, *[{1: 5.0, 2: 5.0}] * 4, {0: 5.0, 1: 5.0, 2: 5.0}, **dro
+    )
+    assert weights[-1] == pytest.approx([1 / 3] * 3)
+    # round 1: -+1 x 0.5; client 2 starts at their mean, 0: scores 0 and 2 move it to -1, client 1 to 1.5
+    states, _ = rounds({0: 1.0, 1: 0.0}, {1: 0.0, 2: 2.0}, **dro)
+    logits = [states[1].numbers[f"logit/00000{i}"] for i in range(3)]
+    assert logits == pytest.approx([-0.5, 1.5, -1.0])
+    assert group_dro([None, 1.0], [0.0, None], 1.0, [3.0]) == [2.0, 1.0]  # without a score it stays
+
+
+def test_one_liar_takes_half_at_most_and_its_scores_end_at_the_range():
+    lie = {0: 0.9, 1: -1e9, 2: 0.8}
+    states, weights = rounds(lie, most=APPASettings().most)
+    assert weights[0] == pytest.approx([0.25 * 0.53788284, 0.5, 0.5 - 0.25 * 0.53788284], abs=0.1)
+    assert max(weights[0]) == 0.5 and states[0].numbers["score/000001"] == -10
+    states, _ = rounds(lie, lowest=0, highest=0.85)
+    assert list(states[0].numbers.values()) == [0.85, 0, 0.8]
+
+
+def test_losses_and_rewards_are_not_mixed_in_a_round():
+    """Client 1 leaves its reward out: it has no score, not a loss on another scale."""
+    states, weights = rounds({0: 0.5, 1: None, 2: 0.5})
+    assert states[0].numbers == {"score/000000": 0.5, "score/000002": 0.5}
+    assert weights[0] == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"lowest": 1.0, "highest": 1.0}, "method.lowest = 1 is not below method.highest = 1"),
+        ({"groups": [[0, 1], [2, 3]]}, "has the groups of a round, 2 at most, weigh alike"),
+        ({"most": 0.25}, "has the groups of a round, 4 at most, weigh alike"),
+    ],
+)
+def test_settings_by_which_it_would_do_nothing_are_refused(own, told):
+    table = {"method": {"name": "appa", **own}, "federation": {"clients": 4}}
+    with pytest.raises(SettingsError, match=told):
+        Experiment.from_table(table)
+    federation = {"clients": 4, "clients_per_round": 2}
+    with pytest.raises(SettingsError, match="2 at most, weigh alike"):
+        Experiment.from_table({"method": {"name": "appa"}, "federation": federation})
+
+
+def test_private_steps_report_nothing_that_it_could_weigh_by():
+    table = {
+        "method": {"name": "appa"},
+        "federation": {"clients": 4},
+        "privacy": {"unit": "row", "target_epsilon": 8.0},
+        "training": {"local_steps": 1},
+    }
+    with pytest.raises(SettingsError, match="weights follow from losses, which private steps"):
+        Experiment.from_table(table)
 
 
 def test_without_rewards_losses_count_and_who_says_nothing_is_as_the_others():
@@ -114,7 +173,7 @@ def test_grpo_of_groups_with_rewards_of_their_own(experiment):
     """The group whose reward nothing earns gets all weight but e^-10 of it."""
     result = fedloom.run(
         experiment(
-            method={"name": "appa", "groups": [[0, 2]]},
+            method={"name": "appa", "groups": [[0, 2]], "most": 1.0},
             data={"source": "builtin:sums", "builtin_rows": 40},
             objective={"name": "grpo", "group": 3, "max_new_tokens": 4, "rewards": ["regex:."]},
             clients={"groups": {"strict": {"clients": [1], "rewards": ["regex:nothing"]}}},

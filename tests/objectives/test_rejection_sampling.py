@@ -34,10 +34,12 @@ def test_winners_by_hand():
     assert means[0].tolist() == [1.25] * 4 and spreads[1] == 0
 
 
-def made(experiment, **objective):
+def made(experiment, report=lambda *drawn: None, **objective):
     own = experiment(**{**RUN, "objective": {**RUN["objective"], **objective}})
     client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
-    making = Making(client.seed, client.id, client.round, "", client.work, again=False)
+    making = Making(
+        client.seed, client.id, client.round, "", client.work, again=False, report=report
+    )
     return client, list(client.maker.batches(client.model, client.share, client.training, making))
 
 
@@ -49,15 +51,20 @@ def test_a_batch_is_one_answer_a_prompt_and_its_loss_that_of_sft(experiment):
     logps, mask, _ = completion_token_logps(client.model, part.sequences)
     loss, metrics = client.objective.loss(client.model, part, None)
     torch.testing.assert_close(loss, sft_loss(logps, mask))
-    assert metrics["winner_reward"] >= metrics["reward"]
+    assert metrics["winner_reward"] == part.rollouts.rewards.mean() and "reward" not in metrics
 
 
 def test_prompts_without_a_good_answer_teach_nothing(experiment):
-    client, found = made(experiment, minimum=2.0)
+    drawn = []
+    client, found = made(experiment, lambda *own: drawn.append(own), minimum=2.0)
     assert found == [[], []]
     before = client.model.read()
     result = client.train(0.01)
-    assert result.steps == 0 and result.metrics == {"skipped_steps": 2.0}
+    # the mean reward is over all answers that were drawn: nobody is needier than who has no winner
+    assert [(name, count) for name, _, count in drawn] == [("reward", 16)] * 2
+    expected = sum(mean for _, mean, _ in drawn) / 2
+    assert result.steps == 0 and 0 < expected < 2
+    assert result.metrics == {"skipped_steps": 2.0, "reward": pytest.approx(expected)}
     assert all(torch.equal(own, before[name]) for name, own in client.model.read().items())
 
 

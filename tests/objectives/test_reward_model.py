@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import fedloom
@@ -16,17 +18,21 @@ from fedloom.data.token_file import read_tokens, write_tokens
 from fedloom.data.token_set import join
 from fedloom.data.tokenize import tokenize
 from fedloom.errors import DataError, ModelError, SettingsError
+from fedloom.evaluation import rollouts
 from fedloom.evaluation.generate import load_encoder
 from fedloom.evaluation.judges.base import Case
 from fedloom.evaluation.judges.choose import make_judges
 from fedloom.evaluation.metrics import reward_metrics
 from fedloom.evaluation.questions import Question
-from fedloom.evaluation.reward_models import load_reward_model
+from fedloom.evaluation.reward_models import RewardScorer, load_reward_model
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment.experiment import Experiment
 from fedloom.objectives.reward_model import reward_model_loss
 from fedloom.runs.assembly import assemble
-from fedloom.runs.partitioning import partition_data
+from fedloom.runs.code_digests import MadeWith
+from fedloom.runs.partitioning import OwnRows, partition_data
+from fedloom.runs.records import fingerprint
+from fedloom.training.steps import Making
 
 RUN = {
     "data": {"source": "builtin:preferences", "builtin_rows": 24},
@@ -105,6 +111,82 @@ def test_a_batch_has_the_margins_of_its_rows(experiment, tmp_path):
     assert [
         0.5 if int(text.split()[-1]) % 2 == 0 else 2.0 for text in texts
     ] == batch.margins.tolist()
+
+
+def test_margins_are_read_of_clients_own_rows_too(experiment, tmp_path):
+    """A client's whole file, between machines and with partition.kind = "files", as one that is dealt."""
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"prompt": "other: ", "chosen": "c", "rejected": "r"}\n')
+    data = rows(tmp_path, 0.5, 2) | {"test_source": str(test)}
+    apart = {**data, "source": [data["source"]]}
+    table = {**RUN, "federation": {"rounds": 1, "clients": 1}}
+    files = experiment(**{**table, "data": apart, "partition": {"kind": "files"}})
+    dealt = experiment(**{**table, "data": data})
+    whole = partition_data(dealt, own=OwnRows(0, dealt.data, None))
+    found = [whole, partition_data(files), partition_data(dealt)]
+    margins = [sorted(row.columns.get("margin") for row in own.train[0]) for own in found]
+    assert margins[0] == margins[1] == margins[2] and set(map(float, margins[0])) == {0.5, 2}
+    without = {"name": "reward_model", "margins": False}
+    plain = experiment(
+        **{**table, "data": apart, "partition": {"kind": "files"}, "objective": without}
+    )
+    assert not any(row.columns for row in partition_data(plain).train[0])
+
+
+def test_a_reward_model_is_part_of_what_a_run_is(experiment, tmp_path):
+    """Found: a run was resumed with other rewards, where a folder held another reward model."""
+    folder = tmp_path / "rewards" / "adapter"
+    folder.mkdir(parents=True)
+    table = {"data": {"source": "builtin:sums", "builtin_rows": 20}}
+    objective = {"name": "grpo", "rewards": ["exact_match"]}
+    groups = {"own": {"clients": [1], "rewards": [f"reward_model:{folder.parent}"]}}
+    own = experiment(**{**RUN, **table, "objective": objective, "clients": {"groups": groups}})
+    division, found = partition_data(own), []
+    for facts, weights in (("{}", b"1"), ("{}", b"1"), ("{ }", b"1"), ("{}", b"2")):
+        (folder / "fedloom.json").write_text(facts)
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+        found.append(fingerprint(own, division, MadeWith()))
+    assert found[0] == found[1] and len(set(found)) == 3
+    shutil.rmtree(folder)  # between machines it is where the client is
+    assert fingerprint(own, division, MadeWith()) not in found
+
+
+def test_flops_of_a_reward_model_are_counted_on_the_policys_device(experiment, monkeypatch):
+    """Two passes, of 16 answers and of the rest, each as long as its longest text."""
+    asked = []
+
+    def load(path, device=None):
+        asked.append((path, device))
+        return scorer
+
+    own = experiment(**RUN)
+    client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
+    encoder = load_encoder(own.model.path)
+    scorer = RewardScorer("own", encoder, client.model.model.eval(), chat=False)
+    texts = [[5, 6, 7]] * 15 + [[5, 6, 7, 8], [5, 6]]
+    with FlopCounterMode(display=False) as counter:
+        scorer.of_tokens(texts)
+    assert scorer.flops(texts) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    monkeypatch.setattr(rollouts, "load_reward_model", load)
+    table = {
+        "data": {"source": "builtin:instructions", "builtin_rows": 20},
+        "objective": {"name": "grpo", "rewards": ["exact_match"], "group": 2, "max_new_tokens": 3},
+        "training": {"local_steps": 1, "batch_size": 2},
+    }
+    counted = []
+    for rewards in (["exact_match"], ["reward_model:own"]):
+        table["objective"]["rewards"] = rewards
+        own = experiment(**{**RUN, **table})
+        client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
+        making = Making(client.seed, client.id, client.round, "", client.work, again=False)
+        before = client.model.flops
+        assert (
+            len(list(client.maker.batches(client.model, client.share, client.training, making)))
+            == 1
+        )
+        counted.append(client.model.flops - before)
+    assert counted[1] > counted[0]
+    assert asked and set(asked) == {("own", client.model.device)}
 
 
 def test_a_margin_that_is_no_number_is_named_before_training(experiment, tmp_path):

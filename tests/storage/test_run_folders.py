@@ -223,7 +223,7 @@ def test_changed_data_are_refused_before_there_is_a_checkpoint_too(experiment, r
     shutil.rmtree(result.folder / "checkpoints")
     rows[3]["chosen"] = "Another."
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(CheckpointError, match="settings or data have changed since"):
+    with pytest.raises(CheckpointError, match="settings, data or reward models have changed since"):
         resume_run(result.folder)
 
 

@@ -42,15 +42,32 @@ def worst_group(scores: Sequence[float]) -> list[float]:
     return [own / sum(lowest) for own in lowest]
 
 
-def group_dro(logits: Sequence[float], scores: Sequence[float], rate: float) -> list[float]:
-    """Return log q_g + eta (-s_g): the exponentiated gradient of the worst group's weight.
+def group_dro(
+    logits: Sequence[float | None],
+    scores: Sequence[float | None],
+    rate: float,
+    others: Sequence[float] = (),
+) -> list[float]:
+    """Return log q_g - eta (s_g - mean s): the exponentiated gradient of the worst group's weight.
+
+    Scores are centred, which no softmax over groups that are all there sees, so that a logit follows from
+    how a group fares beside the others and not from how often it is there.
 
     Args:
-        logits: log q of each group; a softmax of them gives the weights.
-        scores: s of each group in this round.
+        logits: log q of each group that is there; a softmax of them gives the weights. ``None`` for a
+            newcomer, which starts at the mean of those that are known, 0 where none is.
+        scores: s of each in this round; without one (``None``) its logit stays.
         rate: eta, at least 0.
+        others: log q of groups that are away.
     """
-    return [logit - rate * own for logit, own in zip(logits, scores, strict=True)]
+    known = [*others, *(own for own in logits if own is not None)]
+    start = math.fsum(known) / len(known) if known else 0.0
+    scored = [own for own in scores if own is not None]
+    mean = math.fsum(scored) / len(scored) if scored else 0.0
+    return [
+        (start if logit is None else logit) - (0.0 if own is None else rate * (own - mean))
+        for logit, own in zip(logits, scores, strict=True)
+    ]
 
 
 def fairness(scores: Sequence[float]) -> float | None:

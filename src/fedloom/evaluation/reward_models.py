@@ -10,19 +10,21 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedloom.accounting.flops import ModelShape, forward_flops
 from fedloom.data.chat import RenderingError
 from fedloom.data.encode import TextEncoder
 from fedloom.data.examples import Instruction, Text
 from fedloom.errors import ModelError
 from fedloom.evaluation.generate import load_encoder
-from fedloom.models.load import context_length, load_backbone
+from fedloom.models.flop_shape import model_shape
+from fedloom.models.load import context_length, fingerprint, load_backbone
 from fedloom.models.saved import FACTS, kind_of, loading, put_on
 from fedloom.models.saved_facts import checked_facts
 from fedloom.objectives.reward_model import RewardModel
@@ -76,6 +78,18 @@ class RewardScorer:
     def _answer(self, text: str) -> Text:
         return ({"role": "assistant", "content": text},) if self.chat else text
 
+    def flops(self, texts: Sequence[Sequence[int]]) -> float:
+        """Return the FLOPs of :meth:`of_tokens`, derived from shapes."""
+        longest = context_length(self.model)
+        lengths = [min(len(own), longest) for own in texts]
+        passes = (lengths[i : i + TOGETHER] for i in range(0, len(lengths), TOGETHER))
+        return sum(forward_flops(self.shape, len(own), max(own), 1) for own in passes)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The matrix products of the model."""
+        return model_shape(self.model)
+
     @torch.no_grad()
     def _pass(self, texts: Sequence[list[int]]) -> list[float]:
         pad, most = int(self.encoder.tokenizer.pad_token_id), max(map(len, texts))
@@ -101,6 +115,11 @@ def is_reward_model(path: Path) -> bool:
 def saved_folder(path: Path) -> Path:
     """Return the folder of a model: of a run, that of its global adapter."""
     return path if (path / FACTS).is_file() else path / "adapter"
+
+
+def reward_model_digest(path: str) -> str:
+    """Return SHA-256 over a reward model's weights and facts; over its name where it is not here."""
+    return fingerprint(str(saved_folder(Path(path))))
 
 
 def load_reward_model(path: str, device: torch.device | None = None) -> RewardScorer:

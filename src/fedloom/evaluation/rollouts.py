@@ -64,6 +64,7 @@ class RolloutMaker:
         generation: Generation,
         own: Sequence[str] | None,
         start: Tensors | None,
+        device: torch.device | None = None,
     ) -> RolloutMaker:
         """Return the maker of a client.
 
@@ -72,6 +73,7 @@ class RolloutMaker:
             generation: How the objective has answers generated.
             own: Names of the client's own rewards, of equal weight (default: the objective's).
             start: What the reference model has for an adapter.
+            device: Where reward models run (default: CPU).
 
         Raises:
             SettingsError: There is no such reward.
@@ -87,7 +89,7 @@ class RolloutMaker:
             [(reward(name), own) for name, own in weighted if not name.startswith(MODEL)],
             start,
             [
-                (_reward_model(name, encoder), own)
+                (_reward_model(name, encoder, device), own)
                 for name, own in weighted
                 if name.startswith(MODEL)
             ],
@@ -138,7 +140,9 @@ class RolloutMaker:
         rewards = torch.tensor(self._rewarded(read, prompts, answers)).view(-1, size)
         advantages, spreads = own.advantages(rewards)
         kept = np.arange(rewards.numel())
-        if own.keeps is not None:
+        model.flops += sum(scorer.flops(_texts(prompts, answers)) for scorer, _ in self.models)
+        if own.keeps is not None:  # of all prompts, where not all are trained on
+            making.report("reward", float(rewards.double().mean()), rewards.numel())
             kept = own.keeps(rewards).flatten().nonzero()[:, 0].numpy()
         if not len(kept):
             return []
@@ -173,8 +177,7 @@ class RolloutMaker:
             for i, answer in enumerate(decode(list(answers)))
         ]
         for model, weight in self.models:
-            texts = [[*prompts[i // size], *answer] for i, answer in enumerate(answers)]
-            own_rewards = model.of_tokens(texts)
+            own_rewards = model.of_tokens(_texts(prompts, answers))
             found = [a + weight * b for a, b in zip(found, own_rewards, strict=True)]
         return found
 
@@ -194,19 +197,25 @@ class RolloutMaker:
         return completion_token_logps(model, part.sequences, self.generation.temperature)[0]
 
 
-def _reward_model(name: str, encoder: TextEncoder) -> RewardScorer:
+def _reward_model(name: str, encoder: TextEncoder, device: torch.device | None) -> RewardScorer:
     """Return the reward model of a reward's name.
 
     Raises:
         ModelError: It is none, or reads other tokens than the policy writes.
     """
-    found = load_reward_model(name.removeprefix(MODEL))
+    found = load_reward_model(name.removeprefix(MODEL), device)
     if found.encoder.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
         raise ModelError(
             f"objective.rewards: the reward model {found.name} has another vocabulary than the model "
             "that generates: train it on one with the same tokenizer"
         )
     return found
+
+
+def _texts(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[list[int]]:
+    """Return each prompt with each of its answers, of which all prompts have as many."""
+    size = len(answers) // len(prompts)
+    return [[*prompts[i // size], *answer] for i, answer in enumerate(answers)]
 
 
 def _all(tokens: TokenSet) -> Indices:

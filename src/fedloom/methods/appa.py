@@ -5,18 +5,20 @@ is the running mean of group g's, and the server's mean over groups has the weig
 
     appa        w_g prop. to exp((1 - h_g) / T); all alike once 1 / (1 + CoV) of the h_g is at ``fair``
     worst       all weight for the group with the lowest h_g (max-min)
-    group_dro   log q_g <- log q_g - eta s_g with the round's s_g, w = softmax (Sagawa et al. 2020)
+    group_dro   log q_g <- log q_g - eta (s_g - mean s) over the groups there, with the round's s_g;
+                w = softmax (Sagawa et al. 2020); a newcomer starts at the mean of known log q
     mean        all groups alike, however many clients or rows they have
 
-Within a group clients weigh by their rows. With an objective that reports no reward the score is the
-training loss with its sign turned.
+Within a group clients weigh by their rows. In a round in which nobody reports a reward the score is the
+training loss with its sign turned; otherwise who reports none has no score. Scores are cut to the range
+from ``lowest`` to ``highest``.
 
 **A reconstruction** of APPA (https://arxiv.org/abs/2604.04261), whose text was not to be had: there one
 policy is trained on the server by rewards r = sum_g w_g r_g that groups give to the same answers. Here
 groups' policy gradients are weighed, which is the same to first order, as the gradient is linear in the
 reward; advantages are standardised within a client, and answers stay where they are generated. Who
 reports a low reward gets weight, so scores are to be on one scale, and a group can lie: ``most`` bounds a
-group's weight.
+group's weight, the range of scores how long a lie stays in its running mean.
 """
 
 from __future__ import annotations
@@ -47,7 +49,6 @@ from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
 from fedloom.methods.declaration import (
     CODED_CHANGES,
     EACH_ANSWER,
-    OWN_STEPS,
     TOGETHER,
     Absence,
     Declaration,
@@ -65,6 +66,9 @@ log q of group_dro."""
 WEIGHTS = "group_weights"
 """In the rounds' details: the weight of each client's group, by the client's id."""
 
+WEIGHED = ("appa", "worst", "group_dro")
+"""What ``method.combine`` is where groups weigh by their scores."""
+
 
 class APPASettings(NamedSettings):
     """``[method] name = "appa"``."""
@@ -80,8 +84,13 @@ class APPASettings(NamedSettings):
     """Fairness 1 / (1 + CoV) of the groups' rewards from which on appa weighs groups alike (0.99)."""
     rate: Annotated[float, Of("method.combine", ("group_dro",))] = Field(default=0.1, ge=0)
     """eta of group_dro."""
-    most: float = Field(default=1.0, gt=0, le=1)
-    """Largest weight of a group (1: no bound); where all groups would pass it, they weigh alike."""
+    most: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=0.5, gt=0, le=1)
+    """Largest weight of a group (0.5; 1: no bound, so that one that reports what it likes can take all);
+    in a round of so few groups that all would pass it they weigh alike."""
+    lowest: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=-10.0, ge=-1e6, le=1e6)
+    """Lowest score (-10), in units of a reward: a lower one that is reported counts as this."""
+    highest: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=10.0, ge=-1e6, le=1e6)
+    """Highest score (10), likewise; above lowest."""
 
 
 class APPA(Method):
@@ -98,7 +107,7 @@ class APPA(Method):
         "nothing",
         secure_aggregation=EACH_ANSWER,
         client_privacy=no("a group's weight follows from rewards that its clients report"),
-        row_privacy=OWN_STEPS,
+        row_privacy=no("weights follow from losses, which private steps do not report"),
         asynchronous=TOGETHER,
         compression=CODED_CHANGES,
         absence=Absence(
@@ -109,7 +118,7 @@ class APPA(Method):
         problem="one policy serves some groups of clients worse than others",
     )
     reveals = ADAPTERS_ALONE
-    taken = ("groups", "combine", "temperature", "fair", "rate", "most")
+    taken = ("groups", "combine", "temperature", "fair", "rate", "most", "lowest", "highest")
     sections = (
         SectionSpec(
             "client_table",
@@ -138,14 +147,29 @@ class APPA(Method):
         beyond = [client for client in named if client < 0 or (clients and client >= clients)]
         if beyond:
             yield f"method.groups: there is no client {beyond[0]}: ids go from 0 to {(clients or 1) - 1}"
+        own = view.method
+        if own.lowest >= own.highest:
+            yield (
+                f"method.lowest = {own.lowest:g} is not below method.highest = {own.highest:g}: give the "
+                "range of the rewards that clients report"
+            )
+        if view.federation is not None and not beyond and not twice and own.combine in WEIGHED:
+            groups = view.federation.clients - len(named) + len(own.groups)
+            there = min(groups, view.federation.cohort_size)
+            if 1 < there <= 1 / own.most:
+                yield (
+                    f"method.most = {own.most:g} has the groups of a round, {there} at most, weigh alike "
+                    'whatever they report: give a larger one, or leave that to combine = "mean"'
+                )
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Send the adapter, weigh groups by what their clients report, take the mean."""
         replies = yield training_exchange(cohort, state.tensors)
         adapters = [reply.payload.tensors for reply in replies]
-        kept = dict(state.numbers) | self._running(replies, state)
+        scores, rewarded = self._scores(replies)
+        kept = dict(state.numbers) | _running(scores, state)
         members = self._members(replies)
-        weights = self._weights(members, replies, kept)
+        weights = self._weights(members, scores, kept, rewarded=rewarded)
         cohort.details[WEIGHTS] = {
             str(reply.client): weights[first] for first, own in members.items() for reply in own
         }
@@ -170,42 +194,52 @@ class APPA(Method):
             found.setdefault(first.get(reply.client, reply.client), []).append(reply)
         return dict(sorted(found.items()))
 
-    def _running(self, replies: Sequence[Reply], state: State) -> dict[str, float]:
-        """Return the running means of those that report a score, by name."""
-        found = {}
-        for reply in replies:
-            name, now = _name(SCORE, reply.client), _score(reply)
-            if now is not None:
-                found[name] = running_mean(state.numbers.get(name), now, DECAY)
-        return found
+    def _scores(self, replies: Sequence[Reply]) -> tuple[dict[int, float], bool]:
+        """Return the scores of a round by client, all of one kind, and whether they are rewards.
+
+        They are mean rewards where any client reports one, else losses with the sign turned.
+        """
+        reported = {reply.client: reply.payload.metrics for reply in replies}
+        rewarded = any("reward" in own for own in reported.values())
+        name, sign = ("reward", 1.0) if rewarded else ("loss", -1.0)
+        lowest, highest = self.settings.lowest, self.settings.highest
+        found = {
+            client: min(max(sign * own[name], lowest), highest)
+            for client, own in reported.items()
+            if name in own
+        }
+        return found, rewarded
 
     def _weights(
         self,
         members: Mapping[int, Sequence[Reply]],
-        replies: Sequence[Reply],
+        scores: Mapping[int, float],
         kept: dict[str, float],
+        *,
+        rewarded: bool,
     ) -> dict[int, float]:
         """Return the weight of each group; ``kept`` gets the logits of group_dro."""
         own = self.settings
-        scores = [_of_group(kept, reply_group) for reply_group in members.values()]
-        known = [score for score in scores if score is not None]
+        running = {r.client: kept.get(_name(SCORE, r.client)) for g in members.values() for r in g}
+        found = [_of_group(running, group) for group in members.values()]
+        known = [score for score in found if score is not None]
         if not known or own.combine == "mean":
             return dict.fromkeys(members, 1 / len(members))
         middle = math.fsum(known) / len(
             known
         )  # a group that never reported counts as the others do
-        means = [middle if score is None else score for score in scores]
+        means = [middle if score is None else score for score in found]
         if own.combine == "worst":
             weights = worst_group(means)
         elif own.combine == "appa":
-            rewarded = any("reward" in reply.payload.metrics for reply in replies)
             index = fairness(means) if rewarded else None
             even = index is not None and index >= own.fair
             weights = reverse_softmax(means, math.inf if even else own.temperature)
         else:
             names = [_name(LOGIT, first) for first in members]
-            now = [_of_round(group, middle) for group in members.values()]
-            logits = group_dro([kept.get(name, 0.0) for name in names], now, own.rate)
+            now = [_of_group(scores, group) for group in members.values()]
+            away = [v for name, v in kept.items() if name.startswith(LOGIT) and name not in names]
+            logits = group_dro([kept.get(name) for name in names], now, own.rate, away)
             kept |= dict(zip(names, logits, strict=True))
             weights = softmax(logits)
         most = max(own.most, 1 / len(weights))
@@ -216,18 +250,16 @@ def _name(kind: str, client: int) -> str:
     return f"{kind}{client:06d}"
 
 
-def _score(reply: Reply) -> float | None:
-    """Return the mean reward that a client reports, else its loss with the sign turned, if it does."""
-    metrics = reply.payload.metrics
-    loss = metrics.get("loss")
-    return metrics.get("reward", None if loss is None else -loss)
+def _running(scores: Mapping[int, float], state: State) -> dict[str, float]:
+    """Return the running means of those that report a score, by name."""
+    names = {client: _name(SCORE, client) for client in scores}
+    return {
+        name: running_mean(state.numbers.get(name), scores[client], DECAY)
+        for client, name in names.items()
+    }
 
 
-def _of_group(kept: Mapping[str, float], own: Sequence[Reply]) -> float | None:
-    known = [kept[name] for r in own if (name := _name(SCORE, r.client)) in kept]
-    return math.fsum(known) / len(known) if known else None
-
-
-def _of_round(own: Sequence[Reply], otherwise: float) -> float:
-    known = [score for reply in own if (score := _score(reply)) is not None]
-    return math.fsum(known) / len(known) if known else otherwise
+def _of_group(scores: Mapping[int, float | None], own: Sequence[Reply]) -> float | None:
+    """Return the mean of the scores of a group's clients, ``None`` where none has one."""
+    found = [score for reply in own if (score := scores.get(reply.client)) is not None]
+    return math.fsum(found) / len(found) if found else None

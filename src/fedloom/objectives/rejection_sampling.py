@@ -86,17 +86,19 @@ class RejectionSampling(Objective):
 
     def metric_weights(self, batch: Batch) -> dict[str, float]:
         """Return what the metrics are means over: answers."""
-        names = ("reward", "winner_reward", "reward_spread", "answer_tokens")
+        names = ("winner_reward", "reward_spread", "answer_tokens")
         return dict.fromkeys(names, float(len(batch)))
 
     def loss(self, model: Model, batch: Batch, statistics: Tensor | None) -> tuple[Tensor, Metrics]:
-        """Return the mean loss over tokens, and means over the prompts whose best answer was kept."""
+        """Return the mean loss over tokens, and means over the prompts whose best answer was kept.
+
+        The mean reward of all prompts, ``reward``, is reported where answers are drawn.
+        """
         logps, mask, _ = completion_token_logps(model, batch.sequences)
         drawn, loss = batch.rollouts, sft_loss(logps, mask)
         if drawn is None:
             return loss, {}
         return loss, {
-            "reward": drawn.advantages.mean(),
             "winner_reward": drawn.rewards.mean(),
             "reward_spread": drawn.spreads.mean(),
             "answer_tokens": mask.sum() / torch.tensor(float(len(mask))),

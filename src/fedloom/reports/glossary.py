@@ -188,7 +188,7 @@ TRAINING = (
     Metric(
         "reward",
         "GRPO: the weighted sum of the rewards of a generated answer; rejection sampling: its mean "
-        "over all answers to the prompts of which an answer was trained on",
+        "over all answers that were drawn, also to prompts of which none was trained on",
         "1",
         None,
         None,

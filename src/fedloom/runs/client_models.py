@@ -248,18 +248,18 @@ class ModelBundles:
             public.get(bundle.key),
             initial if bundle.starts else None,
             own is not None,
-            self._maker(client, bundle, initial if bundle.starts else None),
+            self._maker(client, bundle, initial if bundle.starts else None, model.device),
         )
 
     def _maker(
-        self, client: int, bundle: ModelBundle, reference: Tensors | None
+        self, client: int, bundle: ModelBundle, reference: Tensors | None, device: torch.device
     ) -> RolloutMaker | None:
         """Return what makes a client's batches, where the objective has answers generated."""
         generation, groups = self.objective.generation, self.experiment.clients.groups.values()
         if generation is None:
             return None
         own = next((group.rewards for group in groups if client in group.clients), None)
-        return RolloutMaker.of(bundle.reader.encoder, generation, own, reference)
+        return RolloutMaker.of(bundle.reader.encoder, generation, own, reference, device)
 
     def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
         """Return the first blocks of a bundle's model with the starting adapter, loaded once."""

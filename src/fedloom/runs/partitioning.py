@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from fedloom.data.splits import (
     split,
 )
 from fedloom.data.stored_rows import StoredRows, are_pairs, labels_of, row_numbers, take
+from fedloom.data.tokenize import MARGIN
 from fedloom.display.untrusted_text import placed
 from fedloom.errors import DataError, SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -254,10 +255,11 @@ def _read(
 ) -> tuple[LoadedData, dict[int, LoadedData]]:
     """Return all rows, and what was read of each client's own file where each has one."""
     if own is not None:
-        loaded = _whole(own.data, experiment.federation.seed, own.classes)
+        kept = _columns_of_clients(own.data, experiment, objective)
+        loaded = _whole(own.data, experiment.federation.seed, own.classes, kept)
         return loaded, {own.client: loaded}
     if source is None and experiment.partition.kind == "files":
-        return _by_files(experiment)
+        return _by_files(experiment, objective)
     return _loaded(experiment, source, objective), {}
 
 
@@ -336,17 +338,31 @@ def _require_kind(
         )
 
 
-def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> LoadedData:
+def _columns_of_clients(
+    data: DataSettings, experiment: Experiment, objective: Objective | None
+) -> Collection[str]:
+    """Return the columns that a client's own rows keep: other columns are for dealing rows."""
+    reads = (objective or make_objective(experiment.objective)).reads_margins
+    return {*([data.group] if data.group is not None else []), *([MARGIN] if reads else [])}
+
+
+def _whole(
+    data: DataSettings, seed: int, classes: tuple[str, ...] | None, kept: Collection[str]
+) -> LoadedData:
     """Return all rows of one client, as they are read on its own machine.
+
+    Args:
+        data: Where they are and how they are read.
+        seed: The experiment's.
+        classes: Those that rows may have; ``None`` for any.
+        kept: Columns that rows keep (:func:`_columns_of_clients`).
 
     Raises:
         DataError: They cannot be read, or are of other classes than the coordinator's.
     """
     loaded = load_examples(data, generator(seed, "data"), hold_out=False)
-    # columns are for dealing rows, and of a client's own rows there is nothing to deal
-    kept = {data.group} if data.group is not None else set()
     rows = [
-        replace(row, columns={name: row.columns[name] for name in kept & row.columns.keys()})
+        replace(row, columns={name: own for name, own in row.columns.items() if name in kept})
         for row in loaded.train
     ]
     if classes is not None:
@@ -354,7 +370,9 @@ def _whole(data: DataSettings, seed: int, classes: tuple[str, ...] | None) -> Lo
     return replace(loaded, train=rows)
 
 
-def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]]:
+def _by_files(
+    experiment: Experiment, objective: Objective | None
+) -> tuple[LoadedData, dict[int, LoadedData]]:
     """Return the held-out rows, and each client's own: those of a file, read as between machines.
 
     Raises:
@@ -366,6 +384,7 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
     coordinators = data.model_copy(update={"source": ELSEWHERE, **alone})
     loaded = load_examples(coordinators, generator(seed, "data"))
     classes = _classes(loaded.test)
+    kept = _columns_of_clients(data, experiment, objective)
     files: dict[int, LoadedData] = {}
     for client, source in enumerate(data.sources):
         apart = {"source": source, "test_source": None, "test_split": None, "test_kind": None}
@@ -377,6 +396,7 @@ def _by_files(experiment: Experiment) -> tuple[LoadedData, dict[int, LoadedData]
                 files[client] = decontaminated(read, loaded.test, benchmarks, data)
             except DataError as error:
                 raise DataError(f"client {client}: {error}") from None
+        files[client] = _whole(data.model_copy(update=apart), seed, classes, kept)
     digests = [loaded.digest, *(read.digest for read in files.values())]
     dropped = loaded.dropped
     account = Account(0)

@@ -41,6 +41,7 @@ from fedloom.data.examples import (
 from fedloom.data.stored_rows import are_desirable
 from fedloom.display.untrusted_text import label
 from fedloom.evaluation.metrics import PRIMARY_METRICS, PrimaryMetric
+from fedloom.evaluation.reward_models import reward_model_digest
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.asynchronous import records_digest
 from fedloom.federation.devices import trace_digest
@@ -51,6 +52,7 @@ from fedloom.methods.contract.method import Method
 from fedloom.methods.contract.unseen_clients import AFTER
 from fedloom.objectives.base import Objective
 from fedloom.reports import row_account
+from fedloom.rewards.functions import MODEL
 from fedloom.runs.assembly import RunComponents
 from fedloom.runs.client_privacy import selection_of
 from fedloom.runs.code_digests import MadeWith, plugins_record
@@ -256,8 +258,22 @@ def fingerprint(experiment: Experiment, division: PartitionedData, made: MadeWit
         facts.append(trace)
     if (records := records_digest(experiment.simulation.replayed)) is not None:
         facts.append(records)
+    if rewards := _reward_models(experiment):
+        facts.append(rewards)
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _reward_models(experiment: Experiment) -> dict[str, str]:
+    """Return the SHA-256 of each reward model that answers are rewarded by, by the reward's name."""
+    groups = experiment.clients.groups.values()
+    own = getattr(experiment.objective, "rewards", None) or []
+    names = {*own, *(name for group in groups for name in group.rewards or [])}
+    return {
+        name: reward_model_digest(name.removeprefix(MODEL))
+        for name in sorted(names)
+        if name.startswith(MODEL)
+    }
 
 
 def partition_record(

@@ -159,7 +159,7 @@ def require_same_data(folder: RunFolder, run: Record | None, digest: str) -> Non
     """
     if run is not None and run["fingerprint"] != digest:
         raise CheckpointError(
-            f"settings or data have changed since {folder.path} was started (fingerprint "
+            f"settings, data or reward models have changed since {folder.path} was started (fingerprint "
             f"{run['fingerprint'][:12]}, now {digest[:12]}); start a new run"
         )
 

@@ -194,7 +194,7 @@ def load(
         raise CheckpointError(
             f"the checkpoint {path} belongs to another experiment (fingerprint "
             f"{facts['fingerprint'][:12]}, this one has {fingerprint[:12]}): the settings, the model's "
-            "weights or the data have changed since; start a new run"
+            "weights, the data or a reward model have changed since; start a new run"
         )
     listed = json.loads((path / "manifest.json").read_text()).keys() - without
     found = (re.fullmatch(r"client-(\d+)\.safetensors", name) for name in listed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedloom.data.batch import Batch
@@ -140,6 +141,12 @@ class Totals:
             term = value.double() * own.get(name, weight)
             self.sums[name] = self.sums[name] + term if name in self.sums else term
             self.weights[name] = self.weights.get(name, 0.0) + own.get(name, weight)
+
+    def observe(self, name: str, mean: float, count: int) -> None:
+        """Add a metric of something that is no pass, a mean over ``count``, to its weighted sum."""
+        term = torch.tensor(mean * count, dtype=torch.float64)
+        self.sums[name] = self.sums[name] + term if name in self.sums else term
+        self.weights[name] = self.weights.get(name, 0.0) + count
 
     def result(self, kept: Tensors) -> LocalResult:
         """Return the sums as means."""

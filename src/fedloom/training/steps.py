@@ -74,6 +74,8 @@ class Making:
         purpose: As there.
         work: As there.
         again: Whether a batch may be computed with after the model has changed.
+        report: Takes a metric of what was drawn (its name, its mean, and over how many), also of a batch
+            in which nothing is trained on.
     """
 
     seed: int
@@ -82,6 +84,7 @@ class Making:
     purpose: str
     work: Work
     again: bool
+    report: Callable[[str, float, int], None] = lambda name, mean, count: None
 
 
 class StepOptions(TypedDict):
@@ -252,7 +255,7 @@ def local_steps(
     noise = DropoutStream(derive_seed(seed, f"{purpose}dropout", client, round), model)
     if batches is None and maker is not None:
         again = repeats > 1 or coordinates is not None
-        making = Making(seed, client, round, purpose, work, again)
+        making = Making(seed, client, round, purpose, work, again, totals.observe)
         batches = maker.batches(model, share, settings, making)
     elif batches is None:
         order = batch_order(settings, seed, purpose, client, round)
