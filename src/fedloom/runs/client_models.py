@@ -8,6 +8,7 @@ from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedloom.data.client_rows import TokenShare
 from fedloom.data.encode import TextEncoder
