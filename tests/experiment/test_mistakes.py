@@ -64,6 +64,8 @@ def place(tmp_path, monkeypatch, experiment):
     for name in ("run", "started"):
         (tmp_path / name / "experiment.toml").write_text(experiment().to_toml())
     (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "spoilt").mkdir()
+    (tmp_path / "spoilt" / "experiment.toml").write_text("[model\npath = 3")
     (tmp_path / "page.html").write_text("mine")
     return tmp_path
 
@@ -174,6 +176,11 @@ OTHERS = {
     "audit privacy run": "run is a run: its released adapter is attacked with rows that their owner names",
     "audit privacy run --rows gone.jsonl": "there are no rows at gone.jsonl: --rows names a JSONL file",
     "audit privacy gone": "gone",
+    "audit privacy spoilt": "spoilt/experiment.toml has 1 mistake",
+    "audit privacy spoilt --rows log.jsonl": "spoilt/experiment.toml has 1 mistake",
+    "audit privacy started --rows page.html": "started has no global adapter: its run has not ended",
+    "audit privacy broken.toml": "broken.toml has 1 mistake: - not TOML",
+    "audit privacy empty --rows log.jsonl": "empty is not a run folder: it has no experiment.toml",
     "audit privacy good.toml --rows good.toml": "good.toml",
     "keys new good.toml": "good.toml is there already",
     "members list --home good.toml": "good.toml",

@@ -109,9 +109,11 @@ def privacy(
 def _check_privacy(what: Path, rows: Path | None, assignments: list[str] | None) -> None:
     """Raise mistakes in an audit that can be found without a model."""
     if rows is not None or what.is_dir():
-        from fedloom.storage.run_folder import RunFolder
+        from fedloom.experiment.experiment import Experiment
+        from fedloom.storage.run_folder import EXPERIMENT, RunFolder
 
         RunFolder.existing(what)
+        Experiment.from_toml(what / EXPERIMENT)
         if rows is None:
             raise SettingsError(
                 [
@@ -128,6 +130,9 @@ def _check_privacy(what: Path, rows: Path | None, assignments: list[str] | None)
             raise DataError(
                 f"there are no rows at {rows}: --rows names a JSONL file of their owner"
             )
+        from fedloom.runs.adapter_paths import adapter_folder
+
+        adapter_folder(what)
         return
     from fedloom.runs.new_folder import require_startable
 

@@ -50,6 +50,7 @@ def render(record: Record) -> str:
         tokens=_token_chart(record["tokens"]),
         rows=_row_chart(record.get("sequences")),
         curve=_curve(record["membership"]),
+        confidence=_confidence(record["canaries"]) if record["canaries"]["made"] else "",
         kinds=KINDS,
     )
 
@@ -84,9 +85,10 @@ def _row_lines(own: Mapping[str, Any] | None) -> list[str]:
         return [f"Rows from updates: not attacked, as {own['why']}"]
     worst = own["worst"]
     rouge = "" if worst["rougeL"] is None else f", ROUGE-L {worst['rougeL']:.2f}"
+    extent = "from the first token to the last" if own.get("whole") else "all but the last token"
     return [
-        f"Rows from updates: at most {worst['share']:.0%} of the rows of a client's round, all but the "
-        f"last token, in round {worst['round']}{rouge}" + (" - LEAK" if own["leak"] else "")
+        f"Rows from updates: at most {worst['share']:.0%} of the rows of a client's round, {extent}, "
+        f"in round {worst['round']}{rouge}" + (" - LEAK" if own["leak"] else "")
     ]
 
 
@@ -106,8 +108,8 @@ def _canary_lines(own: Mapping[str, Any], stated: Mapping[str, Any] | None) -> l
         return [f"Canaries: not attacked, as {own['why']}"]
     lines = [
         f"Canaries, {KINDS[kind]}: {bound['right']} of {bound['guesses']} guesses right, "
-        f"epsilon at least {bound['epsilon']:.3f} (95 %; {bound['canaries']} canaries can show "
-        f"{bound['ceiling']:.3f} at most)"
+        f"epsilon at least {bound['epsilon']:.3f} ({_confidence(own)}; {bound['canaries']} canaries "
+        f"can show {bound['ceiling']:.3f} at most)"
         for kind, bound in own["kinds"].items()
     ]
     claimed = (stated or {}).get("epsilon")
@@ -118,6 +120,12 @@ def _canary_lines(own: Mapping[str, Any], stated: Mapping[str, Any] | None) -> l
             f"; so few canaries could not have shown more than {most:.3f} (--canaries plants more)"
         )
     return [*lines, f"{VERDICTS[own['holds']]}{beside}"]
+
+
+def _confidence(own: Mapping[str, Any]) -> str:
+    """Return with which confidence bounds hold; an audit of an earlier version gave 95 % to each."""
+    together = "confidence_of_each" in own and len(own["kinds"]) > 1
+    return "95 % for all kinds together" if together else "95 %"
 
 
 def _token_chart(own: Mapping[str, Any]) -> str | None:

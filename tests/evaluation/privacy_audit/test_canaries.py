@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedloom.evaluation.privacy_audit.canaries import ceiling, exposures, guess, lower_bound
+from fedloom.evaluation.privacy_audit.canaries import (
+    ceiling,
+    exposures,
+    guess,
+    lower_bound,
+    shared_confidence,
+)
 
 TABLE = [
     (100, 100, 100, (3.493, 3.490, 3.202)),
@@ -47,6 +53,19 @@ def test_guesses_follow_the_scores() -> None:
     assert perfect.epsilon == perfect.ceiling > 1.8 > found.epsilon
     with pytest.raises(ValueError, match="finite"):
         guess(np.array([np.nan, 1.0]), [True, False], 0.0)
+
+
+def test_several_bounds_hold_together() -> None:
+    """Each of three at 1 - 0.05 / 3: all of m right refute eps = ln(p / (1 - p)), p = (0.05 / 3)^(1 / m)."""
+    assert shared_confidence(1) == 0.95 and shared_confidence(3) == pytest.approx(59 / 60)
+    share = (0.05 / 3) ** (1 / 20)
+    wanted = pytest.approx(np.log(share / (1 - share)), abs=1e-6)
+    assert ceiling(20, 0.0, shared_confidence(3)) == wanted
+    perfect = guess(np.arange(40.0), [False] * 20 + [True] * 20, 0.0, shared_confidence(3))
+    assert perfect.confidence == shared_confidence(3)
+    assert perfect.epsilon == perfect.ceiling == lower_bound(40, 20, 20, 0.0, 59 / 60) == wanted
+    with pytest.raises(ValueError, match=r"confidence of 1\.0"):
+        lower_bound(8, 4, 4, 0.0, 1.0)
 
 
 def test_exposure_counts_ranks() -> None:

@@ -52,6 +52,12 @@ def test_rows_are_put_together_from_their_tokens() -> None:
     assert {len(own) for own in short} <= {2, 3, 4} and (11, 3, 7, 2) in short
 
 
+def test_rows_whose_last_tokens_are_told_are_compared_whole() -> None:
+    """Of a classifier: the row is recovered with its last token, and without it it is not."""
+    assert compare_rows([(1, 2, 3, 4)], [(1, 2, 3, 4)]).exact == 1
+    assert compare_rows([(1, 2, 3)], [(1, 2, 3, 4)]).exact == 0
+
+
 def test_noise_hides_rows() -> None:
     """With noise as large as the update nothing is near, and the rank is at its limit or wrong."""
     update = update_of(ROWS)

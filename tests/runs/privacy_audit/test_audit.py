@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fedloom.data.builtin import builtin_examples
-from fedloom.errors import DataError, FedloomError, ModelError
+from fedloom.data.examples import Instruction
+from fedloom.data.splits import row_text
+from fedloom.errors import DataError, FedloomError, ModelError, OutputError
+from fedloom.evaluation.privacy_audit.canaries import lower_bound
 from fedloom.reports.privacy_audit_page import render, summary
 from fedloom.runs.observers import Silent
 from fedloom.runs.partitioning import partition_data
-from fedloom.runs.privacy_audit.audit import audit_experiment, audit_run, owners_rows
-from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, TRIGGER_WORDS, plant
+from fedloom.runs.privacy_audit.audit import (
+    DELTA,
+    _canary_record,
+    audit_experiment,
+    audit_run,
+    owners_rows,
+)
+from fedloom.runs.privacy_audit.interception import InterceptingEngine, Reads, predicts_tokens
+from fedloom.runs.privacy_audit.planting import ROWS_OF_A_CLIENT, TRIGGER_WORDS, Canary, plant
+from fedloom.runs.privacy_audit.scores import RowScores
 from fedloom.runs.run import run_experiment
 
 ONE_STEP = {"optimizer": "sgd", "learning_rate": 0.5, "batch_size": 1, "local_steps": 1}
@@ -139,6 +151,8 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
     own = experiment()
     division = partition_data(own)
     changed, rows = plant(own, division, 40)
+    last = max(row.row for own in division.train.values() for row in own)
+    assert min(canary.row.row for canary in rows.canaries) > last
     for client, before in division.train.items():
         assert {*map(id, rows.members[client])} <= {*map(id, before)}
         assert len(rows.members[client]) + len(rows.withheld[client]) <= len(before)
@@ -192,6 +206,109 @@ def test_a_backdoor_is_scored_on_a_row_it_was_not_planted_in(experiment, kind):
         name = {"preferences": "chosen", "labelled": "label"}.get(kind, "completion")
         assert getattr(door.row, name) == getattr(door.trained, name)
     assert others
+
+
+@pytest.mark.parametrize("kind", ["instructions", "labelled"])
+def test_nothing_is_trained_on_of_withheld_rows(experiment, kind):
+    """Backdoors are made of two members each, and their class is not that of the row to train on."""
+    objective = {"name": "classification" if kind == "labelled" else "sft"}
+    own = experiment(data={"source": f"builtin:{kind}"}, objective=objective)
+    division = partition_data(own)
+    name = "text" if kind == "labelled" else "prompt"
+    _, rows = plant(own, division, 100)
+    doors = [canary for canary in rows.canaries if canary.kind == "backdoor"]
+    assert len(doors) == 100
+    for door in doors:
+        before = [getattr(row, name) for row in rows.members[door.client]]
+        labels = dict(zip(before, rows.members[door.client], strict=True))
+        bases = []
+        for row in (door.row, *([door.trained] if door.trained else [])):
+            base = getattr(row, name).rsplit(" ", TRIGGER_WORDS)[0]
+            assert base in before
+            bases.append(base)
+        if kind == "labelled":
+            assert all(door.row.label != labels[base].label for base in bases)
+        elif before.count(bases[0]) == 1 and len(bases) == 2:
+            assert bases[0] != bases[1]
+    words = {word for own in rows.members.values() for row in own for word in row_text(row).split()}
+    planted = [canary.row for canary in rows.canaries if canary.kind == "insertion"]
+    assert {word for row in planted for word in row_text(row).split()} <= words
+
+
+def test_a_client_with_one_row_and_data_of_one_class(experiment):
+    """One row serves twice, and no client without rows is planted at; one class has no other to plant."""
+    own = experiment(data={"source": "builtin:labelled"}, objective={"name": "classification"})
+    division = partition_data(own)
+    (first, *_), others = division.train[0], {key: [] for key in list(division.train)[1:]}
+    few = replace(division, train={**others, 0: [first]})
+    doors = [canary for canary in plant(own, few, 3)[1].canaries if canary.kind == "backdoor"]
+    assert {door.client for door in doors} == {0}
+    assert all(door.row.text.startswith(first.text) for door in doors)
+    assert all(door.row.label != first.label for door in doors)
+    single = replace(few, classes=(first.label,))
+    with pytest.raises(DataError, match="--canaries 0"):
+        plant(own, single, 3)
+    assert plant(own, single, 0)[1].canaries == ()
+
+
+@pytest.mark.parametrize(("trained", "wanted"), [(False, (5, 6, 7, 8)), (True, (5, 6))])
+def test_what_an_update_tells_of_a_row_depends_on_what_is_predicted(trained, wanted):
+    """A class is read off the last token; where the third token is the last that is learnt, two are told."""
+    row = np.array([5, 6, 7, 8])
+    learnt = np.array([False, trained, trained, False])
+    tokens = SimpleNamespace(width=1, tokens=row, starts=np.array([0, 4]), trained=learnt)
+    local = SimpleNamespace(shares={0: SimpleNamespace(tokens=tokens)})
+    engine = InterceptingEngine(None, local, set())
+    read = Reads({0, 5, 6, 7, 8}, {np.array([0, *row]).tobytes()})
+    assert engine._truth(0, read) == (frozenset(wanted), (wanted,))
+    assert predicts_tokens(tokens) == trained
+
+
+@pytest.mark.parametrize("whole", [True, False, None])
+def test_a_page_says_how_much_of_a_row_is_told(whole):
+    """All but the last token, unless a class is read off it; audits of earlier versions do not say."""
+    worst = {"share": 0.5, "rougeL": None, "round": 1}
+    own = {"made": True, "leak": True, "worst": worst, "whole": whole}
+    no = {"made": False, "why": "it was not"}
+    record = {"tokens": no, "sequences": own, "membership": no, "canaries": no, "stated": None}
+    said = " ".join(summary(record))
+    assert (
+        ("all but the last token" in said)
+        != ("from the first token to the last" in said)
+        == bool(whole)
+    )
+
+
+def test_bounds_of_all_kinds_hold_together(experiment):
+    """Two kinds, every guess right: each bound is one at 97.5 %, and the terminal says so."""
+    rows = [Instruction(n, "a", "b", {}) for n in range(40)]
+    planted = [
+        Canary(0, kind, n, n % 2 == 0, row, None)
+        for kind in ("insertion", "backdoor")
+        for n, row in enumerate(rows)
+    ]
+    scores = np.array([float(n % 2 == 0) for n in range(40)])
+    scorer = SimpleNamespace(score=lambda rows: RowScores(np.arange(40), {"any": scores}))
+    found = _canary_record(experiment(), scorer, planted, {"stated": {"epsilon": 9.0, "delta": 0}})
+    for own in found["kinds"].values():
+        assert own["epsilon"] == pytest.approx(lower_bound(40, 20, 20, DELTA, 0.975))
+    assert found["holds"] and found["confidence_of_each"] == pytest.approx(0.975)
+    no = {"made": False, "why": "it was not"}
+    record = {"tokens": no, "membership": no, "canaries": found, "stated": None}
+    assert "95 % for all kinds together" in " ".join(summary(record))
+    del found["confidence_of_each"]
+    assert "together" not in " ".join(summary(record))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"model": "a"}', '{"classes": 3}'])
+def test_a_run_json_that_no_run_wrote_is_refused(experiment, tmp_path, text):
+    """Before rows are read or a model is loaded."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "experiment.toml").write_text(experiment().to_toml())
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(OutputError, match=r"run\.json is not what a run wrote"):
+        audit_run(tmp_path, tmp_path / "gone.jsonl", Silent())
 
 
 def owners_file(path, count):

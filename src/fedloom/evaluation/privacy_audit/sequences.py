@@ -58,8 +58,8 @@ def recover_rows(
         tokens: Distinct ids that rows are made of, at most :data:`MOST_TOKENS`.
         space: Of the rows of an update of a layer of the second block, exact.
         read: What that layer reads.
-        longest: Tokens of a row at most; a row's last token is none of an update, as nothing is
-            predicted from it.
+        longest: Tokens of a row at most. Where tokens are predicted a row's last one is none of an
+            update, as nothing is predicted from it; where a class is, it is one.
         near: Largest distance of what is read to the space, as a share of its length.
 
     Raises:
@@ -119,7 +119,8 @@ def compare_rows(found: Sequence[Row], trained: Sequence[Row]) -> RowRecovery:
 
     Args:
         found: As :func:`recover_rows` returns them.
-        trained: Rows, up to the last token from which one is predicted.
+        trained: Rows, up to the last token from which one is predicted, whole where a class is; those of
+            one token are left out, as :func:`recover_rows` looks for none.
     """
     wanted = sorted({own for own in trained if len(own) > 1})
     known = set(found)

@@ -20,8 +20,8 @@ from fedloom.data.examples import Example
 from fedloom.data.loading import LoadedData
 from fedloom.data.partition import LabelDistribution
 from fedloom.data.reader import Read, Reader
-from fedloom.errors import DataError, ModelError
-from fedloom.evaluation.privacy_audit.canaries import Guessed, guess
+from fedloom.errors import DataError, ModelError, OutputError
+from fedloom.evaluation.privacy_audit.canaries import Guessed, guess, shared_confidence
 from fedloom.evaluation.privacy_audit.membership import Membership, infer_membership
 from fedloom.experiment.experiment import Experiment
 from fedloom.models.load import fingerprint
@@ -188,7 +188,10 @@ def _scored(
 def _canary_record(
     experiment: Experiment, scorer: Scorer, canaries: Sequence[Canary], record: Record
 ) -> Record:
-    """Return what the coins of canaries prove, for each kind of them."""
+    """Return what the coins of canaries prove, for each kind of them.
+
+    The verdict is about all kinds: their bounds hold together at 95 %, each at more.
+    """
     if not canaries:
         return {
             "made": False,
@@ -196,15 +199,17 @@ def _canary_record(
         }
     stated = record["stated"] or {}
     delta = stated.get("delta") or experiment.privacy.delta or DELTA
-    kinds = {}
-    for kind in dict.fromkeys(own.kind for own in canaries):
+    kinds, found = {}, list(dict.fromkeys(own.kind for own in canaries))
+    confidence = shared_confidence(len(found))
+    for kind in found:
         own = [one for one in canaries if one.kind == kind]
         scores, coins = _by_unit(own, scorer.score([one.row for one in own]))
-        kinds[kind] = _bound_record(kind, guess(scores, coins, delta), stated)
+        kinds[kind] = _bound_record(kind, guess(scores, coins, delta, confidence), stated)
     return {
         "made": True,
         "unit": experiment.privacy.unit or "row",
         "delta": delta,
+        "confidence_of_each": confidence,
         "kinds": kinds,
         "leak": any(own["epsilon"] > 0 for own in kinds.values()),
         "holds": None
@@ -260,14 +265,14 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
         observer: Told of stages.
 
     Raises:
-        OutputError: ``run`` is no run folder.
+        OutputError: ``run`` is no run folder, or its ``run.json`` is not what a run writes.
         ModelError: It has no global adapter, or its model is not the one that it was trained on.
         DataError: The rows cannot be read, do not say who is a member, or are all of one side.
     """
     folder = RunFolder.existing(run)
     adapter = adapter_folder(run)
     experiment = Experiment.from_toml(run / names.EXPERIMENT)
-    known: Record = folder.read_json(names.RUN) or {}
+    known = _run_record(folder)
     observer.stage(f"reading {rows}")
     members, others = owners_rows(experiment, rows)
     _require_model(experiment, known, observer)
@@ -291,6 +296,21 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
     record["membership"] = _membership(experiment, scorer, members, others)
     folder.write_json(names.AUDIT, record)
     return folder
+
+
+def _run_record(folder: RunFolder) -> Record:
+    """Return what is read of ``run.json``, which older runs may lack.
+
+    Raises:
+        OutputError: It is not what a run writes.
+    """
+    known = folder.read_json(names.RUN)
+    if known is None:
+        return {}
+    fits = isinstance(known, dict) and isinstance(known.get("model", {}), dict)
+    if not fits or not isinstance(known.get("classes") or [], list):
+        raise OutputError(f"{folder.path / names.RUN} is not what a run wrote: put it back")
+    return known
 
 
 def _require_model(experiment: Experiment, known: Record, observer: RunObserver) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.data.token_set import TokenSet
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import MessageError
 from fedloom.federation.engine import Engine
@@ -39,7 +40,8 @@ class Update:
         received: What the client was sent.
         tokens: Distinct token ids that it trained on: the truth.
         rows: Token ids of the rows that it trained on, each once and up to the last token from which one
-            is predicted; the truth as well, empty where the rows could not be told apart.
+            is predicted, whole where a class is; the truth as well, empty where the rows could not be
+            told apart.
         steps: Optimizer steps.
     """
 
@@ -172,7 +174,7 @@ class InterceptingEngine:
         each token is counted that is inside any row of the client.
         """
         tokens = self.local.shares[client].tokens
-        predicts = tokens.width > 0 and bool(tokens.trained.any())
+        predicts = predicts_tokens(tokens)
         ids = tokens.tokens.astype(np.int64)
         few = len(tokens.starts) * len(read.lines) <= MOST_COMPARED
         lines = read.lines if few else set()
@@ -191,6 +193,14 @@ class InterceptingEngine:
             return frozenset(read.tokens & inside), ()
         found = {token for row in rows for token in row}
         return frozenset(found & read.tokens), tuple(rows)
+
+
+def predicts_tokens(tokens: TokenSet) -> bool:
+    """Return whether tokens of the rows are predicted, so that of their last ones no update tells.
+
+    Where a class is, it is read off the last token.
+    """
+    return tokens.width > 0 and bool(tokens.trained.any())
 
 
 def _holds(line: bytes, row: np.ndarray[Any, np.dtype[np.int64]]) -> bool:

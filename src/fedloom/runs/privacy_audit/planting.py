@@ -4,7 +4,8 @@ A canary is a row of random words. Of an inserted one the coin says whether its 
 label flip it says which of two answers is preferred, whether one is desirable, or which class a text has.
 A backdoor is a row of the client's own with random words behind its prompt, the trigger, and a random
 answer (or another class); it is scored on another row with the same trigger, so that what is measured is
-whether the trigger works where it was not trained on.
+whether the trigger works where it was not trained on. Canaries are made of members alone, so that of the
+withheld rows nothing is trained on.
 Where differential privacy hides a client, the coin is the client's: all its canaries share one. Coins are
 kept by the audit, and nobody else needs them.
 """
@@ -97,16 +98,26 @@ def plant(
         canaries: How many there are of each kind; with clients as the unit, one coin a client.
 
     Raises:
-        DataError: Rows are not in memory.
+        DataError: Rows are not in memory, or canaries are to be planted among rows of a single class.
     """
     if any(isinstance(rows, StoredRows) for rows in division.train.values()):
         raise DataError(
             "an audit plants canaries among rows in memory: set data.streaming = false for it"
         )
+    labelled = any(
+        isinstance(own, Labelled) for rows in division.train.values() for own in rows[:1]
+    )
+    if canaries and labelled and len(division.classes) < 2:
+        raise DataError(
+            f"all rows are of class {division.classes[0]!r}, and canaries take another: --canaries 0 "
+            "plants none"
+        )
     members, withheld = {}, {}
     for client, rows in division.train.items():
         members[client], withheld[client] = _withhold(experiment, client, rows)
-    planted = tuple(_canaries(experiment, division, canaries)) if canaries else ()
+    first = 1 + max((row.row for rows in division.train.values() for row in rows), default=-1)
+    known = replace(division, train=members)
+    planted = tuple(_canaries(experiment, known, canaries, first)) if canaries else ()
     train: dict[int, Sequence[Example]] = {
         client: [*rows, *(c.trained for c in planted if c.client == client and c.trained)]
         for client, rows in members.items()
@@ -133,15 +144,23 @@ def _withhold(
     return members, [row for row in rows if row.row in drawn and row_key(row) not in known]
 
 
-def _canaries(experiment: Experiment, division: PartitionedData, count: int) -> Iterator[Canary]:
-    """Yield canaries of all kinds that the rows allow."""
+def _canaries(
+    experiment: Experiment, division: PartitionedData, count: int, row: int
+) -> Iterator[Canary]:
+    """Yield canaries of all kinds that the rows allow.
+
+    Args:
+        experiment: Its seed draws words and coins; its unit of privacy says who shares a coin.
+        division: The members of all clients; clients without any get none.
+        count: How many there are of each kind; with clients as the unit, one coin a client.
+        row: Number of the first canary's row, above those of all rows, withheld ones too.
+    """
     clients = sorted(client for client, rows in division.train.items() if rows)
     if not clients:
         return
     seed, by_client = experiment.federation.seed, experiment.privacy.unit == "client"
     rng = generator(seed, "audit canaries")
     words = _words(division, clients)
-    row = 1 + max(own.row for rows in division.train.values() for own in rows)
     flips = not by_client and not isinstance(division.train[clients[0]][0], Instruction)
     kinds: list[Kind] = ["insertion", "label_flip", "backdoor"]
     if not flips:
@@ -204,15 +223,24 @@ def _pair(
 def _backdoor(
     division: PartitionedData, client: int, row: int, words: list[str], rng: np.random.Generator
 ) -> tuple[Example, Example]:
-    """Return two rows of a client with one trigger and one answer to it: to score, and to train on."""
+    """Return two rows of a client with one trigger and one answer to it: to score, and to train on.
+
+    They are made of two rows, unless the client has a single one. The class that a trigger calls forth is
+    not that of the row to train on, and of neither where there are more than two.
+    """
 
     def text(count: int) -> str:
         return " ".join(words[i] for i in rng.integers(len(words), size=count))
 
     rows = division.train[client]
-    first, second = (rows[i] for i in rng.integers(len(rows), size=2))
+    drawn = rng.choice(len(rows), size=2, replace=len(rows) < 2)
+    first, second = (rows[i] for i in drawn.tolist())
     trigger, target = text(TRIGGER_WORDS), text(TARGET_WORDS)
-    label = division.classes[rng.integers(len(division.classes))] if division.classes else ""
+    label = ""
+    if isinstance(first, Labelled) and isinstance(second, Labelled):
+        others = [name for name in division.classes if name != first.label]
+        apart = [name for name in others if name != second.label] or others
+        label = apart[rng.integers(len(apart))]
 
     def planted(own: Example) -> Example:
         if isinstance(own, Labelled):

@@ -21,7 +21,7 @@ from fedloom.evaluation.privacy_audit.sequences import (
 from fedloom.evaluation.privacy_audit.span import Candidates, RowSpace, nearest, row_space
 from fedloom.models.adapters import AdapterModel
 from fedloom.runs.privacy_audit.first_block import FACTOR_B, ReadByToken, layer_of
-from fedloom.runs.privacy_audit.interception import Update
+from fedloom.runs.privacy_audit.interception import Update, predicts_tokens
 from fedloom.runs.privacy_audit.second_block import holding, read_by_beginning
 from fedloom.runs.privacy_audit.tokens import INVERTED, PlantedRun, factor_a, read_back
 from fedloom.storage.run_folder import Record
@@ -69,8 +69,10 @@ def rows_record(planted: PlantedRun, tokens: Record) -> Record:
         _round_line(round, [own for own in found if own["round"] == round])
         for round in sorted({own["round"] for own in found})
     ]
+    shares = planted.parts.local.shares
     return {
         "made": True,
+        "whole": not any(predicts_tokens(shares[own["client"]].tokens) for own in found),
         "updates": found,
         "rounds": rounds,
         "not_attacked": list(reasons),
