@@ -388,7 +388,7 @@ def _by_files(
     files: dict[int, LoadedData] = {}
     for client, source in enumerate(data.sources):
         apart = {"source": source, "test_source": None, "test_split": None, "test_kind": None}
-        files[client] = _whole(data.model_copy(update=apart | alone), seed, classes)
+        files[client] = _whole(data.model_copy(update=apart | alone), seed, classes, kept)
     if data.decontaminate != "off":
         benchmarks = benchmark_texts(data)
         for client, read in files.items():
@@ -396,7 +396,6 @@ def _by_files(
                 files[client] = decontaminated(read, loaded.test, benchmarks, data)
             except DataError as error:
                 raise DataError(f"client {client}: {error}") from None
-        files[client] = _whole(data.model_copy(update=apart), seed, classes, kept)
     digests = [loaded.digest, *(read.digest for read in files.values())]
     dropped = loaded.dropped
     account = Account(0)

@@ -304,7 +304,7 @@ def _run_record(folder: RunFolder) -> Record:
     Raises:
         OutputError: It is not what a run writes.
     """
-    known = folder.read_json(names.RUN)
+    known: Record | None = folder.read_json(names.RUN)
     if known is None:
         return {}
     fits = isinstance(known, dict) and isinstance(known.get("model", {}), dict)

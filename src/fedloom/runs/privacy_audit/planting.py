@@ -82,8 +82,8 @@ class AuditRows:
         canaries: With their coins.
     """
 
-    members: Mapping[int, list[Example]]
-    withheld: Mapping[int, list[Example]]
+    members: Mapping[int, Sequence[Example]]
+    withheld: Mapping[int, Sequence[Example]]
     canaries: tuple[Canary, ...]
 
 
@@ -112,7 +112,8 @@ def plant(
             f"all rows are of class {division.classes[0]!r}, and canaries take another: --canaries 0 "
             "plants none"
         )
-    members, withheld = {}, {}
+    members: dict[int, Sequence[Example]] = {}
+    withheld: dict[int, list[Example]] = {}
     for client, rows in division.train.items():
         members[client], withheld[client] = _withhold(experiment, client, rows)
     first = 1 + max((row.row for rows in division.train.values() for row in rows), default=-1)
