@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from fedloom.data.fingerprints import read_key
+
 PAGE_TITLES = ("Tokens of training rows", "Labels by client", "Script of most letters", "Clients")
 
 
@@ -94,3 +96,10 @@ def test_two_clients_and_the_one_who_compares(call, make, tmp_path):
     code, out = call("data", "overlap", "a.fp", "b.fp")
     assert code == 0 and "10 rows are with 2 of 2 parties" in out
     assert re.search(r"a\.fp\s+50\s+10", out) and re.search(r"b\.fp\s+10\s+40", out)
+    code, out = call("data", "fingerprint", "a.toml", "--key", "k", "--output", "k", "--force")
+    assert code == 1 and "k is the key, too" in out and len(read_key(tmp_path / "k")) == 32
+    (tmp_path / "c.toml").write_text(
+        '[data]\nshare = "experiment"\nsource = "x.jsonl"\nkind = "labelled"\n'
+    )
+    code, out = call("data", "fingerprint", "c.toml", "--key", "k", "--output", "c.fp")
+    assert code == 2 and "has the rows of all clients in one source" in " ".join(out.split())

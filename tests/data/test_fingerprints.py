@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+from fedloom.data import fingerprints as module
 from fedloom.data.examples import Instruction, Labelled, Preference
 from fedloom.data.fingerprints import (
     compare,
@@ -81,3 +82,15 @@ def test_other_keys_and_damaged_files_are_told(tmp_path):
         (tmp_path / "d").write_bytes(damaged)
         with pytest.raises(DataError, match=r"damaged|holds no fingerprints"):
             read_fingerprints(tmp_path / "d")
+
+
+def test_more_rows_than_are_compared_are_refused_on_both_sides(tmp_path, monkeypatch):
+    many = written(tmp_path, "many", rows(*range(100)))
+    monkeypatch.setattr(module, "MOST_ROWS", 30)
+    with pytest.raises(DataError, match="is no file of at most 30 fingerprints"):
+        read_fingerprints(many)
+    with pytest.raises(
+        DataError, match="there are 31 different rows, and fingerprints of at most 30"
+    ):
+        fingerprints(rows(*range(31)), KEY)
+    assert len(fingerprints(rows(*range(30), 1, 2), KEY).rows) == 30

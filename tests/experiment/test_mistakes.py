@@ -395,6 +395,7 @@ MORE = {
         "broken.toml --key k --output out --new-key", "empty.toml --key k --output out --new-key",
         "client.toml --key good.toml --output out --new-key",
         "client.toml --key k --output page.html --new-key", "client.toml --key nope/k --output x --new-key",
+        "client.toml --key k --output k --new-key",
         "client.toml --key k --output nope/x --new-key", "client.toml --key k --output empty --new-key",
     ),
     "data overlap": (

@@ -21,7 +21,7 @@ from fedloom.commands.app import (
     terminal_observer,
 )
 from fedloom.commands.early_checks import refuse_early
-from fedloom.errors import SettingsError
+from fedloom.errors import OutputError, SettingsError
 from fedloom.storage.output_paths import free_file, require_new_file
 
 
@@ -135,6 +135,8 @@ def fingerprint_rows(
 ) -> None:
     """Write fingerprints of a client's rows, by which somebody without the key counts what is shared."""
     require_new_file(output, "--output", force=force)
+    if output.resolve() == key.resolve():
+        raise OutputError(f"{output} is the key, too: name another file with --output")
     if new_key:
         require_new_file(key, "--key")
     from fedloom.data.fingerprints import fingerprints, make_key, read_key, write_fingerprints
@@ -143,6 +145,14 @@ def fingerprint_rows(
     data = OwnFile.read(own).data
     if data is None:
         raise SettingsError([f"{own} has no [data]: it names no rows"], "the command")
+    if data.share == "experiment":
+        raise SettingsError(
+            [
+                'data.share = "experiment" has the rows of all clients in one source: use fedloom data '
+                "stats with the experiment's file, which counts what clients have in common"
+            ],
+            "the command",
+        )
     if not new_key:
         read_key(key)
     begin_loading(quiet=False)

@@ -35,8 +35,8 @@ FORMAT = "fedloom-fingerprints-1"
 KEY_BYTES = 32
 """Bytes of a key, in hexadecimal digits in its file."""
 
-MOST_BYTES = 2**31
-"""Of a file of fingerprints: 64 million rows."""
+MOST_ROWS = 2**22
+"""Of a file of fingerprints: 4 million, some 0.5 GB of memory while they are compared."""
 
 LONGEST_HEAD = 1000
 """Characters of a file's first line."""
@@ -105,10 +105,18 @@ def fingerprints(rows: Sequence[Example], key: bytes) -> Fingerprints:
     """Return the fingerprints of rows.
 
     Args:
-        rows: Of one party.
+        rows: Of one party, at most :data:`MOST_ROWS` different ones.
         key: 32 bytes.
+
+    Raises:
+        DataError: There are more.
     """
     keys = np.unique(row_keys(rows)).tolist()
+    if len(keys) > MOST_ROWS:
+        raise DataError(
+            f"there are {len(keys)} different rows, and fingerprints of at most {MOST_ROWS} are "
+            "compared: name a source of fewer, such as one of its files"
+        )
     found = (_cut(key, "row", own.ljust(SIZE, b"\0")) for own in keys)
     return Fingerprints(frozenset(found), _cut(key, "key", b"").hex())
 
@@ -135,11 +143,14 @@ def read_fingerprints(path: Path) -> Fingerprints:
         DataError: It is no such file.
     """
     try:
-        size = path.stat().st_size
-        if not path.is_file() or size > MOST_BYTES:
-            raise DataError(f"{path} is no file of at most {MOST_BYTES} bytes")
+        most = LONGEST_HEAD + SIZE * MOST_ROWS
+        if not path.is_file() or path.stat().st_size > most:
+            raise DataError(
+                f"{path} is no file of at most {MOST_ROWS} fingerprints: fedloom data fingerprint "
+                "makes one"
+            )
         with open(path, "rb") as file:
-            first, content = file.readline(LONGEST_HEAD), file.read()
+            first, content = file.readline(LONGEST_HEAD), file.read(most)
     except OSError as error:
         raise DataError(f"fingerprints {path} cannot be read: {error.strerror}") from None
     try:

@@ -177,7 +177,11 @@ def _alike(record: Record) -> Iterator[str]:
         yield (
             f"{human_count(rows['twice'])} texts are with more than one client (most: clients "
             f"{most['clients'][0]} and {most['clients'][1]} share {human_count(most['shared'])}): "
-            "data.deduplicate = true keeps one of each"
+            + (
+                "data.deduplicate works within each file and keeps them"
+                if record["partition"]["kind"] == "files"
+                else "data.deduplicate = true keeps one of each"
+            )
         )
     own = record["contamination"]
     if own["rows"]:

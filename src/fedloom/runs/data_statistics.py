@@ -63,7 +63,7 @@ def data_statistics(experiment: Experiment, source: DataSource | None = None) ->
     found = contaminated(trained, division.test, [], experiment.data.decontamination_words)
     return {
         "name": experiment.name,
-        "kind": division.loaded.kind,
+        "kind": "feedback" if division.feedback is not None else division.loaded.kind,
         "model": experiment.model.path,
         "layouts": list(division.loaded.layouts),
         "accounts": division.accounts.to_record(),
