@@ -2,10 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from fedloom.data.fingerprints import read_key
+from fedloom.data.stored_rows import StoredRows
+from fedloom.experiment.experiment import Experiment
+from fedloom.runs import data_check
 
 PAGE_TITLES = ("Tokens of training rows", "Labels by client", "Script of most letters", "Clients")
 
@@ -53,6 +57,15 @@ def test_a_check_that_finds_nothing_wrong_names_the_layout(call, make):
     code, out = call("data", "check", make(max_length=256))
     assert code == 0 and "ok      x.jsonl: layout text/label; 80 rows" in out
     assert "0 faults" in out
+
+
+def test_rows_that_stay_in_their_files_are_not_held_by_a_check(call, make, monkeypatch):
+    held = []
+    add = StoredRows.__init__
+    monkeypatch.setattr(StoredRows, "__init__", lambda own, *a: held.append(own) or add(own, *a))
+    make(streaming=True, max_length=256)
+    found = list(data_check._sources(Experiment.from_toml(Path("e.toml"))))
+    assert [own.state for own in found] == ["ok"] and "80 rows" in found[0].text and held
 
 
 def test_a_check_finds_every_fault_at_once(call, make, tmp_path):

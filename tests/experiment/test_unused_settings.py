@@ -39,6 +39,15 @@ CASES = {
             ("temperature", 0.2, "appa"), ("fair", 0.9, "appa"), ("rate", 0.3, "group_dro")
         )
     },
+    **{
+        f"method.{key}": (
+            {"method": {"name": "appa", "combine": "mean", key: value}},
+            f"method.{key} = {value} does nothing: it is read where method.combine is 'appa' or 'worst' or "
+            "'group_dro', which is 'mean'",
+            {"method": {"name": "appa", key: value}},
+        )
+        for key, value in (("most", 0.4), ("lowest", -1.0), ("highest", 1.0))
+    },
     "training.loraplus_lr_ratio": (
         {"adapter": {"kind": "ia3"}, "training": {"loraplus_lr_ratio": 4.0}},
         "training.loraplus_lr_ratio = 4.0 does nothing: it is read where adapter.kind is 'lora', which is "

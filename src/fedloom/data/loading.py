@@ -112,7 +112,7 @@ def load_examples(
     """
     order = int(rng.spawn(1)[0].integers(1 << 63))  # whatever else is drawn
     read, judged = Read(), Read()
-    store = _store(settings, column) if settings.streaming else None
+    store = row_index(settings, column) if settings.streaming else None
     train, kind = _training_rows(settings, read, rng, store)
     test: list[Example] = []
     test_kind = settings.test_kind or kind
@@ -348,7 +348,7 @@ def few(rows: Sequence[Example], limit: int | None, rng: np.random.Generator) ->
     return take(rows, np.sort(rng.choice(len(rows), size=limit, replace=False)))
 
 
-def _store(settings: DataSettings, column: str | None) -> RowIndex:
+def row_index(settings: DataSettings, column: str | None) -> RowIndex:
     """Return an empty index of rows that stay in their files, in the folder of caches.
 
     Raises:

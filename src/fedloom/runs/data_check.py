@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fedloom.accounting.quantities import human_count
 from fedloom.data.contamination import benchmark_texts
 from fedloom.data.files import is_file, is_pattern
+from fedloom.data.loading import row_index
 from fedloom.data.reader import Read, Reader
 from fedloom.data.sources import DataSettings, SourceSettings
 from fedloom.errors import FedloomError
@@ -112,7 +113,8 @@ def _source(
     """
     read = Read()
     try:
-        Reader(patient, part, kind, read, name, apart=apart).read(source, split)
+        store = row_index(data, None) if data.streaming else None
+        Reader(patient, part, kind, read, name, store=store, apart=apart).read(source, split)
     except FedloomError as error:
         rows = "".join(f"\n  {row}" for row in read.bad[:SHOWN])
         yield Finding("fault", f"{error}{'; malformed:' if rows else ''}{rows}")
