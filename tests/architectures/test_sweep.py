@@ -77,7 +77,10 @@ def test_a_weight_that_blocks_have_in_common_is_moved_in_each(outcome_of, model_
 
 
 def test_every_objective_with_a_reference_is_swept():
-    assert THEORY.keys() == {name for name, (_, own) in OBJECTIVES.items() if own.needs_reference}
+    # rpo's is log 2 and the cross-entropy of the chosen answers, which depends on the model
+    assert THEORY.keys() | {"rpo"} == {
+        n for n, (_, own) in OBJECTIVES.items() if own.needs_reference
+    }
 
 
 def test_the_table_has_every_model_type():

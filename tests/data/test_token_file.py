@@ -40,6 +40,16 @@ def test_a_file_holds_what_was_tokenised_and_is_mapped(encoder, tmp_path, monkey
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_of_a_part_that_is_written_no_token_stays_in_memory(encoder):
+    """2 GB of rows grew to more than that, a part's tokens after another's, each held by a slice of none."""
+    part = tokenize(PAIRS, encoder, 40)
+    bare = part.without_tokens()
+    arrays = (bare.tokens, bare.trained, *(getattr(bare, name) for name in ARRAYS))
+    for array in arrays:
+        assert not np.shares_memory(array, part.tokens) and array.base is not part.tokens
+        assert array.base is None or array.base.nbytes <= 2 * array.nbytes
+
+
 def test_what_is_known_of_sequences_is_what_their_tokens_say(encoder):
     from dataclasses import replace
 

@@ -75,7 +75,7 @@ def test_options_that_do_not_go_together_are_refused(call, experiment, tmp_path)
     code, told = call("run", str(file), "--ray-address", "head:6379")
     assert code == 2 and "--ray-address goes with --engine ray" in told
     code, told = call("run", str(file), "--engine", "rays")
-    assert code == 2 and "simulation, ray and flower" in told
+    assert code == 2 and "did you mean 'ray'? there are simulation, ray, flower" in told
     with pytest.raises(SettingsError, match=r"on_step follows steps .*: leave out Ray"):
         fedloom.run(experiment(), ray="local", on_step=lambda step: None)
 

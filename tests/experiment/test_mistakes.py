@@ -149,7 +149,7 @@ OTHERS = {
     "evaluate base --benchmark mtbench": "no benchmark 'mtbench'",
     "evaluate base --benchmark gone.jsonl": "data file not found: gone.jsonl",
     "evaluate base --benchmark x.jsonl --adapter run": "--adapter goes with an experiment or run folder",
-    "evaluate --judge-audit empty --judge refusl": "no judge 'refusl': give refusal, reference, longest",
+    "evaluate --judge-audit empty --judge refusl": "no judge 'refusl': did you mean 'refusal'?",
     "evaluate --judge-audit empty --judge longest": "empty holds no judged pairs",
     "evaluate --judge-audit empty": "--judge-audit needs a judge",
     "merge gone empty --output x": "gone is not an adapter: it has no adapter_config.json",

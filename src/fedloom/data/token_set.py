@@ -228,8 +228,8 @@ class TokenSet:
         """Return the same, looked at once, without the tokens themselves."""
         return replace(
             self,
-            tokens=self.tokens[:0],
-            trained=self.trained[:0],
+            tokens=np.zeros(0, np.int32),  # a slice of none would hold all
+            trained=np.zeros(0, np.bool_),
             counted=self.completion_lengths,
             common=self.common_starts,
             largest=self.largest_token,

@@ -109,8 +109,8 @@ def plant(
     )
     if canaries and labelled and len(division.classes) < 2:
         raise DataError(
-            f"all rows are of class {division.classes[0]!r}, and canaries take another: --canaries 0 "
-            "plants none"
+            f"all rows are of class {division.classes[0]!r}, and canaries take another: set "
+            "--canaries 0, which plants none"
         )
     members: dict[int, Sequence[Example]] = {}
     withheld: dict[int, list[Example]] = {}
