@@ -70,13 +70,13 @@ def test_every_line_of_a_policy_is_on_the_page_with_its_default():
 def test_commands_that_a_page_names_are_there(page):
     top = typer.main.get_command(main.app)
     for words in re.findall(r"`fedloom ([a-z][^`]*)`", (ROOT / "docs" / page).read_text()):
-        command, *rest = words.split()
+        command, *rest = words.replace("…", " ").split()
         found = top.commands[command]
         if isinstance(found, click.Group):
             if not rest:  # `fedloom members`: all of them
                 continue
             found = found.commands[rest[0]]
-        options = {name for own in found.params for name in own.opts}
+        options = {"--help", *(name for own in found.params for name in own.opts)}
         assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= options, words
 
 
