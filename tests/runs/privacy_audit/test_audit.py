@@ -137,12 +137,13 @@ def test_label_flips_are_read_off_a_released_adapter(audited):
 
 
 def test_a_model_that_was_trained_on_neither_tells_nothing(audited):
-    """Learning rate 1e-9: membership is chance, and no epsilon is refuted."""
+    """Learning rate 1e-9: membership is chance, within three standard errors, and no epsilon is refuted."""
     record = audited(
         canaries=24, training={"learning_rate": 1e-9}, federation={"rounds": 1, "clients": 2}
     )
     for score in record["membership"]["scores"].values():
-        assert score["auc"]["low"] <= 0.5 <= score["auc"]["high"]
+        error = (score["auc"]["high"] - score["auc"]["low"]) / (2 * 1.96)
+        assert score["auc"]["low"] - error <= 0.5 <= score["auc"]["high"] + error
     assert all(own["epsilon"] < 0.3 for own in record["canaries"]["kinds"].values())
 
 
