@@ -96,11 +96,11 @@ def test_group_dro_weighs_by_need_and_not_by_attendance():
     assert group_dro([None, 1.0], [0.0, None], 1.0, [3.0]) == [2.0, 1.0]  # without a score it stays
 
 
-def test_one_liar_takes_half_at_most_and_its_scores_end_at_the_range():
+def test_one_liar_takes_three_quarters_at_most_and_its_scores_end_at_the_range():
     lie = {0: 0.9, 1: -1e9, 2: 0.8}
     states, weights = rounds(lie, most=APPASettings().most)
-    assert weights[0] == pytest.approx([0.25 * 0.53788284, 0.5, 0.5 - 0.25 * 0.53788284], abs=0.1)
-    assert max(weights[0]) == 0.5 and states[0].numbers["score/000001"] == -10
+    assert weights[0] == pytest.approx([0.1, 0.75, 0.15], abs=0.06)
+    assert max(weights[0]) == 0.75 and states[0].numbers["score/000001"] == -10
     states, _ = rounds(lie, lowest=0, highest=0.85)
     assert list(states[0].numbers.values()) == [0.85, 0, 0.8]
 
@@ -116,7 +116,10 @@ def test_losses_and_rewards_are_not_mixed_in_a_round():
     ("own", "told"),
     [
         ({"lowest": 1.0, "highest": 1.0}, "method.lowest = 1 is not below method.highest = 1"),
-        ({"groups": [[0, 1], [2, 3]]}, "has the groups of a round, 2 at most, weigh alike"),
+        (
+            {"groups": [[0, 1], [2, 3]], "most": 0.5},
+            "has the groups of a round, 2 at most, weigh alike",
+        ),
         ({"most": 0.25}, "has the groups of a round, 4 at most, weigh alike"),
     ],
 )
@@ -126,7 +129,8 @@ def test_settings_by_which_it_would_do_nothing_are_refused(own, told):
         Experiment.from_table(table)
     federation = {"clients": 4, "clients_per_round": 2}
     with pytest.raises(SettingsError, match="2 at most, weigh alike"):
-        Experiment.from_table({"method": {"name": "appa"}, "federation": federation})
+        Experiment.from_table({"method": {"name": "appa", "most": 0.5}, "federation": federation})
+    Experiment.from_table({"method": {"name": "appa"}, "federation": federation})
 
 
 def test_private_steps_report_nothing_that_it_could_weigh_by():

@@ -84,8 +84,8 @@ class APPASettings(NamedSettings):
     """Fairness 1 / (1 + CoV) of the groups' rewards from which on appa weighs groups alike (0.99)."""
     rate: Annotated[float, Of("method.combine", ("group_dro",))] = Field(default=0.1, ge=0)
     """eta of group_dro."""
-    most: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=0.5, gt=0, le=1)
-    """Largest weight of a group (0.5; 1: no bound, so that one that reports what it likes can take all);
+    most: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=0.75, gt=0, le=1)
+    """Largest weight of a group (0.75; 1: no bound, so that one that reports what it likes can take all);
     in a round of so few groups that all would pass it they weigh alike."""
     lowest: Annotated[float, Of("method.combine", WEIGHED)] = Field(default=-10.0, ge=-1e6, le=1e6)
     """Lowest score (-10), in units of a reward: a lower one that is reported counts as this."""
