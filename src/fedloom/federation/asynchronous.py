@@ -211,6 +211,15 @@ class RecordedArrivals(_InOrder):
 
     recorded: Mapping[int, RecordedRound] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Note by the round of a request whose answers to it count, and in which round."""
+        super().__post_init__()
+        self._counted: dict[int, dict[int, int]] = {}
+        for round, own in self.recorded.items():
+            for client, age in own.staleness.items():
+                if client not in own.rejected:
+                    self._counted.setdefault(round - age, {})[client] = round
+
     def arrivals(self, exchange: Exchange, carry: Carry, ledger: Ledger) -> list[Assignment]:
         """Have those work now whose answers to this round's request count later; return this round's.
 
@@ -226,12 +235,7 @@ class RecordedArrivals(_InOrder):
                 ],
                 SETTING,
             )
-        taken = {
-            client: round
-            for round, own in sorted(self.recorded.items())
-            for client, age in own.staleness.items()
-            if round - age == now and client not in own.rejected
-        }
+        taken = self._counted.get(now, {})
         asked = dict.fromkeys(sorted(taken), request)
         if asked:
             for answer in carry(replace(exchange, requests=asked, buffered=None)):

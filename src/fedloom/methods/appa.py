@@ -225,9 +225,8 @@ class APPA(Method):
         known = [score for score in found if score is not None]
         if not known or own.combine == "mean":
             return dict.fromkeys(members, 1 / len(members))
-        middle = math.fsum(known) / len(
-            known
-        )  # a group that never reported counts as the others do
+        # a group that never reported counts as the others do
+        middle = math.fsum(known) / len(known)
         means = [middle if score is None else score for score in found]
         if own.combine == "worst":
             weights = worst_group(means)
