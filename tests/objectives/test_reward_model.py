@@ -250,7 +250,7 @@ def test_it_judges_and_rewards(trained, experiment):
     client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
     prompt, answers = [5, 6, 7], [[8], [9, 10]]
     read = [(np.array([5, 6, 7, 8], np.int32), 3)]
-    found = client.maker._rewarded(read, [prompt], answers)
+    found = client.maker._rewarded(client.model, read, [prompt], answers)
     assert found == scorer.of_tokens([prompt + own for own in answers])
 
 

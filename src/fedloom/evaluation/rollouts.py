@@ -137,10 +137,9 @@ class RolloutMaker:
             for k in range(size)
         ]
         answers = sample_tokens(model, self.encoder, asks, own.max_new_tokens, TOGETHER, support)
-        rewards = torch.tensor(self._rewarded(read, prompts, answers)).view(-1, size)
+        rewards = torch.tensor(self._rewarded(model, read, prompts, answers)).view(-1, size)
         advantages, spreads = own.advantages(rewards)
         kept = np.arange(rewards.numel())
-        model.flops += sum(scorer.flops(_texts(prompts, answers)) for scorer, _ in self.models)
         if own.keeps is not None:  # of all prompts, where not all are trained on
             making.report("reward", float(rewards.double().mean()), rewards.numel())
             kept = own.keeps(rewards).flatten().nonzero()[:, 0].numpy()
@@ -160,11 +159,12 @@ class RolloutMaker:
 
     def _rewarded(
         self,
+        model: AdapterModel,
         read: Sequence[tuple[np.ndarray[tuple[int], np.dtype[np.int32]], int]],
         prompts: Sequence[list[int]],
         answers: Sequence[list[int]],
     ) -> list[float]:
-        """Return the weighted sum of the rewards of each answer."""
+        """Return the weighted sum of the rewards of each answer; count reward models' FLOPs."""
         decode = partial(self.encoder.tokenizer.batch_decode, skip_special_tokens=True)
         asked = decode(list(prompts))
         references = decode([sequence[before:].tolist() for sequence, before in read])
@@ -176,8 +176,13 @@ class RolloutMaker:
             )
             for i, answer in enumerate(decode(list(answers)))
         ]
-        for model, weight in self.models:
-            own_rewards = model.of_tokens(_texts(prompts, answers))
+        texts = [
+            [*prompts[i // size], *answer]
+            for i, answer in enumerate(answers if self.models else ())
+        ]
+        for scorer, weight in self.models:
+            model.flops += scorer.flops(texts)
+            own_rewards = scorer.of_tokens(texts)
             found = [a + weight * b for a, b in zip(found, own_rewards, strict=True)]
         return found
 
@@ -210,12 +215,6 @@ def _reward_model(name: str, encoder: TextEncoder, device: torch.device | None) 
             "that generates: train it on one with the same tokenizer"
         )
     return found
-
-
-def _texts(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[list[int]]:
-    """Return each prompt with each of its answers, of which all prompts have as many."""
-    size = len(answers) // len(prompts)
-    return [[*prompts[i // size], *answer] for i, answer in enumerate(answers)]
 
 
 def _all(tokens: TokenSet) -> Indices:
