@@ -55,7 +55,12 @@ REFERENCE = "tests/test_docs.py::test_reference_pages_are_what_the_code_says"
 """The test of settings' defaults and bounds, which stand in the generated reference."""
 
 FURTHER = {
-    "methods": (REFERENCE,),
+    "methods": (
+        REFERENCE,
+        "tests/methods/test_declarations.py",
+        "tests/methods/test_closed_forms.py",
+        "tests/methods/contract/test_checks.py",
+    ),
     "objectives": (REFERENCE,),
     "evaluation": ("tests/test_by_hand.py",),
     "methods/contract/checks.py": (

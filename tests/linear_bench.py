@@ -6,7 +6,7 @@ It stands for no language model: signs, ranks and identities can be seen on it, 
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -59,10 +59,12 @@ class LinearClient(Client):
     target: object = None
     steps: int = 0
     rates: object = None
+    trainings: list = field(default_factory=list)
 
     def training_steps(self, learning_rate, before_step=None, after_step=None, *, purpose="", frozen=(),
                        repeats=1, part=None, work=None, coordinates=None, driver=None):  # fmt: skip
         yield from ()
+        self.trainings.append((self.round, self.id, purpose, part, learning_rate))
         tensors = self.model.parameters
         trained = tensors if coordinates is None else coordinates.parameters
         if coordinates is not None:
@@ -125,13 +127,14 @@ def target_of(rank, seed=0):
 
 @dataclass
 class Outcome:
-    """What came of rounds: the method, its states, and requests and replies by (round, action, client)."""
+    """What came of rounds: the method, its states, requests and replies by (round, action, client), trainings."""
 
     method: object
     states: list
     sent: dict
     kept: dict
     cohorts: list
+    trainings: list = field(default_factory=list)
 
     @property
     def state(self):
@@ -183,7 +186,7 @@ def play(name, *, rounds=1, steps=20, rate=0.2, rank=2, alpha=None, adapter=None
                         id=client, round=number, model=model, initial=initial, share=range(rows[client]),
                         objective=None, training=SimpleNamespace(learning_rate=rate, amount_per="round"), seed=seed,
                         noise_seed=0, participations=1.0, rounds=rounds, store=dict(kept[client]),
-                        target=target_of(2) if target is None else target, steps=steps, rates=rates,
+                        target=target_of(2) if target is None else target, steps=steps, rates=rates, trainings=found.trainings,
                     )  # fmt: skip
                     schema = exchange.schemas.get(client, exchange.request_schema)
                     request = decode(exchange.requests[client], schema)

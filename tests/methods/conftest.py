@@ -1,7 +1,7 @@
 """Two clients with two parameters, each with a quadratic loss, under the real handlers."""
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +40,7 @@ class QuadraticClient(Client):
     """Minimises ||w - target||^2 / 2 by plain SGD, two steps a round."""
 
     steps: int = 2
+    trainings: list = field(default_factory=list)
 
     def training_steps(
         self,
@@ -56,6 +57,7 @@ class QuadraticClient(Client):
         driver=None,
     ):
         yield from ()  # needs nobody
+        self.trainings.append((self.round, self.id, purpose, part, learning_rate))
         w = self.model.parameters["lora_w"]
         trained = self.model.parameters if coordinates is None else coordinates.parameters
         if coordinates is not None:
@@ -85,14 +87,14 @@ class QuadraticClient(Client):
 
 @pytest.fixture
 def play():
-    """Play rounds of a method through encoded messages; return its state after each.
+    """Play rounds of a method through encoded messages; return its state after each, and all trainings.
 
     ``absent`` has the clients of ``rows`` that are not there, by round.
     """
 
     def run(method, rounds=3, cohort=(0, 1), steps=2, rows=ROWS, absent=None):
         model = Model()
-        kept = {client: {} for client in rows}
+        kept, trainings = {client: {} for client in rows}, []
         state = method.initial_state({"lora_w": torch.tensor(START, dtype=torch.float64)})
         states = []
         for number in range(1, rounds + 1):
@@ -107,7 +109,7 @@ def play():
             try:
                 while True:
                     replies = [
-                        _answer(method, exchange, k, model, kept, steps, rows)
+                        _answer(method, exchange, k, model, kept, steps, rows, trainings)
                         for k in exchange.requests
                     ]
                     exchange = generator.send(Replies(replies))
@@ -115,17 +117,20 @@ def play():
                 state = stop.value
             states.append(state)
         return SimpleNamespace(
-            adapters=[method.shared(s)["lora_w"].tolist() for s in states], states=states, kept=kept
+            adapters=[method.shared(s)["lora_w"].tolist() for s in states],
+            states=states,
+            kept=kept,
+            trainings=trainings,
         )
 
     return run
 
 
-def _answer(method, exchange, number, model, kept, steps, rows):
+def _answer(method, exchange, number, model, kept, steps, rows, trainings):
     client = QuadraticClient(
         id=number, round=exchange.round, model=model, initial={"lora_w": torch.tensor(START)},
         share=range(rows[number]), objective=None, training=TRAINING, seed=0, noise_seed=0, participations=1.0, rounds=3, store=dict(kept[number]),
-        steps=steps if isinstance(steps, int) else steps[number],
+        steps=steps if isinstance(steps, int) else steps[number], trainings=trainings,
     )  # fmt: skip
     request = decode(exchange.requests[number], exchange.request_schema)
     reply = method.handlers()[exchange.action](client, request)

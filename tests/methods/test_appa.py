@@ -163,6 +163,8 @@ def test_of_alike_groups_with_equal_rows_it_is_fedavg(play):
         ([[0, 1], [1]], "client 1 is in several"),
         ([[0], []], "a group has no client"),
         ([[0, 9]], "there is no client 9: ids go from 0 to 3"),
+        ([[0, 4]], "there is no client 4: ids go from 0 to 3"),
+        ([[0, -1]], "there is no client -1: ids go from 0 to 3"),
     ],
 )
 def test_groups_are_checked(groups, told):

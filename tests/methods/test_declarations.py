@@ -34,6 +34,78 @@ def test_row_privacy_is_declared_of_steps_on_batches_drawn_anew(name):
         assert not claim.holds or "with method.steps = 1 alone" in claim.why
 
 
+MEANS = (
+    "fedavg fedprox moon fedptr fedavgm fedbis fedavg_ft fedpdpo fedper fedrep ditto pfedme apfl fedala "
+    "feddat feddpa fdlora fedsa_lora ffa_lora fedsvd rolora fedrot_lora fed_sb ravan random_projection"
+)
+"""Whose server takes a mean that another rule can replace; SCAFFOLD's, for one, moves c with it."""
+
+FACTORS = (
+    "regmean lora_fair feddat feddpa fedsa_lora ffa_lora fedsvd rolora fedrot_lora hilora lora_a2 fedspallm "
+    "fed_sb ravan flora fedex_lora fedmomentum flexlora hetlora"
+)
+"""Which treat A and B of LoRA unlike each other, or multiply them."""
+
+OWN = (
+    "fedbiscuit fedavg_ft fedpdpo fedper fedrep ditto pfedme apfl fedala fedmap feddat feddpa fdlora "
+    "fedsa_lora hilora"
+)
+"""Whose clients predict with something that they keep beside what they are sent."""
+
+
+@pytest.mark.parametrize(
+    ("trait", "value", "names"),
+    [
+        ("averages", True, MEANS),
+        ("two_factors", True, FACTORS),
+        ("personal", True, OWN),
+        ("pools_data", True, "centralised"),
+        ("own_models", True, "fedamole fedlease fedmoe distillation fed_et local_only"),
+        ("needs_public", True, "distillation fed_et"),
+        ("mixed_ranks", True, "flora flexlora hetlora"),
+        ("mixed_models", True, "distillation fed_et local_only"),
+        ("shares_parameters", False, "distillation fed_et split"),
+        ("submixtures", True, "fedmoe local_only"),
+        ("whole_at_clients", False, "split"),
+        ("changes_backbone", True, "flora fedex_lora fedmomentum"),
+        ("takes_merged_products", True, "fedavg fedprox fedavg_ft fedpdpo fedper fedrep"),
+        (
+            "by_rows",
+            False,
+            "feddyn fedadagrad fedadam fedyogi fedbuff pfedme feddat fdlora fedspallm",
+        ),
+        ("asynchronous", True, "fedbuff"),
+    ],
+)
+def test_which_methods_are_unlike_fedavg_in_what(trait, value, names):
+    found = {name for name, (own, kind) in METHODS.items() if getattr(kind(own()), trait) == value}
+    assert found == set(names.split())
+
+
+def test_how_often_a_client_goes_over_a_round_s_work():
+    """In one request at most, on each batch, and in all requests of the four rounds of a run."""
+    expected = {
+        "fedavg_ft": (1, 1, [1, 1, 1, 2]),
+        "fedrep": (2, 1, [2, 2, 2, 2]),
+        "ditto": (2, 1, [2, 2, 2, 2]),
+        "pfedme": (5, 5, [1, 1, 1, 1]),
+        "apfl": (2, 2, [1, 1, 1, 1]),
+        "fedala": (12, 1, [1, 2, 2, 2]),
+        "feddat": (2, 2, [1, 1, 1, 1]),
+        "feddpa": (2, 1, [2, 2, 2, 2]),
+        "fdlora": (1, 1, [2, 1, 1, 1]),
+        "hilora": (1, 1, [1, 1, 1, 2]),
+        "lora_a2": (2, 1, [2, 2, 2, 2]),
+        "fedlease": (1, 1, [1, 1, 1, 2]),
+        "distillation": (1, 1, [2, 2, 2, 2]),
+        "fed_et": (1, 1, [2, 2, 2, 2]),
+    }
+    for name, (own, kind) in METHODS.items():
+        method = kind(own())
+        rounds = [method.trainings_of(number, 4) for number in (1, 2, 3, 4)]
+        assert (method.trainings, method.repeats, rounds) == expected.get(name, (1, 1, [1] * 4))
+
+
 def test_a_method_that_cannot_hide_a_row_is_refused_once(experiment):
     with pytest.raises(SettingsError) as caught:
         experiment(method={"name": "apfl"}, privacy={"unit": "row", "target_epsilon": 5.0})

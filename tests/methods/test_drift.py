@@ -220,6 +220,33 @@ def test_fednova_counts_gradients_by_their_factors():
     assert gradient_factors(5, momentum=0.9, pull=0.2) == pytest.approx(float(w.detach()) / 0.1)
 
 
+def test_fednova_with_a_pull_counts_steps_by_hand():
+    """As above with mu = 0.4, so that a step keeps 0.8 of the way: the second's steps are -3, -0.9 and
+    -0.27, 2.085 in all, of which 1 + 0.8 + 0.64 gradients make 0.85451; tau_eff is that of steps, 2.
+    """
+    clients = [Quadratic(1, 0, 1), Quadratic(1, 4, 3)]
+    method = at_server(FedNova(FedNovaSettings(mu=0.4)))
+    ((_, state, details),) = rounds(method, clients, 1.0, [(0, 1)])
+    assert details[STEPS] == 2.0
+    assert float(state.tensors["w"]) == pytest.approx(1 + 2 * (-0.5 + 2.085 / 2.44) / 2)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"optimizer": "sgd", "learning_rate": 0.5},
+        {"optimizer": "sgd", "keep_optimizer_state": True},
+        {"optimizer": "adamw", "learning_rate": 5.0},
+        {"optimizer": "adamw", "head_learning_rate": 1e-4},
+    ],
+)
+def test_fednova_goes_with_steps_up_to_the_shared_adapter_and_with_counted_ones(training):
+    """mu eta = 2 x 0.5 ends there; without momentum nothing of earlier rounds goes on."""
+    table = {"objective": {"name": "classification"}, "data": {"source": "builtin:labelled"}}
+    mu = 0.0 if "keep_optimizer_state" in training else 2.0
+    Experiment.from_table({"method": {"name": "fednova", "mu": mu}, "training": training, **table})
+
+
 def test_fednova_is_fedavg_where_steps_are_equal(play):
     found = play(at_server(FedNova(FedNovaSettings())))
     for one, other in zip(found.adapters, play(FedAvg(FedAvgSettings())).adapters, strict=True):

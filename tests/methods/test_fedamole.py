@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import fedloom
 from fedloom.aggregation.assignment import relevance_of, softmax
 from fedloom.engines.in_process import SimulationEngine
-from fedloom.errors import Interrupted, ModelError, SettingsError
+from fedloom.errors import DataError, Interrupted, MessageError, ModelError, SettingsError
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
@@ -20,11 +22,16 @@ from fedloom.methods.fedamole import (
     PROJECTED,
     SHARES,
     TOKENS,
+    FedAMoLE,
+    FedAMoLESettings,
+    Probed,
+    _check_shares,
     is_domain,
     pack,
     unpack,
 )
-from fedloom.privacy.gaussian import noise_multiplier
+from fedloom.privacy.gaussian import ad_hoc_noise, noise_multiplier
+from fedloom.randomness import generator
 from fedloom.reports.sections.expert_assignment import history
 from fedloom.runs.export import export
 from fedloom.runs.observers import Silent
@@ -424,7 +431,8 @@ def test_the_record_says_who_held_what_and_how_tokens_spread(usual):
             assert [len(layer) for layer in shares] == [len(layer) for layer in held]
             assert [sum(layer) for layer in shares] == pytest.approx([1.0] * len(held), abs=0.01)
             sent = reply.tensors[SHARES].tolist()
-            assert [x for layer in shares for x in layer] == pytest.approx(sent, abs=0.001)
+            assert [x for layer in shares for x in layer] == [round(x, 3) for x in sent]
+        assert all(x == round(x, 3) for row in details["similarity"] for x in row)
         alike = torch.tensor(details["similarity"])
         assert torch.allclose(alike, alike.T) and torch.allclose(alike.diag(), torch.ones(4))
     json.dumps(found.records[-1].details)
@@ -464,6 +472,120 @@ def test_gaussian_noise_is_as_large_as_is_promised(experiment, federate, message
         "(2, 0.001)-differentially private over the whole run"
         in found.parts.method.privacy_statement()
     )
+
+
+HELD = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("shares", "layer"),
+    [
+        ([0.25, 0.75, 1.0], None),
+        ([0.0, 1.0, 1.0], None),
+        ([0.25, 0.7509, 1.0], None),
+        ([0.25, 0.7491, 1.0], None),
+        ([0.25, 0.7511, 1.0], 0),
+        ([0.25, 0.75, 0.9989], 2),
+        ([-0.1, 1.1, 1.0], 0),
+    ],
+)
+def test_shares_of_a_layer_add_up_to_1_within_a_thousandth(shares, layer):
+    """A layer of which a client holds no expert has none."""
+    words = f"shares of tokens in layer {layer} must be"
+    with nullcontext() if layer is None else pytest.raises(MessageError, match=words):
+        _check_shares(torch.tensor(shares), HELD)
+
+
+def test_limits_of_clients_that_hold_equally_many():
+    """7 experts of 2 clients each are 14 places, 3.5 for each of 4."""
+    assert FedAMoLESettings(homogeneous=True).limits(7, 4) == (2, 4, 3)
+    own = FedAMoLESettings(max_experts_per_client=5, min_experts_per_client=1)
+    assert own.limits(7, 4) == (2, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, 0),
+        ({"embedding_noise": "gaussian", "epsilon": 1.0, "delta": 1e-3, "embedding_clip": 2.0}, 0),
+        ({"embedding_noise": "ad_hoc", "eta": 1.0}, 0),
+        ({"embedding_noise": "gaussian", "eta": 1.0}, 1),
+        ({"embedding_noise": "ad_hoc", "delta": 1e-3, "embedding_clip": 2.0}, 2),
+        ({"homogeneous": True}, 0),
+        ({"experts_by": "rows"}, 0),
+        ({"homogeneous": True, "experts_by": "rows"}, 1),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told_one_by_one(settings, told):
+    assert len(FedAMoLESettings(**settings).contradictions(6, 4)) == told
+
+
+def test_what_is_promised_of_embeddings():
+    said = {
+        noise: FedAMoLE(FedAMoLESettings(embedding_noise=noise)).privacy_statement()
+        for noise in ("none", "ad_hoc", "gaussian")
+    }
+    assert said["none"] is None and "guarantees nothing" in said["ad_hoc"]
+    assert "(8, 1e-05)-differentially private" in said["gaussian"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "count"),
+    [
+        (2, {}, 1),
+        (50, {}, 2),
+        (100, {}, 5),
+        (9000, {}, 200),
+        (100, {"embedding_fraction": 0.5}, 50),
+    ],
+)
+def test_an_embedding_set_is_a_share_of_the_rows_one_at_least(rows, settings, count):
+    """A twentieth: 2.5 of 50 are rounded to an even number; 200 at most."""
+    client = SimpleNamespace(id=1, seed=0, share=range(rows))
+    method = FedAMoLE(FedAMoLESettings(**settings))
+    found = method._embedding_rows(client).tolist()
+    assert len(found) == len(set(found)) == count and found == sorted(found)
+    assert found == method._embedding_rows(client).tolist() and found[-1] < rows
+    client.share = range(1)
+    with pytest.raises(DataError, match="client 1 has 1 training row"):
+        method._embedding_rows(client)
+
+
+def test_embeddings_are_means_over_tokens_and_with_noise_over_rows():
+    """One layer, two experts, rows of 1 and 3 tokens: sums (4, 0) and (0, 4) of P x, and so on."""
+    sums = torch.tensor(
+        [[[4.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [3.0, 0.0], [0.0, 6.0]]]
+    )
+    seen = Probed(sums, torch.tensor([1, 3]), [torch.tensor([3.0, 1.0])])
+    client = SimpleNamespace(id=1, round=2, rounds=3, noise_seed=0)
+
+    def sent(**settings):
+        method = FedAMoLE(FedAMoLESettings(**settings))
+        method.layers = ("layer",)
+        return method._embeddings(client, seen)
+
+    plain = sent()
+    assert plain[TOKENS].tolist() == [[1.0, 1.0]]
+    assert plain[PROJECTED].tolist() == [[1.0, 0.0], [0.0, 1.5]]
+    assert plain[SHARES].tolist() == [0.75, 0.25]
+    means = [([2.0, 2 / 3], 4.0), ([1.0, 0.0], 1.0), ([0.0, 1.0], 2.0)]  # and the longest row's
+    rng = generator(0, "embedding noise", 1, 2)
+    noisy = [ad_hoc_noise(np.array(own), most, 5.0, rng).tolist() for own, most in means]
+    found = sent(embedding_noise="ad_hoc", eta=5.0)
+    assert found.keys() == {TOKENS, PROJECTED}
+    assert torch.cat([found[TOKENS], found[PROJECTED]]).flatten().tolist() == pytest.approx(
+        [x for own in noisy for x in own]
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [({}, 0), ({"router": "linear"}, 1)],
+)
+def test_a_router_of_its_own_is_refused(experiment, adapter, told):
+    own = {**MIXTURE, "adapter": {**MIXTURE["adapter"], **adapter}}
+    with nullcontext() if not told else pytest.raises(SettingsError, match="routes by the experts"):
+        experiment(method=METHOD, **own)
 
 
 @pytest.mark.slow

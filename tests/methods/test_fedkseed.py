@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.errors import SettingsError
+from fedloom.errors import MessageError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods.fedkseed import (
     COUNTS,
@@ -98,6 +98,33 @@ def test_probabilities_are_the_softmax_of_mean_magnitudes():
     found = probabilities(torch.tensor([3.0, 1.0, 2.0]))
     assert found.tolist() == pytest.approx([0.50648, 0.18632, 0.30720], abs=1e-5)
     assert probabilities(torch.zeros(4)).tolist() == [0.25] * 4
+
+
+def test_one_scalar_counts_a_thousand_times_the_learning_rate_at_most():
+    method = FedKSeed(FedKSeedSettings(candidates=3, sampling="weighted"))
+    before = method.initial_state(START).tensors
+    after = method._added(before, [reply(0, 1.0, [0, 1], [-99.0, -101.0])], 0.1)
+    assert after[MAGNITUDES].tolist() == pytest.approx([990.0, 1000.0, 0.0])
+    assert after[SUMS].tolist() == [-99.0, -101.0, 0.0]
+
+
+@pytest.mark.parametrize(("seeds", "sound"), [([0, 2], True), ([], True), ([3], False), ([-1, 1], False)])  # fmt: skip
+def test_seeds_are_those_of_the_candidates(seeds, sound):
+    method = FedKSeed(FedKSeedSettings(candidates=3))
+    own = reply(0, 1.0, seeds, [1.0] * len(seeds)).payload
+    if sound:
+        method._check_history(0, own)
+        return
+    with pytest.raises(MessageError, match="none of the 3 candidates"):
+        method._check_history(0, own)
+
+
+def test_sums_of_another_number_of_seeds_are_refused():
+    method = FedKSeed(FedKSeedSettings(candidates=3))
+    client = SimpleNamespace(seed=0, model=SimpleNamespace(allowance=SimpleNamespace(check=None)))
+    for size in (2, 4):
+        with pytest.raises(MessageError, match=f"{size} sums, for 3 seeds"):
+            method._received(client, START, Payload({SUMS: torch.zeros(size)}))
 
 
 def test_directions_are_the_same_bits_everywhere_and_normal():

@@ -7,6 +7,7 @@ import torch
 
 from fedloom.errors import MessageError, SettingsError
 from fedloom.methods.lora_a2 import CHANGES, CHOSEN, LoRAA2, LoRAA2Settings
+from fedloom.training.settings import ALONE, Part
 from linear_bench import CLIENTS, SIZE, A, B, error, play, start, target_of
 
 SETTINGS = {"ranks": 1, "b_rate": 1.0}
@@ -51,6 +52,17 @@ def test_ranks_at_random_need_no_second_training():
     for choice, times in (("score", 2), ("random", 1)):
         method = LoRAA2(LoRAA2Settings(choice=choice))
         assert method.trainings == method.trainings_of(1, 3) == times
+
+
+def test_b_is_trained_at_its_own_rate_and_a_trial_is_half_of_a_round():
+    found = play("lora_a2", rounds=2, settings={"ranks": 1, "b_rate": 3.0})
+    expected = []
+    for number, rate in ((1, 0.6), (2, 0.2)):
+        expected += [(number, 0, "trial ", Part(0, 2), rate), (number, 0, "", Part(1, 2), rate)]
+    own = [training for training in found.trainings if training[1] == 0]
+    assert [(*rest, pytest.approx(rate)) for *rest, rate in own] == expected
+    found = play("lora_a2", settings={"ranks": 1, "choice": "random", "b_rate": 1.0})
+    assert {part for _, _, _, part, _ in found.trainings} == {ALONE}
 
 
 @pytest.mark.slow

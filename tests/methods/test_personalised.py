@@ -4,6 +4,8 @@ Client k minimises ||w - t_k||^2 / 2, so a step of plain SGD at rate 0.1 takes w
 numbers are worked out here with that rule alone, one coordinate at a time.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from fedloom.methods.fdlora import PRIVATE, FDLoRA, FDLoRASettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings, envelope_step
+from fedloom.training.settings import Part
+from fedloom.wire.messages import Payload
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
 FEDAVG = [[0.475, 1.0475], [0.85975, 1.085975], [1.1713975, 1.11713975]]
@@ -136,6 +140,62 @@ def test_fdlora_uses_the_best_mixture_that_it_tried(play):
         cost = float((torch.tensor(own(found, client)) - aim).square().sum())
         assert cost == pytest.approx(float(costs.min()), rel=0.02)
         assert cost < min(float((w - aim).square().sum()) for w in (shared, private))
+
+
+@pytest.mark.parametrize(
+    ("make", "rounds", "last"),
+    [
+        (Ditto(DittoSettings()), [Part(0, 2), Part(1, 2)], []),
+        (FedDPA(FedDPASettings()), [Part(0, 2), Part(1, 2)], []),
+        (FedDPA(FedDPASettings(variant="F")), [Part(0, 1)], [Part(1, 2)]),
+        (FedAvgFT(FedAvgFTSettings(passes=2)), [Part(0, 1)], [Part(1, 3), Part(2, 3)]),
+    ],
+)
+def test_trainings_of_a_round_divide_its_work(play, make, rounds, last):
+    """After the last one there are those of its own request; the shared adapter's has been the first part."""
+    found = play(make, rounds=3)
+    for number in (1, 2, 3):
+        parts = [
+            part for round, client, _, part, _ in found.trainings if (round, client) == (number, 0)
+        ]
+        of = len(rounds) + len(last)
+        assert parts == (rounds if number < 3 or not last else [Part(0, of), *last])
+
+
+def test_fine_tuning_may_have_a_rate_of_its_own(play):
+    for settings, rate in (({}, 0.1), ({"learning_rate": 0.5}, 0.5)):
+        found = play(FedAvgFT(FedAvgFTSettings(**settings)), rounds=1)
+        assert [own[-1] for own in found.trainings] == [0.1, 0.1, rate, rate]
+    purposes = [own[2] for own in play(FedAvgFT(FedAvgFTSettings(passes=2)), rounds=1).trainings]
+    assert purposes == ["", "", "tuning 0 ", "tuning 1 ", "tuning 0 ", "tuning 1 "]
+
+
+def test_fdlora_trains_alone_before_it_trains_the_shared_adapter(play):
+    """Half of the first round's work each; later the shared adapter's training has all of it."""
+    found = play(FDLoRA(FDLoRASettings()), rounds=2).trainings
+    assert {own[3] for own in found if own[2]} == {Part(0, 2)}
+    assert [own[3] for own in found if not own[2]] == [Part(1, 2)] * 2 + [Part(0, 1)] * 2
+
+
+@pytest.mark.parametrize(("penalty", "weights"), [(1.9, (1.0, 1.0)), (2.1, (0.0, 1.0))])
+def test_fdlora_s_penalty_is_of_the_mean_size_of_both_weights(penalty, weights):
+    """Shared 1, private 2, loss (x - 3)^2: shared alone 4 + p / 2, private 1 + p / 2, both 0 + p."""
+    held, asked = {}, []
+
+    def loss(batches):
+        asked.append(batches)
+        return (held["w"].item() - 3) ** 2
+
+    model = SimpleNamespace(write=held.update, read=lambda: dict(held))
+    private = {"w": torch.tensor([2.0])}
+    client = SimpleNamespace(store={PRIVATE: private}, model=model, loss=loss, share=[0] * 7)
+    method = FDLoRA(FDLoRASettings(budget=3, batches=2, penalty=penalty))
+    reply = method._mix(client, Payload({"w": torch.tensor([1.0])}))
+    assert tuple(reply.metrics.values()) == weights and asked == [2, 2, 2]
+    assert reply.numbers == {"examples": 7}
+    assert client.store[ADAPTER]["w"].item() == weights[0] + 2 * weights[1]
+    assert all(spec.holds(1.5) and not spec.holds(1.51) for spec in method.mixed)
+    assert all(spec.holds(-1.5) and not spec.holds(-1.51) for spec in method.mixed)
 
 
 def test_stacked_adapters_have_the_weighted_sum_of_products():

@@ -1,5 +1,7 @@
 """RegMean in rounds: what travels, what is solved, what is refused."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from fedloom.aggregation.lora import A, B
 from fedloom.aggregation.regmean import packed, unpacked
 from fedloom.errors import MessageError, ModelError
-from fedloom.methods.regmean import MOST, PRODUCTS, RegMean, RegMeanSettings, _check, bounded
+from fedloom.methods.regmean import PRODUCTS, RegMean, RegMeanSettings, _check, bounded
 from fedloom.models.inner_products import InnerProducts, collecting
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
@@ -130,13 +132,44 @@ def test_what_no_rows_have_is_refused():
 def test_inner_products_far_above_the_others_are_scaled_down():
     eye = torch.eye(2).double()
     found = bounded([eye, 2 * eye, 1e6 * eye])
-    assert torch.equal(found[1], 2 * eye) and float(found[2].trace()) == pytest.approx(MOST * 4)
+    assert torch.equal(found[1], 2 * eye) and float(found[2].trace()) == pytest.approx(10 * 4)
     slightly = torch.diag(torch.tensor([1.0, -1e-6])).double()
     assert torch.linalg.eigvalsh(bounded([slightly])[0])[0] >= 0
     assert not bounded([0 * eye])[0].any()
     none, own = bounded([0 * eye, eye])  # a client without inner products stops no other
     assert not none.any() and torch.equal(own, eye)
     assert packed(eye).tolist() == [1, 0, 1]
+
+
+def test_the_median_is_the_lower_one_of_those_above_0():
+    """Of traces 2, 4 and 60 it is 4, of 2 and 60 it is 2: no more than 40, and 20."""
+    eye = torch.eye(2).double()
+    assert float(bounded([eye, 2 * eye, 30 * eye])[2].trace()) == pytest.approx(40)
+    found = bounded([0 * eye, eye, 30 * eye])
+    assert float(found[2].trace()) == pytest.approx(20) and torch.equal(found[1], eye)
+    assert torch.equal(bounded([eye, 10 * eye])[1], 10 * eye)
+
+
+@pytest.mark.parametrize(("least", "sound"), [(-0.9e-4, True), (-1.2e-4, False)])
+def test_rounding_may_leave_a_ten_thousandth_of_the_sum_below_0(least, sound):
+    b = torch.zeros(4, 2)
+    reply = Payload({f"x{B}weight": b, f"{PRODUCTS}x{B}weight": torch.tensor([1.0, 0.0, least])})
+    with nullcontext() if sound else pytest.raises(MessageError, match="an eigenvalue of"):
+        _check(0, reply)
+
+
+def test_rows_whose_inner_products_are_sent():
+    method = RegMean(RegMeanSettings(rows=5))
+    found = method._drawn(0, 1, 2, 40).tolist()
+    assert len(set(found)) == 5 and found == sorted(found) and max(found) < 40
+    assert found != method._drawn(0, 1, 3, 40).tolist()
+    assert method._drawn(0, 1, 2, 3).tolist() == [0, 1, 2]
+
+
+def test_traffic_is_b_both_ways_and_three_inner_products_a_layer_of_rank_2():
+    adapter = {f"x{A}weight": torch.zeros(2, 5), f"x{B}weight": torch.zeros(4, 2)}
+    form = RegMean(RegMeanSettings()).traffic(adapter)
+    assert (form.down, form.up) == (32, 32 + 12)
 
 
 def test_layers_that_read_some_tokens_alone_are_refused():

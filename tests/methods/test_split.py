@@ -10,9 +10,20 @@ import pytest
 import torch
 
 import fedloom
+from fedloom.data.batch import Batch, Sequences
 from fedloom.errors import MessageError, ModelError, RoundFailed, SettingsError
 from fedloom.federation.admission import AdmissionSettings
-from fedloom.methods.split import SplitSettings, SplitWire, pack_gradient
+from fedloom.methods import METHODS
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.split import (
+    Split,
+    SplitSettings,
+    SplitWire,
+    _check_gradient,
+    _mean_with,
+    pack_gradient,
+    unpack_gradient,
+)
 from fedloom.models.split_model import ClientPart
 from fedloom.runs.run import resume_run
 from fedloom.wire.messages import Payload, decode, encode
@@ -226,6 +237,199 @@ def test_prompts_and_completions_that_fill_their_sequences_are_let_in(first, tar
     step = Payload(tensors, {"waiting": 1.0, "squared_norm": 0.0})
     with nullcontext() if sound else pytest.raises(MessageError, match="do not add up"):
         wire.check(step)
+
+
+def wire_of(head="classification", **settings):
+    """Two sequences of four tokens at most, activations of two numbers, five classes or tokens."""
+    own = SimpleNamespace(head=head)
+    return SplitWire(SplitSettings(**settings), own, rows=2, max_length=4, hidden=2, width=5)
+
+
+def step(rows, tokens, waiting=1.0, **tensors):
+    facts = torch.tensor(rows or [[0, 0, 0]])[: len(rows)]
+    own = {"activations": torch.zeros(tokens, 2), "rows": facts, **tensors}
+    return Payload(own, {"waiting": waiting, "squared_norm": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "words"),
+    [
+        ([[3, 2, 4], [2, 0, 0]], 5, None),
+        ([[4, 3, 1], [1, 0, 2]], 5, None),
+        ([[3, 3, 4], [2, 0, 0]], 5, "lies outside its sequence"),
+        ([[3, 2, 4], [2, -1, 0]], 5, "lies outside its sequence"),
+        ([[3, 2, 5], [2, 0, 0]], 5, "not among the 5 classes"),
+        ([[3, 2, 4], [2, 0, -1]], 5, "not among the 5 classes"),
+        ([[5, 2, 4], [2, 0, 0]], 7, "must have 1 to 4 tokens"),
+        ([[3, 2, 4], [0, 0, 0]], 3, "must have 1 to 4 tokens"),
+        ([[3, 2, 4], [2, 0, 0]], 4, "4 activations for sequences of 5 tokens"),
+    ],
+)
+def test_facts_of_classified_sequences_are_within_their_bounds(rows, tokens, words):
+    with nullcontext() if words is None else pytest.raises(MessageError, match=words):
+        wire_of().check(step(rows, tokens))
+
+
+@pytest.mark.parametrize(("last", "sound"), [(0, True), (4, True), (5, False), (-1, False)])
+def test_targets_are_tokens_of_the_vocabulary(last, sound):
+    own = step([[3, 1], [2, 1]], 5, targets=torch.tensor([1, 2, last]))
+    with nullcontext() if sound else pytest.raises(MessageError, match="not among the 5 tokens"):
+        wire_of("causal").check(own)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "waiting", "pause", "sound"),
+    [(0, 0.0, False, True), (0, 1.0, True, True), (0, 1.0, False, False), (1, 0.0, False, False)],
+)
+def test_nothing_is_sent_by_who_is_done_or_pauses(tokens, waiting, pause, sound):
+    words = "or none where a step is due"
+    with nullcontext() if sound else pytest.raises(MessageError, match=words):
+        wire_of().check(step([], tokens, waiting), pause=pause)
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "int8"])
+@pytest.mark.parametrize("head", ["classification", "causal"])
+def test_a_step_is_read_as_it_was_written(head, encoding):
+    """Prompts of two tokens and of one, completions of one; 0 is padding."""
+    wire = wire_of(head, activations=encoding)
+    ids = torch.tensor([[1, 2, 3], [4, 2, 0]])
+    completion = torch.tensor([[False, False, True], [False, True, False]])
+    labels = torch.tensor([4, 0]) if head == "classification" else None
+    sequences = Sequences(ids, (ids > 0).long(), completion, 1)
+    tokens = torch.arange(10.0).view(5, 2)
+    payload = wire.step(tokens, Batch((7, 8), sequences, 2, 5, labels), 0, 2.5)
+    wire.check(payload)
+    assert payload.numbers == {"waiting": 1.0, "squared_norm": 2.5}
+    facts = [[3, 2, 4], [2, 1, 0]] if head == "classification" else [[3, 2], [2, 1]]
+    assert payload.tensors["rows"].tolist() == facts
+    activations, batch, last = wire.batch(payload.tensors)
+    mask = sequences.attention_mask
+    assert torch.allclose(activations[mask.bool()], tokens, atol=0.05)
+    assert torch.equal(batch.sequences.attention_mask, mask) and batch.tokens == 5
+    assert len(batch.rows) == 2 and not activations[~mask.bool()].any()
+    if head == "classification":
+        assert batch.labels.tolist() == [4, 0] and last.tolist() == [2, 1]
+        assert batch.completion_tokens == 0
+        return
+    assert torch.equal(batch.sequences.completion_mask, completion) and last is None
+    assert batch.sequences.input_ids[completion].tolist() == [3, 2]
+    assert batch.completion_tokens == 2 and batch.sequences.first_completion == 1
+    assert payload.tensors["targets"].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "fields", "targets"),
+    [
+        ("classification", "server", 3, False),
+        ("causal", "server", 2, True),
+        ("classification", "client", 1, False),
+        ("causal", "client", 1, False),
+    ],
+)
+def test_what_the_server_is_told_of_a_sequence(head, labels, fields, targets):
+    """Its length; the prompt's, or the last token and the class; the completion's tokens."""
+    wire = wire_of(head, labels=labels)
+    specs = {spec.name: spec for spec in wire.step_schema.tensors}
+    assert specs["rows"].shape == (2, fields) and specs["rows"].ragged
+    assert specs["activations"].shape == (8, 2) and specs["activations"].ragged
+    assert wire.gradient[0].ragged and wire.entered[0].ragged
+    assert ("targets" in specs) is targets
+    assert not targets or (specs["targets"].shape == (8,) and specs["targets"].ragged)
+    for waiting in (False, True):
+        none = wire.nothing(1.5, waiting=waiting)
+        assert none.tensors["rows"].shape == (0, fields) and ("targets" in none.tensors) is targets
+        assert none.tensors["activations"].shape == (0, 2)
+        assert none.numbers == {"waiting": float(waiting), "squared_norm": 1.5}
+
+
+def test_traffic_counts_what_the_server_is_told():
+    adapter = {"front": torch.zeros(3), "back": torch.zeros(5)}
+    forms = {}
+    for head in ("classification", "causal"):
+        for labels in ("server", "client"):
+            method = Split(SplitSettings(labels=labels))
+            method.back = SimpleNamespace(parameters={"back": None})
+            config = SimpleNamespace(hidden_size=16)
+            method.server = SimpleNamespace(
+                model=SimpleNamespace(model=SimpleNamespace(config=config)), width=5, max_length=4,
+                objective=SimpleNamespace(head=head), training=SimpleNamespace(batch_size=2),
+            )  # fmt: skip
+            form = method.traffic(adapter)
+            assert (form.front, form.hidden, form.average_every) == (12, 16, 0)
+            forms[head, labels] = form.facts, form.targets, form.u_shape
+    assert forms == {
+        ("classification", "server"): (12, False, False),
+        ("causal", "server"): (8, True, False),
+        ("classification", "client"): (4, False, True),
+        ("causal", "client"): (4, False, True),
+    }
+
+
+@pytest.mark.parametrize(("exponent", "sound"), [(126, True), (-126, True), (127, False), (-127, False)])  # fmt: skip
+def test_a_gradient_s_power_of_two_is_within_that_of_float32(exponent, sound):
+    own = Payload({"gradient": torch.full((1, 1), 0.5)}, {"exponent": float(exponent)})
+    with nullcontext() if sound else pytest.raises(MessageError, match="beyond 126"):
+        assert unpack_gradient(own, "fp32").item() == 0.5 * 2.0**exponent
+
+
+def test_the_largest_number_of_a_gradient_travels_as_a_half_to_one():
+    for largest, exponent in ((6.0, 3), (0.25, -1), (1.0, 1)):
+        packed, found = pack_gradient(torch.tensor([[largest, -0.125]]), "fp32")
+        assert found == exponent and packed["gradient"][0, 0] == largest / 2.0**exponent
+
+
+def test_gradients_that_come_back_are_finite_and_of_each_token():
+    _check_gradient(torch.ones(3, 2), 3)
+    with pytest.raises(MessageError, match="of 3 tokens came back for 2"):
+        _check_gradient(torch.ones(3, 2), 2)
+    with pytest.raises(MessageError, match="NaN or infinity"):
+        _check_gradient(torch.tensor([[1.0, float("inf")]]), 1)
+
+
+def test_who_finished_earlier_counts_in_a_mean_with_what_was_averaged_then():
+    """(1 x 2 + 3 x 6) / 4 = 5; with 4 rows that stand by 1: (20 + 4) / 8 = 3."""
+    own = [{"w": torch.tensor([2.0])}, {"w": torch.tensor([6.0])}]
+    before = {"w": torch.tensor([1.0])}
+    assert _mean_with(own, [1.0, 3.0], before, 0.0)["w"].item() == 5
+    assert _mean_with(own, [1.0, 3.0], before, 4.0)["w"].item() == 3
+
+
+def test_noise_is_a_share_of_the_activations_root_mean_square():
+    """Numbers of 3 and 4 have the root mean square 12.5^.5."""
+    tokens = torch.tensor([3.0, -4.0]).repeat(500, 40)
+    plain = Split(SplitSettings())._noisy(tokens, torch.Generator())
+    assert torch.equal(plain, tokens)
+    noisy = Split(SplitSettings(activation_noise=0.1))
+    found = noisy._noisy(tokens, torch.Generator().manual_seed(0)) - tokens
+    assert float(found.std()) == pytest.approx(0.1 * 12.5**0.5, rel=0.02)
+    assert abs(float(found.mean())) < 0.01
+
+
+def test_one_client_at_a_time_is_answered_where_one_back_half_waits_for_it():
+    replies = ["one", "other"]
+
+    def groups(clip, **settings):
+        method = Split(SplitSettings(**settings))
+        method.server = SimpleNamespace(training=SimpleNamespace(max_grad_norm=clip))
+        return method._groups(replies)
+
+    alone, together = [["one"], ["other"]], [["one", "other"]]
+    assert groups(1.0) == groups(0.0, labels="client") == alone
+    assert groups(0.0) == groups(1.0, server="parallel") == together
+    assert groups(1.0, server="parallel", labels="client") == together
+
+
+def test_advice_counts_it_as_it_is_set_and_in_8_bits():
+    names = {name: kind for name, (_, kind) in METHODS.items()}
+
+    def names_of(own, objective):
+        view = ExperimentView(SplitSettings(), names, objective)
+        return [one.name for one in Split.variants(own, view)]
+
+    assert names_of(None, "dpo") == []
+    assert names_of(None, "sft") == ["Split-FedLLM, cut 1, fp32", "Split-FedLLM, cut 1, int8"]
+    own = SplitSettings(cut=2, activations="int8")
+    assert names_of(own, "classification") == ["Split-FedLLM, cut 2, int8"]
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
