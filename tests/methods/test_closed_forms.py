@@ -1,6 +1,6 @@
-"""Bytes and operations that methods say a round takes, by hand on an adapter of one layer.
+"""Bytes and operations that methods say a round takes by hand, and the ranges of numbers in messages.
 
-A is 2 x 8, 64 bytes, B 5 x 2, 40 bytes, and a head has 4 numbers, 16 bytes: 120 in all.
+The adapter has one layer: A is 2 x 8, 64 bytes, B 5 x 2, 40 bytes, and a head has 4 numbers, 16 bytes: 120 in all.
 """
 
 from types import SimpleNamespace
@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedloom.methods import METHODS
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
+from fedloom.methods import METHODS, fedbiscuit, feddyn, fedlease, split
+from fedloom.methods.bases import parameter_averaging, rank_parts
 
 A, B, HEAD = "x.lora_A.weight", "x.lora_B.weight", "x.score.weight"
 ADAPTER = {A: torch.zeros(2, 8), B: torch.zeros(5, 2), HEAD: torch.zeros(4)}
@@ -37,7 +40,7 @@ def method_of(name, **settings):
         ("lora_a2", {"ranks": 1}, 120, 16 + 2 + 20, {"up_even": 16 + 2 + 32}),  # and a map
         # 8 and 5 numbers of 26, of each a bit, are kept
         ("fedspallm", {}, 120, 4 * 13 + 4 + 16, {}),
-        ("fedspallm", {"sparsity": 0.2}, 120, 4 * (13 + 8) + 4 + 16, {}),
+        ("fedspallm", {"sparsity": 0.2}, 120, 4 * (12 + 8) + 4 + 16, {}),
         ("fedkseed", {"candidates": 8}, 32, 0, {"up_a_step": 6}),
         ("fedkseed", {"candidates": 8, "sampling": "weighted"}, 64, 0, {"up_a_step": 6}),
         ("fed_sb", {}, 16 + 16, 16 + 16, {}),  # 2 x 2
@@ -84,3 +87,46 @@ def test_operations_of_a_first_round(name, operations):
         rows=7,
     )
     assert method_of(name).compute(first) == operations
+
+
+@pytest.mark.parametrize(
+    ("spec", "lowest", "highest"),
+    [
+        (split.STEP_NUMBERS[1], -1100, 1100),
+        (split.OWN_LOSS_NUMBERS[1], -126, 126),
+        (parameter_averaging.EXAMPLES, 1, 2**40),
+        (feddyn.MEAN_ROWS, 0, 2**40),
+        (fedbiscuit.INDEX, -1, 63),
+        (fedlease.TRIAL, 0, 1),
+        (rank_parts.PART, 0, 2),
+        (rank_parts.INDEX_NUMBER, -1, 1e6),
+    ],
+)
+def test_numbers_beyond_their_range_are_in_no_message(spec, lowest, highest):
+    assert spec.holds(lowest) and spec.holds(highest)
+    assert not spec.holds(lowest - 0.01) and not spec.holds(highest * (1 + 1e-9) + 1e-9)
+
+
+def reply_of(name, tensors, **server):
+    """What a client may reply in the first round of a method."""
+    method = method_of(name)
+    method.server = SimpleNamespace(**server)
+    cohort = Cohort(1, (0, 1), Presence.of({0: 1, 1: 3}), 0.1)
+    return next(method.round(method.initial_state(tensors), cohort)).reply_schema
+
+
+def test_likelihoods_and_tokens_of_a_row_have_bounds():
+    """A pair has two sequences of 10 tokens each at most; three inner products are of rank 2."""
+    schema = reply_of("fedmap", ADAPTER)
+    assert (schema.numbers[1].lowest, schema.numbers[1].highest) == (-1e6, 1e6)
+    schema = reply_of("regmean", ADAPTER, max_length=10)
+    assert (schema.numbers[1].lowest, schema.numbers[1].highest) == (1, 20)
+    assert {own.shape for own in schema.tensors if own.name.startswith("products/")} == {(3,)}
+
+
+def test_fedmoe_counts_the_held_experts():
+    """Two of six, of 24 bytes each."""
+    method = method_of("fedmoe")
+    method.held = 2
+    form = method.traffic({"w": torch.zeros(6, 2, 3)})
+    assert (form.down, form.up) == (48, 48)

@@ -1,6 +1,8 @@
 """KD-FedLLM: what travels, what each setting changes, who learns from whom, and what a bad client can do."""
 
 import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,24 @@ from fedloom.aggregation.soft_labels import likeliest
 from fedloom.data.builtin import pretraining_texts
 from fedloom.data.public import PublicRows
 from fedloom.errors import DataError, MessageError, ModelError, SettingsError
-from fedloom.methods.bases.logit_wire import SoftLabelWire, answers, index_dtype
-from fedloom.methods.distillation import DistillationSettings
+from fedloom.experiment.experiment import Experiment
+from fedloom.methods import METHODS
+from fedloom.methods.bases.logit_wire import (
+    SoftLabelWire,
+    answers,
+    index_dtype,
+    texts_of,
+    true_entries,
+)
+from fedloom.methods.contract.experiment_view import ExperimentView
+from fedloom.methods.contract.method import ModelSpec
+from fedloom.methods.distillation import DistillationMethod, DistillationSettings
 from fedloom.models.tiny import TinyRecipe, make_tiny_model
 from fedloom.runs.adapter_scores import evaluate_adapter
 from fedloom.runs.assembly import assemble
 from fedloom.runs.partitioning import partition_data
 from fedloom.runs.run import resume_run
+from fedloom.training.settings import Part, Work
 from fedloom.wire.messages import Payload, decode, encode
 
 KINDS = {
@@ -364,6 +377,164 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(experiment, sections, 
 def test_a_public_set_that_takes_all_rows(federate, distil):
     with pytest.raises(DataError, match=r"public.rows = 80: there are \d+ training rows"):
         federate(distil(public={"rows": 80}))
+
+
+def wire_of(positions, width=9, **settings):
+    rows = type("Rows", (), {"positions": [positions]})()
+    chosen = DistillationSettings(encoding="fp32", **settings)
+    return SoftLabelWire(chosen, PublicRows(rows, labelled=False, width=width))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sparse", "kept"),
+    [({}, False, 9), ({"top_k": 9}, False, 9), ({"top_k": 20}, False, 9), ({"top_k": 8}, True, 8),
+     ({"top_mass": 0.5}, True, 9)],
+)  # fmt: skip
+def test_indices_travel_where_some_entries_do_not(settings, sparse, kept):
+    wire = wire_of(3, **settings)
+    assert (wire.sparse, wire.k, wire.adaptive) == (sparse, kept, "top_mass" in settings)
+    shapes = {spec.name: (spec.shape, spec.ragged) for spec in wire.specs}
+    if "top_mass" in settings:
+        flat = ((27,), True)
+        assert shapes == {"values": flat, "indices": flat, "counts": ((3,), False)}
+        return
+    whole = {"values": ((3, kept), False)}
+    assert shapes == whole | ({"indices": ((3, kept), False)} if sparse else {})
+
+
+@pytest.mark.parametrize(
+    ("values", "indices", "words"),
+    [
+        ([0.0, -1.0], [0, 8], None),
+        ([0.0009, -9999.0], [0, 8], None),
+        ([0.0011, -1.0], [0, 8], "not between -10000 and 0"),
+        ([0.0, -10001.0], [0, 8], "not between -10000 and 0"),
+        ([0.0, -1.0], [0, 9], "index 9 is not below the width of 9"),
+        ([0.0, -1.0], [8, 0], "must rise"),
+        ([0.0, -1.0], [4, 4], "must rise"),
+    ],
+)
+def test_log_probabilities_and_their_indices_are_within_their_bounds(values, indices, words):
+    tensors = {
+        "values": torch.tensor([values]),
+        "indices": torch.tensor([indices], dtype=torch.uint8),
+    }
+    with nullcontext() if words is None else pytest.raises(MessageError, match=words):
+        wire_of(1, top_k=2).check(tensors)
+
+
+@pytest.mark.parametrize(
+    ("counts", "entries", "indices", "words"),
+    [
+        ([1, 2], 3, 3, None),
+        ([2, 1], 3, 3, None),
+        ([0, 2], 2, 2, "counts must be 1 to 2"),
+        ([1, 3], 4, 4, "counts must be 1 to 2"),
+        ([1, 2], 4, 4, "add up to the 4 values"),
+        ([1, 2], 3, 2, "2 indices for 3 values"),
+    ],
+)
+def test_counts_are_of_what_is_sent(counts, entries, indices, words):
+    """Of two at most; entries of each position rise, and begin anew with the next."""
+    rising = {1: [[5], [1, 7]], 2: [[1, 7], [5]]}.get(counts[0], [[0, 1], [2, 3]])
+    flat = [own for row in rising for own in row]
+    tensors = {
+        "values": torch.full((entries,), -1.0),
+        "indices": torch.tensor((flat * 2)[:indices], dtype=torch.uint8),
+        "counts": torch.tensor(counts, dtype=torch.int32),
+    }
+    wire = wire_of(2, top_k=2, top_mass=0.9)
+    with nullcontext() if words is None else pytest.raises(MessageError, match=words):
+        wire.check(tensors)
+    if words is None:
+        present = wire.unpack(tensors).present
+        assert present.sum(1).tolist() == counts
+
+
+def test_positions_are_of_their_texts_and_what_is_true_of_them():
+    tokens = SimpleNamespace(
+        labels=np.array([2, 0]),
+        tokens=np.array([5, 6, 7, 8], np.uint16),
+        trained=np.array([False, True, False, True]),
+    )
+    share = SimpleNamespace(tokens=tokens, positions=np.array([0, 3, 4]))
+    assert texts_of(share).tolist() == [0, 0, 0, 1]
+    rows = PublicRows(share, labelled=True, width=9)
+    assert true_entries(rows, "classification").tolist() == [2, 0]
+    assert true_entries(rows, "causal").tolist() == [6, 8]
+    assert true_entries(dataclasses.replace(rows, labelled=False), "causal") is None
+
+
+def test_all_public_rows_are_a_round_s_where_no_fewer_are_asked_for():
+    taken = type("Share", (), {"__len__": lambda own: 6, "take": lambda own, rows: rows.tolist()})()
+    public = PublicRows(taken, labelled=False, width=9)
+
+    def drawn(round, **settings):
+        own = DistillationMethod(DistillationSettings(**settings))
+        return own.rows_of_round(public, 0, round)
+
+    assert drawn(1) is public and drawn(1, rows_per_round=6) is public
+    some = drawn(1, rows_per_round=5).share
+    assert len(set(some)) == 5 and some == sorted(some) and set(some) < set(range(6))
+
+
+def test_the_server_may_have_a_model_and_a_rank_of_its_own():
+    def of(**settings):
+        own = DistillationMethod(DistillationSettings(**settings))
+        return tuple(own.server_model(ModelSpec("small", 4)))
+
+    assert of() == ("small", 4)
+    assert of(server_model="large", server_rank=8) == ("large", 8)
+
+
+def test_how_much_a_client_distils():
+    """What is left of the round's steps, or passes over the public rows."""
+    method = DistillationMethod(DistillationSettings(client_epochs=3))
+    due = {"due": lambda part: part}
+    for per, work in (("round", Part(1, 2)), ("model", Work(epochs=3))):
+        client = SimpleNamespace(training=SimpleNamespace(amount_per=per), **due)
+        assert method._distilling(client) == work
+
+
+def test_advice_counts_all_logits_of_classes_and_32_of_tokens():
+    kinds = {name: kind for name, (_, kind) in METHODS.items()}
+
+    def names(own, objective):
+        view = ExperimentView(DistillationSettings(), kinds, objective)
+        return [one.name for one in DistillationMethod.variants(own, view)]
+
+    assert names(None, "dpo") == []
+    assert names(None, "sft") == ["KD-FedLLM, top 32 logits, fp16"]
+    assert names(None, "classification") == ["KD-FedLLM, all logits, fp16"]
+    own = DistillationSettings(top_k=5, encoding="int8")
+    assert names(own, "classification") == ["KD-FedLLM, top 5 logits, int8"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"method": {"server_rank": 4}, "adapter": {"kind": "ia3"}}, ["method.server_rank is a setting of lora"]),
+        (
+            {"adapter": {"kind": "ia3"}, "clients": {"groups": {"a": {"clients": [0], "rank": 2}}}},
+            ["clients.groups.a.rank is a setting of lora"],
+        ),
+        (
+            {"method": {"server_rank": 4}, "adapter": {"start": "adapter"}},
+            ["adapter.start is of one model and rank: leave method.server_rank out"],
+        ),
+        ({"adapter": {"start": "adapter"}}, []),
+        ({"method": {"server_rank": 4}}, []),
+    ],
+)  # fmt: skip
+def test_ranks_and_models_of_the_server_that_cannot_be(sections, words):
+    method = {"name": "distillation", **sections.get("method", {})}
+    table = {**KINDS["classification"], **sections, "method": method}
+    if not words:
+        Experiment.from_table(table)
+        return
+    with pytest.raises(SettingsError) as told:
+        Experiment.from_table(table)
+    assert list(told.value.problems) == words
 
 
 def test_numbers_are_refused_by_name():

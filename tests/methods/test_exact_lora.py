@@ -3,15 +3,25 @@
 What clients sent is read off the encoded answers of real rounds.
 """
 
+import math
+
 import pytest
 import torch
 
 from fedloom.aggregation.lora import averaging_error, only_factors, rank_of
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import SettingsError
-from fedloom.methods.bases.backbone_additions import ADDITIONS, BASE
+from fedloom.methods.bases.backbone_additions import (
+    ADDITIONS,
+    BASE,
+    _additions,
+    _bytes_lacking,
+    _out_of_date,
+    _still_wanted,
+)
 from fedloom.methods.bases.packed_factors import FACTORS, pack, unpack
 from fedloom.models.backbone_delta import MOVED, products
+from fedloom.tensors import State
 from fedloom.wire.messages import Answer, decode, encode
 
 PAIRS = {
@@ -280,3 +290,25 @@ def test_packing_keeps_every_number_and_one_buffer(experiment, federate):
     again = unpack(packed, adapter)
     assert list(again) == list(adapter)
     assert all(torch.equal(tensor, adapter[name]) for name, tensor in again.items())
+
+
+def test_what_clients_lack_is_kept_while_it_is_smaller_than_the_sum():
+    """Additions 1 to 4 of 8, 8, 8 and 16 bytes, and a sum of 32."""
+    own = {n: {"w": torch.zeros(2 if n < 4 else 4)} for n in (1, 2, 3, 4)}
+    assert [_bytes_lacking(own, made, 4) for made in (0, 1, 3, 4)] == [40, 32, 16, 0]
+    assert _bytes_lacking({4: own[4]}, 2, 4) == math.inf
+    assert _bytes_lacking(own, 1, 3) == 16
+    kept = [_still_wanted(own, {7: made}, 32) for made in (0, 1, 2, 3)]
+    assert [sorted(one) for one in kept] == [[], [], [3, 4], [4]]
+    assert sorted(_still_wanted(own, {7: 3, 8: 2, 9: 0}, 32)) == [3, 4]
+    assert _still_wanted(own, {}, 32) == {}
+
+
+def test_what_the_state_says_of_clients_and_additions():
+    """A client of an earlier release's checkpoint is out of date, its number unknown."""
+    state = State(
+        {"addition/000012/w": torch.ones(1), "addition/000002/w": torch.zeros(1), "base/w": torch.zeros(1)},
+        {"merges": 3.0, "made/000004": 2.0, "behind 000005": 1.0},
+    )  # fmt: skip
+    assert _out_of_date(state) == {5: 0, 4: 2}
+    assert list(_additions(state)) == [2, 12] and _additions(state)[12]["w"].item() == 1

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 import linear_bench
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
-from fedloom.methods.fedawa import FedAWA, FedAWASettings
+from fedloom.methods.fedawa import FedAWA, FedAWASettings, _of_shares
+from fedloom.tensors import State
+from fedloom.wire.messages import Payload, Reply
 
 THREE = {0: 1, 1: 3, 2: 4}
 
@@ -88,3 +92,25 @@ def test_no_client_takes_it_all(play):
     logits = [state.numbers[f"logit/{client:06d}"] for client in rows]
     shares = [math.exp(own) / sum(map(math.exp, logits)) for own in logits]
     assert max(shares) == pytest.approx(0.4) and sum(logits) == pytest.approx(3 * math.log(2))
+
+
+def test_weights_and_their_entropy_are_told():
+    """Without steps of 1 and 3 rows: -(0.25 ln 0.25 + 0.75 ln 0.75) = 0.56233514."""
+    method = FedAWA(FedAWASettings(steps=0))
+    cohort = Cohort(1, (0, 1), Presence.of({0: 1, 1: 3}), 0.1)
+    playing = method.round(State({"w": torch.zeros(1)}), cohort)
+    next(playing)
+    answers = [
+        Reply(k, Payload({"w": torch.ones(1)}, {"examples": n})) for k, n in ((0, 1), (1, 3))
+    ]
+    with pytest.raises(StopIteration):
+        playing.send(Replies(answers))
+    assert cohort.details["weights"] == pytest.approx({"0": 0.25, "1": 0.75})
+    assert cohort.notes["weight_entropy"] == pytest.approx(0.56233514)
+
+
+def test_a_share_of_nothing_is_kept_as_a_millionth():
+    """ln 1e-6 = -13.8155, and the mean of the logits stays 2."""
+    own = _of_shares([1.0, 0.0], [4.0, 0.0])
+    assert own[0] - own[1] == pytest.approx(13.815511) and sum(own) == pytest.approx(4)
+    assert _of_shares([0.5, 0.5], [4.0, 4.0]) == [4.0, 4.0]

@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from fedloom.errors import SettingsError
-from fedloom.methods.bases.client_groups import groups_of
+from fedloom.methods.bases.client_groups import (
+    group_means,
+    groups_of,
+    movements,
+    nearest_groups,
+    numbers_of,
+)
 from fedloom.methods.bases.rank_parts import LEAF, PartHooks, rank_part
 from fedloom.methods.contract.client import carried_out
 from fedloom.methods.hilora import HiLoRA, HiLoRASettings, part_of_round
-from fedloom.tensors import part_of
+from fedloom.tensors import State, part_of
 from fedloom.training.results import LocalResult
 from fedloom.training.settings import ALONE, Part
+from fedloom.wire.messages import Payload, Reply
 from linear_bench import SIZE, A, B, Outcome, play, start, target_of
 
 ROUNDS = 10
@@ -41,6 +48,69 @@ def test_the_penalty_and_its_gradient_by_hand():
     hooks.before(own)
     assert own[B].grad.tolist() == [[0.0, 6.0, 0.0], [0.0, 0.0, 0.0]]
     assert hooks.flops(adapter) == 2 * 2 * 2 * 1 * 1
+
+
+def test_no_overlap_is_computed_of_the_root_and_without_a_weight():
+    """B of 2 rows, parts of one rank: the leaf is kept off two parts, which takes 2 x 2 x 2 x 2."""
+    adapter = {A: torch.ones(3, 2), B: torch.tensor([[1.0, 3.0, 1.0], [0.0, 4.0, 2.0]])}
+    found = {}
+    for place, weight in ((0, 1.0), (1, 0.0), (2, 0.5)):
+        hooks = PartHooks(adapter, place, weight, torch.device("cpu"))
+        own = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in adapter.items()}
+        for parameter in own.values():
+            parameter.grad = torch.ones_like(parameter)
+        hooks.before(own)
+        found[place] = hooks.flops(adapter), own[B].grad.tolist(), own[A].grad[:, 0].tolist()
+    assert found[0] == (0.0, [[1.0, 0.0, 0.0]] * 2, [1.0, 0.0, 0.0])
+    assert found[1] == (0.0, [[0.0, 1.0, 0.0]] * 2, [0.0, 1.0, 0.0])
+    # B_below^T B_own = (1, 11): its gradient is B_below of that, (34, 44)
+    assert found[2] == (16.0, [[0.0, 0.0, 35.0], [0.0, 0.0, 45.0]], [0.0, 0.0, 1.0])
+
+
+def moved(tensors, client, *b):
+    """Movements after one more of a client, whose B of one layer began at 0."""
+    before = {B: torch.zeros(len(b), 1)}
+    reply = Reply(client, Payload({B: torch.tensor([[own] for own in b])}))
+    return {**tensors, **movements(tensors, before, [reply])}
+
+
+def test_a_movement_is_a_running_mean_of_directions():
+    """0.9 of (1, 0) and 0.1 of (0, 1), of length 1 again; what did not move has none."""
+    ((name, first),) = moved({}, 3, 5.0, 0.0).items()
+    assert name == f"moved/{B}/000003" and first.flatten().tolist() == [1.0, 0.0]
+    second = moved({name: first}, 3, 0.0, 2.0)[name].flatten().tolist()
+    assert second == pytest.approx([0.9 / 0.82**0.5, 0.1 / 0.82**0.5])
+    assert not moved({}, 3, 0.0, 0.0)[name].any()
+    slow = moved({}, 3, 0.25, 0.0)[name].flatten().tolist()
+    assert slow == [1.0, 0.0]
+
+
+def test_the_nearest_group_is_that_of_the_least_mean_distance_and_of_equal_ones_the_first():
+    tensors = {}
+    for client, b in {
+        0: (1.0, 0.0),
+        1: (1.0, 0.1),
+        2: (0.0, 1.0),
+        8: (1.0, 0.2),
+        9: (1.0, 1.0),
+    }.items():
+        tensors = moved(tensors, client, *b)
+    assert nearest_groups(tensors, {0: 0, 1: 0, 2: 1}, [8]) == {8: 0}
+    tensors = moved(tensors, 5, 2.0, 0.0)  # as client 0
+    assert nearest_groups(tensors, {0: 4, 5: 3}, [9]) == {9: 3}
+    assert groups_of(State({}, numbers_of({5: 2, 3: 0}))) == {3: 0, 5: 2}
+
+
+def test_clients_without_a_group_have_a_mean_of_their_own():
+    """Products 1 and 4 by 1 and 3 rows: 3.25."""
+    own = {k: {A: torch.full((1, 1), k), B: torch.full((1, 1), k)} for k in (1.0, 2.0, 3.0)}
+    replies = [
+        Reply(client, Payload(own[k], {"examples": rows}))
+        for client, k, rows in ((0, 1.0, 1), (1, 2.0, 3), (2, 3.0, 5))
+    ]
+    found = group_means(replies, {2: 0})
+    products = {group: float((one[B] @ one[A]).item()) for group, one in found.items()}
+    assert products == {-1: pytest.approx(3.25), 0: pytest.approx(9.0)}
 
 
 def parts_of(rounds, **shares):

@@ -1,8 +1,11 @@
 """APFL and FedALA by hand: mixtures of a client's own adapter and the shared one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from fedloom.methods import METHODS
 from fedloom.methods.apfl import APFL, MIXING, Alternating, APFLSettings, mixture
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.bases.personal_parts import PERSONAL
@@ -11,6 +14,7 @@ from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.training.optimizers import make_optimizer
 from fedloom.training.settings import TrainingSettings
 from fedloom.training.steps import update
+from fedloom.wire.messages import Payload
 
 CPU = torch.device("cpu")
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
@@ -140,3 +144,49 @@ def test_fedala_mixes_the_last_tensors_alone_in_passes_until_the_loss_settles(fe
     assert steps == [1, 12]  # 11 passes of a step at least, as the round has one
     kept = found.parts.engine.store.slots(0)
     assert sorted(kept[WEIGHTS]) == sorted(found.adapter)[-2:]
+
+
+def factors(a, b):
+    return {"x.lora_A.weight": torch.tensor([[a]]), "x.lora_B.weight": torch.tensor([[b]])}
+
+
+def judged(method, received, kept=None, own_start=False):
+    """The product of what a client is judged by that began with 5 x 1."""
+    held = {}
+    client = SimpleNamespace(
+        store=kept or {}, initial=factors(5.0, 1.0), own_start=own_start, model=SimpleNamespace(write=held.update)
+    )  # fmt: skip
+    method.load(client, Payload(received))
+    return float(held["x.lora_B.weight"] @ held["x.lora_A.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fresh", "own", "kept"),
+    [
+        ("ditto", {}, 6.0, 5.0, 8.0),
+        ("fedavg_ft", {}, 6.0, 5.0, 8.0),
+        ("fedala", {}, 6.0, 5.0, 8.0),
+        ("feddpa", {"mix": 0.25}, 6.0, 0.75 * 6 + 0.25 * 5, 0.75 * 6 + 0.25 * 8),
+        ("feddat", {}, 6.0, (6 + 5) / 2, (6 + 8) / 2),
+        # factors apart: (0.25 x 5 + 0.75 x 3) (0.25 x 1 + 0.75 x 2), and so on
+        ("apfl", {"mixing": 0.25}, 6.0, 3.5 * 1.75, 3.25 * 2.0),
+    ],
+)
+def test_a_client_is_judged_by_its_own_adapter_or_the_received_one(
+    name, settings, fresh, own, kept
+):
+    """Received 3 x 2, kept 4 x 2; before a training its own is the received one, or that of an earlier run."""
+    made, kind = METHODS[name]
+    method, received = kind(made(**settings)), factors(3.0, 2.0)
+    slot = PERSONAL if name in ("feddat", "apfl") else ADAPTER
+    assert judged(method, received) == pytest.approx(fresh)
+    assert judged(method, received, own_start=True) == pytest.approx(own)
+    stored = {slot: factors(4.0, 2.0)}
+    assert judged(method, received, stored) == pytest.approx(kept)
+    assert judged(method, received, stored, own_start=True) == pytest.approx(kept)
+
+
+def test_apfl_s_mixture_is_by_the_share_that_is_kept():
+    method = APFL(APFLSettings(mixing=0.25))
+    kept = {PERSONAL: factors(4.0, 2.0), MIXING: {MIXING: torch.tensor(0.5)}}
+    assert judged(method, factors(3.0, 2.0), kept) == pytest.approx(3.5 * 2)

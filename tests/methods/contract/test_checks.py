@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from fedloom.errors import ModelError, SettingsError
 from fedloom.experiment.experiment import Experiment, view_of
+from fedloom.federation.participants import ClientsSettings
 from fedloom.methods import METHODS
 from fedloom.methods.contract.checks import (
     noise_of_each_round,
@@ -239,6 +240,20 @@ def test_public_rows_hold_no_pairs():
         len(told) == 1
         and 'learns from pairs alone: use another method, such as "fedavg"' in told[0]
     )
+
+
+def test_groups_whose_rewards_alone_differ_are_of_one_model_and_rank():
+    rewards = {"clients": [0], "rewards": ["regex:."]}
+    groups = {
+        "strict": rewards,
+        "few": {**rewards, "rank": 2},
+        "large": {**rewards, "model": "large"},
+        "plain": {"clients": [1]},
+    }
+    clients = ClientsSettings(groups=groups)
+    view = ExperimentView(settings_of("fedavg"), {}, clients=clients)
+    assert list(view.groups) == ["few", "large", "plain"]
+    assert ExperimentView(settings_of("fedavg"), {}).groups == {}
 
 
 def test_newcomers_are_judged_one_by_one():

@@ -31,6 +31,11 @@ class Lost(Parts):
         return {}
 
 
+class LostOne(Parts):
+    def shared(self, state):
+        return {"b": ADAPTER["b"]}
+
+
 class Turned(Parts):
     def shared(self, state):
         return {n: t.T if t.dim() > 1 else t for n, t in super().shared(state).items()}
@@ -56,6 +61,7 @@ class Bare(Parts):
     [
         (Whole, r"shared\(state\) returns the whole state, in which 'a' is not: define shared"),
         (Lost, r"shared\(state\) lacks 'a' and 1 more: it must return every tensor"),
+        (LostOne, r"shared\(state\) lacks 'a': it must return every tensor"),
         (Turned, r"shared\(state\) has 'a' with shape \(3, 2\): the adapter's is \(2, 3\)"),
         (Listed, r"shared\(state\) returned a list"),
         (Counted, r"traffic\(adapter\) returned an int: .*ParameterTraffic\(down, up\)"),
