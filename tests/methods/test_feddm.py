@@ -3,12 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from fedloom.errors import MessageError, SettingsError
 from fedloom.methods import METHODS
-from fedloom.methods.bases.distribution_matching import CLASSES, MATCHING, Edge, together
+from fedloom.methods.bases.distribution_matching import CLASSES, MATCHING, Edge, Matching, together
 from fedloom.tensors import part_of
 from fedloom.training.synthetic_inputs import SYNTHETIC_INPUTS, embeddings_of, width_of
 from fedloom.wire.messages import Payload, Reply
@@ -88,6 +89,24 @@ def test_a_training_ends_where_it_reaches_the_edge():
     assert w["w"].tolist() == pytest.approx([3.0, 4.0])
     assert list(batches) == []
     assert len(list(Edge(start, 5.0).until_reached(iter([["a"]] * 9), 4))) == 4
+
+
+def test_a_model_is_drawn_within_the_radius_whatever_its_size():
+    """Half of a unit in a random direction is a quarter of the radius 2, half a unit, away."""
+    rng = SimpleNamespace(standard_normal=lambda shape: np.full(shape, 0.5), random=lambda: 0.25)
+    adapter = {"w": torch.nn.Parameter(torch.zeros(1))}
+    steps = Matching(None, 1.0, adapter, 2.0)
+    steps._draw({"w": torch.tensor([3.0])}, rng)
+    assert adapter["w"].item() == pytest.approx(3.5)
+
+
+def test_a_step_to_just_within_the_edge_stays():
+    edge, w = Edge({"w": torch.zeros(2)}, 5.0), {"w": torch.nn.Parameter(torch.tensor([3.0, 3.9]))}
+    edge.keep_within(w)
+    assert not edge.reached and w["w"].tolist() == pytest.approx([3.0, 3.9])
+    at = {"w": torch.nn.Parameter(torch.tensor([3.0, 4.0]))}
+    edge.keep_within(at)
+    assert edge.reached and at["w"].tolist() == [3.0, 4.0]
 
 
 def test_each_client_counts_by_its_rows():

@@ -10,6 +10,8 @@ import torch
 
 from fedloom.errors import MessageError, SettingsError
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.fedkseed import (
     COUNTS,
     MAGNITUDES,
@@ -18,6 +20,7 @@ from fedloom.methods.fedkseed import (
     probabilities,
 )
 from fedloom.randomness import portable_normals
+from fedloom.tensors import State
 from fedloom.training import zeroth_order
 from fedloom.training.layout import budget_of
 from fedloom.training.optimizers import make_optimizer
@@ -35,7 +38,7 @@ from fedloom.training.zeroth_order import (
     moved,
     unflattened,
 )
-from fedloom.wire.messages import Payload, Reply, encode
+from fedloom.wire.messages import Payload, Reply, decode, encode
 
 START = {"w": torch.tensor([1.0, 2.0])}
 BY_HAND = {1: np.array([1.0, 0.0], np.float32), 2: np.array([1.0, 1.0], np.float32)}
@@ -106,6 +109,25 @@ def test_one_scalar_counts_a_thousand_times_the_learning_rate_at_most():
     after = method._added(before, [reply(0, 1.0, [0, 1], [-99.0, -101.0])], 0.1)
     assert after[MAGNITUDES].tolist() == pytest.approx([990.0, 1000.0, 0.0])
     assert after[SUMS].tolist() == [-99.0, -101.0, 0.0]
+
+
+def test_clients_are_sent_mean_magnitudes_and_answer_with_as_many_steps_as_they_can_make():
+    """Sums of 0, 2 and 6 over 0, 1 and 3 sights are means of 0, 2 and 2."""
+    method = FedKSeed(FedKSeedSettings(candidates=3, sampling="weighted"))
+    training = TrainingSettings(local_steps=5)
+    method.server = SimpleNamespace(training=training, participations=1.0)
+    tensors = {
+        SUMS: torch.ones(3),
+        MAGNITUDES: torch.tensor([0.0, 2.0, 6.0]),
+        COUNTS: torch.tensor([0, 1, 3], dtype=torch.int32),
+    }
+    cohort = Cohort(1, (0, 1), Presence.of({0: 1, 1: 3}), 0.1)
+    exchange = next(method.round(State(tensors), cohort))
+    request = decode(exchange.requests[0], exchange.request_schema)
+    assert request.tensors.keys() == {SUMS, MAGNITUDES}
+    assert request.tensors[MAGNITUDES].tolist() == [0.0, 2.0, 2.0]
+    shapes = {spec.name: (spec.shape, spec.ragged) for spec in exchange.reply_schema.tensors}
+    assert shapes == {SEEDS: ((5,), True), SCALARS: ((5,), True)}
 
 
 @pytest.mark.parametrize(("seeds", "sound"), [([0, 2], True), ([], True), ([3], False), ([-1, 1], False)])  # fmt: skip

@@ -224,6 +224,36 @@ def test_the_penalty_is_the_gradient_of_the_norms_product():
     assert all(bool(p.grad.isfinite().all()) for p in zero.values()) and not zero[A].grad.any()
 
 
+def test_the_penalty_of_small_tails_and_of_none_by_hand():
+    """Tails of norm 0.1 and 0.2: 0.5 x 0.2 on the one, 0.5 x 0.1 on the other."""
+    own = {A: torch.tensor([[1.0], [0.1]]), B: torch.tensor([[1.0, 0.2]])}
+    for first, weight, expected in (
+        (1, 0.5, (0.1, 0.05)),
+        (2, 0.5, (0.0, 0.0)),
+        (1, 0.0, (0.0, 0.0)),
+    ):
+        parameters = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in own.items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        tail_gradient(first, weight)(parameters)
+        assert parameters[A].grad[1].item() == pytest.approx(expected[0])
+        assert parameters[B].grad[0, 1].item() == pytest.approx(expected[1])
+        assert not parameters[A].grad[0] and not parameters[B].grad[0, 0]
+    alone = {A: torch.nn.Parameter(own[A]), B: torch.nn.Parameter(own[B])}
+    alone[A].grad = torch.zeros(2, 1)  # B is frozen
+    tail_gradient(1, 0.5)(alone)
+    assert not alone[A].grad.any() and alone[B].grad is None
+
+
+def test_clients_weigh_by_the_norms_of_products_and_by_rows_where_all_are_zero():
+    method = HetLoRA(HetLoRASettings())
+    replies = [Reply(k, SimpleNamespace(numbers={"examples": n})) for k, n in ((0, 2.0), (1, 5.0))]
+    zero = {A: torch.ones(1, 2), B: torch.zeros(2, 1)}
+    some = {A: torch.tensor([[3.0, 0.0]]), B: torch.tensor([[0.0], [0.5]])}
+    assert method.weights(replies, [zero, zero]) == [2.0, 5.0]
+    assert method.weights(replies, [zero, some]) == pytest.approx([0.0, 1.5])
+
+
 def test_a_rank_that_no_pruning_gives_is_refused_and_settings_without_pruning_are_told(experiment):
     method = HetLoRA(HetLoRASettings(**PRUNING))
     check = method.check_of({0: 4})

@@ -287,34 +287,48 @@ def test_nothing_is_sent_by_who_is_done_or_pauses(tokens, waiting, pause, sound)
         wire_of().check(step([], tokens, waiting), pause=pause)
 
 
-@pytest.mark.parametrize("encoding", ["fp32", "int8"])
-@pytest.mark.parametrize("head", ["classification", "causal"])
-def test_a_step_is_read_as_it_was_written(head, encoding):
+def two_sequences(head):
     """Prompts of two tokens and of one, completions of one; 0 is padding."""
-    wire = wire_of(head, activations=encoding)
     ids = torch.tensor([[1, 2, 3], [4, 2, 0]])
     completion = torch.tensor([[False, False, True], [False, True, False]])
     labels = torch.tensor([4, 0]) if head == "classification" else None
-    sequences = Sequences(ids, (ids > 0).long(), completion, 1)
-    tokens = torch.arange(10.0).view(5, 2)
-    payload = wire.step(tokens, Batch((7, 8), sequences, 2, 5, labels), 0, 2.5)
+    return Batch((7, 8), Sequences(ids, (ids > 0).long(), completion, 1), 2, 5, labels)
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "int8"])
+@pytest.mark.parametrize("head", ["classification", "causal"])
+def test_a_step_is_read_as_it_was_written(head, encoding):
+    wire, given = wire_of(head, activations=encoding), two_sequences(head)
+    tokens, mask = torch.arange(10.0).view(5, 2), given.sequences.attention_mask
+    payload = wire.step(tokens, given, 0, 2.5)
     wire.check(payload)
     assert payload.numbers == {"waiting": 1.0, "squared_norm": 2.5}
     facts = [[3, 2, 4], [2, 1, 0]] if head == "classification" else [[3, 2], [2, 1]]
     assert payload.tensors["rows"].tolist() == facts
     activations, batch, last = wire.batch(payload.tensors)
-    mask = sequences.attention_mask
     assert torch.allclose(activations[mask.bool()], tokens, atol=0.05)
     assert torch.equal(batch.sequences.attention_mask, mask) and batch.tokens == 5
     assert len(batch.rows) == 2 and not activations[~mask.bool()].any()
     if head == "classification":
         assert batch.labels.tolist() == [4, 0] and last.tolist() == [2, 1]
-        assert batch.completion_tokens == 0
+        assert batch.completion_tokens == 0 and batch.sequences.first_completion == 1
         return
+    completion = given.sequences.completion_mask
     assert torch.equal(batch.sequences.completion_mask, completion) and last is None
     assert batch.sequences.input_ids[completion].tolist() == [3, 2]
     assert batch.completion_tokens == 2 and batch.sequences.first_completion == 1
     assert payload.tensors["targets"].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize("head", ["classification", "causal"])
+def test_in_u_shape_lengths_alone_are_told(head):
+    wire = wire_of(head, labels="client")
+    payload = wire.step(torch.zeros(5, 2), two_sequences(head), 0, 0.0)
+    wire.check(payload)
+    assert payload.tensors.keys() == {"activations", "rows"}
+    assert payload.tensors["rows"].tolist() == [[3], [2]]
+    _, batch, last = wire.batch(payload.tensors)
+    assert batch.labels is None and last is None and not batch.sequences.completion_mask.any()
 
 
 @pytest.mark.parametrize(
@@ -338,6 +352,7 @@ def test_what_the_server_is_told_of_a_sequence(head, labels, fields, targets):
     for waiting in (False, True):
         none = wire.nothing(1.5, waiting=waiting)
         assert none.tensors["rows"].shape == (0, fields) and ("targets" in none.tensors) is targets
+        assert all(len(tensor) == 0 for tensor in none.tensors.values())
         assert none.tensors["activations"].shape == (0, 2)
         assert none.numbers == {"waiting": float(waiting), "squared_norm": 1.5}
 

@@ -511,7 +511,7 @@ class SplitWire:
         elif self.told:
             completion = mask & (columns >= facts[:, 1].unsqueeze(1))
             ids[completion] = tensors[TARGETS].long()
-            first = max(1, min(int(facts[:, 1].min()), len(columns) - 1))
+            first = int(facts[:, 1].min())  # below the longest, as checked
         sequences = Sequences(ids, mask.long(), completion, first)
         count = int(completion.sum())
         rows = tuple(range(len(facts)))
