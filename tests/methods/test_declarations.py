@@ -106,6 +106,24 @@ def test_how_often_a_client_goes_over_a_round_s_work():
         assert (method.trainings, method.repeats, rounds) == expected.get(name, (1, 1, [1] * 4))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "trainings", "last"),
+    [
+        ("fedavg_ft", {"passes": 3}, 3, 4),
+        ("pfedme", {"steps": 3}, 3, 1),
+        ("fedala", {"first_passes": 5}, 6, 2),
+        ("feddpa", {"variant": "F"}, 1, 2),
+        ("fedpdpo", {"schedule": "alternating"}, 2, 2),
+        ("fedpdpo", {"schedule": "joint"}, 1, 1),
+        ("lora_a2", {"choice": "random"}, 1, 1),
+    ],
+)
+def test_how_often_follows_from_the_settings(name, settings, trainings, last):
+    own, kind = METHODS[name]
+    method = kind(own(**settings))
+    assert (method.trainings, method.trainings_of(4, 4)) == (trainings, last)
+
+
 def test_a_method_that_cannot_hide_a_row_is_refused_once(experiment):
     with pytest.raises(SettingsError) as caught:
         experiment(method={"name": "apfl"}, privacy={"unit": "row", "target_epsilon": 5.0})
@@ -154,6 +172,88 @@ def test_all_contradictions_are_told_at_once():
         "clients.newcomers go with methods that share parameters; 'split' does not",
     ):
         assert len([text for text in told if text.startswith(words)]) == 1, words
+
+
+CLASSES = {"objective": {"name": "classification"}, "data": {"source": "builtin:labelled"}}
+SUITED = {
+    "fedamole": {"adapter": {"kind": "experts"}},
+    "fedlease": {"adapter": {"kind": "experts", "router": "linear"}},
+    "fedmoe": {"adapter": {"kind": "submixture"}},
+    "distillation": CLASSES,
+    "fed_et": CLASSES,
+    "feddm": CLASSES,
+    "split": CLASSES,
+}
+"""What methods need that do not go with pairs or with LoRA."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_suits_a_method_is_allowed_by_default(name):
+    own = {"adapter": {"rank": 12}, **SUITED.get(name, {})}
+    assert Experiment.from_table({"method": {"name": name}, **own}).method.name == name
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"method": {"name": "moon"}, "adapter": {"kind": "experts"}},
+            "adapter.kind = 'experts': method.name = 'moon' adds a term to the loss where mixtures",
+        ),
+        (
+            {
+                "method": {"name": "fedptr", "projection": "synthetic"},
+                "adapter": {"kind": "prompt"},
+            },
+            "adapter.kind = 'prompt': method.name = 'fedptr' trains on synthetic embeddings",
+        ),
+        (
+            {
+                "method": {"name": "fedptr", "projection": "synthetic"},
+                "training": {"gradient_checkpointing": True},
+            },
+            "training.gradient_checkpointing: method.name = 'fedptr' needs gradients of gradients",
+        ),
+        (
+            {"method": {"name": "feddat"}, "objective": {"name": "reward_model"}},
+            "method.name = 'feddat' teaches by probabilities",
+        ),
+        (
+            {"method": {"name": "fedrot_lora", "share": 0.25}},
+            'method.share = 0.25 is of method.rotation = "part"',
+        ),
+        (
+            {"method": {"name": "scaffold"}, "training": {"head_learning_rate": 1e-4}},
+            "training.head_learning_rate: method.name = 'scaffold' divides by one learning rate",
+        ),
+        (
+            {"method": {"name": "fedpdpo"}, **CLASSES},
+            "method.name = 'fedpdpo' gives clients heads over a vocabulary",
+        ),
+        (
+            {"method": {"name": "hilora"}, "adapter": {"rank": 2}},
+            "adapter.rank = 2 is that of three parts",
+        ),
+    ],
+)
+def test_what_a_method_does_not_go_with_is_told(sections, words):
+    with pytest.raises(SettingsError) as caught:
+        Experiment.from_table(sections)
+    assert len([text for text in caught.value.problems if text.startswith(words)]) == 1
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"method": {"name": "fedptr"}, "adapter": {"kind": "prompt"}},
+        {"method": {"name": "fedptr", "projection": "synthetic"}, "adapter": {"kind": "ia3"}},
+        {"method": {"name": "fedptr"}, "training": {"gradient_checkpointing": True}},
+        {"method": {"name": "fedrot_lora", "rotation": "part", "share": 0.25}},
+        {"method": {"name": "hilora"}, "adapter": {"rank": 3}, "federation": {"rounds": 3}},
+    ],
+)
+def test_what_lies_beside_that_is_allowed(sections):
+    Experiment.from_table(sections)
 
 
 @pytest.mark.parametrize(

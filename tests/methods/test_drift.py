@@ -4,6 +4,7 @@ The hand numbers are of two clients with quadratics in one coordinate, under the
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -513,3 +514,32 @@ def test_metrics_are_averaged_by_rows_over_those_that_report_them():
 
     replies = Replies([reply(0, 1, a=2.0), reply(1, 3, a=4.0), reply(2, 5)])
     assert replies.reported("a") == pytest.approx(3.5) and replies.reported("b") is None
+
+
+@pytest.mark.parametrize(("missed", "ahead"), [(1.0, 3.0), (0.5, 9.0)])
+def test_fedptr_stays_where_synthetic_examples_make_nothing_of_the_last_move(
+    monkeypatch, missed, ahead
+):
+    """From 0 to 3: drawn examples go 0.3 x 3 of it in two steps, 0.45 each."""
+    scales, cost = [], SimpleNamespace()
+    loss = SimpleNamespace(
+        without_dropout=nullcontext,
+        examples=lambda count, length, seed, round: (count, length, seed, round),
+        scaled=lambda drawn, at, size: scales.append(size) or drawn,
+    )
+    for name, own in {
+        "EmbeddingLoss": lambda model: loss,
+        "fitted": lambda drawn, *rest: (drawn, missed),
+        "descended": lambda *given: {"w": torch.tensor([9.0])},
+    }.items():
+        monkeypatch.setattr(f"fedloom.methods.fedptr.{name}", own)
+    method = FedPTR(FedPTRSettings(projection="synthetic", steps=2))
+    model = SimpleNamespace(flops=5.0, device=torch.device("cpu"))
+    ledger = SimpleNamespace(measure=lambda *given: nullcontext(cost))
+    method.server = SimpleNamespace(model=model, ledger=ledger, seed=0)
+    cohort = Cohort(1, (0,), Presence.of({0: 1}), 0.1)
+    before, now = {"w": torch.tensor([0.0])}, {"w": torch.tensor([3.0])}
+    found = method._projected(before, now, cohort)
+    assert found["w"].item() == ahead and scales == [pytest.approx(0.45)]
+    assert cohort.details[UNFITTED] == missed and cost.flops == 0.0
+    assert method._projected(now, now, cohort) is now  # nothing has moved

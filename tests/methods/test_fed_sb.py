@@ -1,6 +1,7 @@
 """Fed-SB by hand, on real rounds, and with clients that are absent; factors of each kind."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from absent import ALL_OF_IT, CLIENTS, ROUNDS, played
 from fedloom.aggregation.lora import A, B, factor_pairs
 from fedloom.aggregation.means import weighted_mean
 from fedloom.engines.in_process import SimulationEngine
-from fedloom.errors import SettingsError
+from fedloom.errors import SettingsError, TrainingError
 from fedloom.experiment.experiment import Experiment
 from fedloom.methods.bases.fixed_factors import (
     R,
@@ -19,7 +20,7 @@ from fedloom.methods.bases.fixed_factors import (
     matrix_name,
     random_factors,
 )
-from fedloom.methods.fed_sb import FACTORS, HAS
+from fedloom.methods.fed_sb import FACTORS, HAS, FedSB, FedSBSettings
 from fedloom.models.backbone_delta import MOVED
 from fedloom.objectives.sft import SFT
 from fedloom.runs.assembly import assemble
@@ -29,7 +30,37 @@ from fedloom.runs.run import run_experiment
 from fedloom.tensors import part_of
 from fedloom.training.coordinates import Coordinates
 from fedloom.training.steps import local_loss
-from fedloom.wire.messages import decode
+from fedloom.wire.messages import Payload, decode
+
+
+def test_who_just_joined_is_judged_between_the_factors_that_it_is_sent():
+    """R = 2 before A of ones, or of threes that are kept; without both R has no meaning, but for 0."""
+    a, b = f"x{A}weight", f"x{B}weight"
+
+    def judged(r, sent, kept):
+        held = {}
+        model = SimpleNamespace(write=held.update, flops=0.0)
+        start = {a: torch.full((1, 2), 7.0), b: torch.zeros(2, 1)}
+        client = SimpleNamespace(
+            store={FACTORS: kept} if kept else {},
+            initial=start,
+            own_start=False,
+            seed=0,
+            model=model,
+        )
+        factors = {f"{FACTORS}/{name}": t for name, t in (sent or {}).items()}
+        own = {matrix_name(a): torch.tensor([[r]]), **factors}
+        FedSB(FedSBSettings(factors="weights")).load(client, Payload(own))
+        assert model.flops == 2 * 1 * 2  # a product of R and A
+        return held[a][0, 0].item(), held[b][0, 0].item()
+
+    ones, threes = ({a: torch.full((1, 2), n), b: torch.full((2, 1), n)} for n in (1.0, 3.0))
+    assert judged(2.0, ones, None) == judged(2.0, ones, threes) == (2.0, 1.0)
+    assert judged(2.0, None, threes) == (6.0, 3.0)
+    assert judged(0.0, None, None) == (0.0, 0.0)
+    with pytest.raises(TrainingError, match="it lacks the fixed factors"):
+        judged(2.0, None, None)
+
 
 PUBLIC = {"public": {"rows": 12, "labelled": True}}
 

@@ -22,6 +22,7 @@ from fedloom.methods.fedamole import (
     PROJECTED,
     SHARES,
     TOKENS,
+    ClientRecords,
     FedAMoLE,
     FedAMoLESettings,
     Probed,
@@ -38,7 +39,7 @@ from fedloom.runs.observers import Silent
 from fedloom.runs.records import partition_record
 from fedloom.runs.run import resume_run
 from fedloom.tensors import by_client, part_of
-from fedloom.wire.messages import Answer, decode, encode
+from fedloom.wire.messages import Answer, Payload, Reply, decode, encode
 
 MIXTURE = {
     "data": {"source": "builtin:preferences", "builtin_rows": 60},
@@ -472,6 +473,23 @@ def test_gaussian_noise_is_as_large_as_is_promised(experiment, federate, message
         "(2, 0.001)-differentially private over the whole run"
         in found.parts.method.privacy_statement()
     )
+
+
+def test_what_is_learnt_of_an_expert_is_the_mean_over_its_holders():
+    """Of two layers and experts the first is held by both clients, the last by one, the others by none."""
+    method = FedAMoLE(FedAMoLESettings())
+    assignment = {3: torch.tensor([[1, 0], [0, 1]]), 5: torch.tensor([[1, 0], [0, 0]])}
+    sent = {3: torch.tensor([[1.0], [8.0]]), 5: torch.tensor([[4.0]])}
+    replies = [
+        Reply(client, Payload({TOKENS: torch.full((2, 1), client), PROJECTED: own}))
+        for client, own in sent.items()
+    ]
+    before = {3: torch.zeros(2, 1), 7: torch.ones(2, 1)}
+    known = ClientRecords(assignment, before, torch.full((2, 2, 1), 9.0))
+    found = method._learnt(known, replies, assignment)
+    assert found.projected.squeeze(-1).tolist() == [[2.5, 9.0], [9.0, 8.0]]
+    assert {client: int(own[0]) for client, own in found.tokens.items()} == {3: 3, 5: 5, 7: 1}
+    assert found.assigned is assignment
 
 
 HELD = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])

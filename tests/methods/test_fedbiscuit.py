@@ -70,6 +70,16 @@ def test_adapters_are_warmed_up_one_after_the_other(found):
     )
 
 
+def test_a_client_is_told_its_group_s_adapter_once_there_are_groups(found):
+    groups = groups_of(found.states[4])
+    for number in range(1, 6):
+        asked = [key for key in found.sent if key[:2] == (number, "train")]
+        assert len(asked) >= 3
+        for key in asked:
+            told = found.sent[key][0].numbers["selector"]
+            assert told == (groups[key[2]] if number == 5 else -1)
+
+
 def test_clients_alike_are_a_group_and_it_has_the_better_adapter(found):
     groups = groups_of(found.state)
     assert groups[0] == groups[1] != groups[2] == groups[3]

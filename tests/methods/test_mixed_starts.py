@@ -9,10 +9,17 @@ from fedloom.methods import METHODS
 from fedloom.methods.apfl import APFL, MIXING, Alternating, APFLSettings, mixture
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.bases.personal_parts import PERSONAL
-from fedloom.methods.fedala import SHARED, WEIGHTS, FedALA, FedALASettings, Start
+from fedloom.methods.fedala import (
+    SHARED,
+    WEIGHTS,
+    FedALA,
+    FedALASettings,
+    PlainSteps,
+    Start,
+)
 from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.training.optimizers import make_optimizer
-from fedloom.training.settings import TrainingSettings
+from fedloom.training.settings import Part, TrainingSettings, Work
 from fedloom.training.steps import update
 from fedloom.wire.messages import Payload
 
@@ -190,3 +197,28 @@ def test_apfl_s_mixture_is_by_the_share_that_is_kept():
     method = APFL(APFLSettings(mixing=0.25))
     kept = {PERSONAL: factors(4.0, 2.0), MIXING: {MIXING: torch.tensor(0.5)}}
     assert judged(method, factors(3.0, 2.0), kept) == pytest.approx(3.5 * 2)
+
+
+def test_fedala_learns_its_start_in_half_of_a_round_by_plain_steps_of_sgd(play, monkeypatch):
+    found = play(FedALA(FedALASettings(eta=0.5, first_passes=1)), rounds=2)
+    own = [training[2:] for training in found.trainings if training[1] == 0]
+    assert own == [("", Part(0, 1), 0.1), ("start 0 ", Part(0, 2), 0.5), ("", Part(1, 2), 0.1)]
+    monkeypatch.setattr("fedloom.methods.fedala.train_locally", lambda *given, **options: given[3])
+    settings = TrainingSettings(
+        optimizer="adamw", weight_decay=0.1, max_grad_norm=2.0, keep_optimizer_state=True,
+        head_learning_rate=1.0, loraplus_lr_ratio=4.0, batch_size=3,
+    )  # fmt: skip
+    training = SimpleNamespace(
+        model=None, share=None, objective=None, settings=settings, options={}
+    )
+    found = PlainSteps().train(training)
+    plain = TrainingSettings(optimizer="sgd", max_grad_norm=0.0, batch_size=3)
+    assert found == plain
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(9, 4), (4, 4), (2, 2)])
+def test_a_pass_of_fedala_is_over_a_share_of_the_rows_and_within_a_round_s_work(steps, expected):
+    """0.8 of 20 rows are 16, four batches of 5: the last is not full."""
+    training = TrainingSettings(batch_size=5, local_steps=steps)
+    client = SimpleNamespace(work=training.work(20, 1.0), training=training, share=range(20))
+    assert FedALA(FedALASettings())._pass(client) == Work(steps=expected)

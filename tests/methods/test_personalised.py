@@ -11,6 +11,8 @@ import torch
 
 from fedloom.aggregation.lora import stacked
 from fedloom.errors import SettingsError
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.ditto import Ditto, DittoSettings
@@ -18,8 +20,9 @@ from fedloom.methods.fdlora import PRIVATE, FDLoRA, FDLoRASettings
 from fedloom.methods.fedavg_ft import FedAvgFT, FedAvgFTSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.pfedme import PFedMe, PFedMeSettings, envelope_step
+from fedloom.tensors import State
 from fedloom.training.settings import Part
-from fedloom.wire.messages import Payload
+from fedloom.wire.messages import Payload, Reply
 
 TARGETS = {0: (1.0, -1.0), 1: (3.0, 2.0)}
 FEDAVG = [[0.475, 1.0475], [0.85975, 1.085975], [1.1713975, 1.11713975]]
@@ -69,6 +72,18 @@ def test_pfedme_moves_w_by_the_envelopes_gradient_after_every_k_steps(play, coun
             assert own(found, client)[axis] == pytest.approx(theta, abs=1e-7)
         mean = (local[0] + rows * local[1]) / (1 + rows)
         assert found.adapters[0][axis] == pytest.approx(start + 0.5 * (mean - start), abs=1e-7)
+
+
+def test_with_a_rate_of_1_the_server_goes_to_the_mean_itself():
+    """1e8 + (0.1 - 1e8) is 0 in float32."""
+    method = PFedMe(PFedMeSettings())
+    cohort = Cohort(1, (0,), Presence.of({0: 1}), 0.1)
+    playing = method.round(State({"w": torch.tensor([1e8])}), cohort)
+    next(playing)
+    answer = Reply(0, Payload({"w": torch.tensor([0.1])}, {"examples": 1}))
+    with pytest.raises(StopIteration) as stop:
+        playing.send(Replies([answer]))
+    assert torch.equal(stop.value.value.tensors["w"], torch.tensor([0.1]))
 
 
 def test_the_envelope_step_waits_for_its_turn():
