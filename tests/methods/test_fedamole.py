@@ -1,5 +1,6 @@
 """FedAMoLE: who holds what, means over holders, bytes by assignment, absent and failing clients."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,6 +15,8 @@ import fedloom
 from fedloom.aggregation.assignment import relevance_of, softmax
 from fedloom.engines.in_process import SimulationEngine
 from fedloom.errors import DataError, Interrupted, MessageError, ModelError, SettingsError
+from fedloom.federation.presence import Presence
+from fedloom.federation.protocol import Cohort
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.fedamole import (
     ASSIGNMENT,
@@ -490,6 +493,60 @@ def test_what_is_learnt_of_an_expert_is_the_mean_over_its_holders():
     assert found.projected.squeeze(-1).tolist() == [[2.5, 9.0], [9.0, 8.0]]
     assert {client: int(own[0]) for client, own in found.tokens.items()} == {3: 3, 5: 5, 7: 1}
     assert found.assigned is assignment
+
+
+def fedamole(experts=2, rank=2, **settings):
+    """The method with one layer, on a server without a model."""
+    method = FedAMoLE(FedAMoLESettings(**settings))
+    method.layers, method.experts, method.rank = ("a",), experts, rank
+    method.server = SimpleNamespace(seed=0)
+    return method
+
+
+def test_means_are_over_those_who_sent_a_tensor_and_the_others_stay():
+    """Clients send twos and fours; one of them holds both experts, the other the first."""
+    shapes = {"a.projection": (1, 2), "a.shared.A": (1, 2), "a.shared.B": (3, 1)}
+    shapes |= {f"a.experts.{e}.{f}": shapes[f"a.shared.{f}"] for e in (0, 1) for f in "AB"}
+    before = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    assignment = {3: torch.tensor([[1, 1]]), 5: torch.tensor([[1, 0]])}
+    replies = []
+    for client, value in ((3, 2.0), (5, 4.0)):
+        own = {name: torch.full(shape, value) for name, shape in shapes.items()}
+        replies.append(Reply(client, Payload(pack(own, ("a",), assignment[client]))))
+    method = fedamole(rank=1)
+    found = {n: t.unique().item() for n, t in method._means(before, replies, assignment).items()}
+    assert {name for name, value in found.items() if value == 2} == {
+        f"a.experts.1.{f}" for f in "AB"
+    }
+    assert all(value == 3 for name, value in found.items() if ".experts.1." not in name)
+    found = method._means(before, replies[1:], assignment)
+    assert not found["a.experts.1.A"].any() and found["a.experts.0.A"].unique().item() == 4
+
+
+ONE_EACH = {"clients_per_expert": 1, "max_experts_per_client": 1, "min_experts_per_client": 1}
+
+
+def test_experts_go_to_the_clients_whose_tokens_they_project_on():
+    """Expert 0 projects on the second client's direction, expert 1 on the first's."""
+    tokens = {2: torch.tensor([[9.0, 0.0]]), 4: torch.tensor([[0.0, 9.0]])}
+    known = ClientRecords({}, tokens, torch.tensor([[[0.0, 9.0], [9.0, 0.0]]]))
+    cohort = Cohort(1, (2, 4), Presence.of({2: 5, 4: 5}), 0.1)
+    found = fedamole(**ONE_EACH)._assigned(known, cohort, 1)
+    assert {client: own.tolist() for client, own in found.items()} == {2: [[0, 1]], 4: [[1, 0]]}
+    turned = dataclasses.replace(known, projected=known.projected.flip(1))
+    found = fedamole(**ONE_EACH)._assigned(turned, cohort, 1)
+    assert {client: own.tolist() for client, own in found.items()} == {2: [[1, 0]], 4: [[0, 1]]}
+    drawn = [
+        fedamole(assignment="random", **ONE_EACH)._assigned(own, cohort, 1)[2].tolist()
+        for own in (known, turned)
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_limits_that_one_client_cannot_keep_give_way_with_a_note():
+    cohort = Cohort(1, (2,), Presence.of({2: 5}), 0.1)
+    assert fedamole()._limits(cohort) == (1, 8, 2)
+    assert cohort.notes == {"clients_per_expert": 1.0}
 
 
 HELD = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
