@@ -221,15 +221,18 @@ def test_fednova_counts_gradients_by_their_factors():
     assert gradient_factors(5, momentum=0.9, pull=0.2) == pytest.approx(float(w.detach()) / 0.1)
 
 
-def test_fednova_with_a_pull_counts_steps_by_hand():
+@pytest.mark.parametrize(("optimizer", "counted"), [("sgd", 2.44), ("adamw", 3.0)])
+def test_fednova_with_a_pull_counts_steps_by_hand(optimizer, counted):
     """As above with mu = 0.4, so that a step keeps 0.8 of the way: the second's steps are -3, -0.9 and
-    -0.27, 2.085 in all, of which 1 + 0.8 + 0.64 gradients make 0.85451; tau_eff is that of steps, 2.
+    -0.27, 2.085 in all, of 1 + 0.8 + 0.64 gradients, or of steps of another optimizer; tau_eff is 2.
     """
     clients = [Quadratic(1, 0, 1), Quadratic(1, 4, 3)]
+    for client in clients:
+        client.training = TrainingSettings(optimizer=optimizer)
     method = at_server(FedNova(FedNovaSettings(mu=0.4)))
     ((_, state, details),) = rounds(method, clients, 1.0, [(0, 1)])
     assert details[STEPS] == 2.0
-    assert float(state.tensors["w"]) == pytest.approx(1 + 2 * (-0.5 + 2.085 / 2.44) / 2)
+    assert float(state.tensors["w"]) == pytest.approx(1 + 2 * (-0.5 + 2.085 / counted) / 2)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """FedDAT: who steps when, who teaches whom, and what is sent."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fedloom.methods.bases.parameter_averaging import ADAPTER
 from fedloom.methods.bases.personal_parts import PERSONAL
 from fedloom.methods.bases.taught_objective import DIVERGENCE
-from fedloom.methods.feddat import DualAdapter, mixture
+from fedloom.methods.contract.client import carried_out
+from fedloom.methods.feddat import DualAdapter, FedDAT, FedDATSettings, mixture
 from fedloom.objectives.distillation import distillation_loss, divergences
 from fedloom.tensors import part_of
+from fedloom.wire.messages import Payload
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -74,6 +78,28 @@ def test_the_shared_adapter_steps_by_itself_and_the_own_one_in_the_mixture():
     both.write(model)
     assert product(both.teacher()).tolist() == mixed.tolist()
     assert product(model)[1].item() == 8.0  # a1 as it stepped
+
+
+@pytest.mark.parametrize(("metrics", "apart"), [({}, 0.0), ({DIVERGENCE: 2.0}, 2.0)])
+def test_a_client_without_a_step_reports_no_divergence(metrics, apart):
+    asked = []
+
+    def training_steps(rate, *, repeats, coordinates, driver):
+        yield from ()
+        asked.append((rate, repeats, driver.temperature, driver.strength))
+        return SimpleNamespace(metrics={"loss": 1.0, **metrics})
+
+    received = factors([3.0], [0.0, 1.0])
+    model = SimpleNamespace(write=lambda tensors: None, device=CPU)
+    client = SimpleNamespace(
+        store={}, own_start=False, model=model, training_steps=training_steps, share=[0] * 7
+    )
+    method = FedDAT(FedDATSettings(temperature=2.0, distillation=0.5))
+    request = Payload(received, {"learning_rate": 0.1})
+    reply = carried_out(method.handlers()["train"](client, request))
+    assert reply.metrics == {"loss": 1.0, DIVERGENCE: apart} and asked == [(0.1, 2, 2.0, 0.5)]
+    assert all(torch.equal(reply.tensors[n], t) for n, t in received.items())
+    assert client.store[PERSONAL].keys() == received.keys()
 
 
 @pytest.fixture

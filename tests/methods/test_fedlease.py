@@ -20,10 +20,12 @@ from fedloom.methods.bases.expert_groups import (
     own_expert,
     single,
 )
+from fedloom.methods.contract.client import carried_out
 from fedloom.methods.fedlease import TRIAL, FedLEASE, FedLEASESettings, warm_up_rounds
 from fedloom.models.experts import ExpertModel, attach_experts
 from fedloom.models.load import load_backbone
 from fedloom.tensors import join_parts, tensor_bytes
+from fedloom.training.settings import ALONE, Part
 from fedloom.wire.messages import Payload, Reply, decode
 
 ADAPTER = {"kind": "experts", "router": "linear", "rank": 2, "experts": 3, "targets": ["q_proj"]}
@@ -51,6 +53,29 @@ def test_a_newcomer_joins_the_group_whose_members_are_nearest():
     tensors = {f"alone/x.experts.0.B/{c:06d}": torch.tensor([v]) for c, v in vectors.items()}
     assert list(factors_of(tensors)) == [0, 1, 2, 3, 9]
     assert nearest(tensors, {0: 0, 1: 0, 2: 1, 3: 1}, [9]) == {9: 1}
+
+
+@pytest.mark.parametrize(("trial", "part"), [(0.0, ALONE), (1.0, Part(0, 2))])
+def test_a_training_on_trial_is_half_of_a_round_and_begins_where_the_last_one_ended(trial, part):
+    held, parts = {}, []
+
+    def training_steps(rate, *, purpose, part):
+        yield from ()
+        parts.append((rate, purpose, part))
+        held["x.experts.0.A"] = held["x.experts.0.A"] + 1
+        return SimpleNamespace(metrics={"loss": 1.0})
+
+    model = SimpleNamespace(write=held.update, read=lambda: dict(held))
+    client = SimpleNamespace(
+        store={}, session={}, initial=group(5), share=[0] * 7, model=model, training_steps=training_steps
+    )  # fmt: skip
+    method = FedLEASE(FedLEASESettings())
+    request = Payload({}, {"learning_rate": 0.1, "trial": trial})
+    for value in (6.0, 7.0):
+        reply = carried_out(method.handlers()["alone"](client, request))
+        assert reply.tensors.keys() == {"x.experts.0.A", "x.experts.0.B"}
+        assert reply.tensors["x.experts.0.A"][0, 0] == value and reply.numbers == {"examples": 7}
+    assert parts == [(0.1, "alone ", part)] * 2 and client.session == {"probed": trial > 0}
 
 
 def test_the_warm_up_is_a_share_of_the_rounds():
