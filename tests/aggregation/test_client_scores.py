@@ -55,11 +55,12 @@ def test_a_loss_counts_as_some_times_the_median_at_most():
     assert bounded([1, 2, 3, 1e9], 10) == [1, 2, 3, 25]
     assert bounded([-1, -2], 10) == [-1, -2] and bounded([], 10) == []
     assert bounded([0, 0, 1], 10) == [0, 0, 1]
+    assert bounded([0.5, 0.5, 9], 10) == [0.5, 0.5, 5]  # a median below 1 is one too
 
 
 def test_the_preferred_duration_and_its_pace():
     assert preferred_seconds([4, 1, 3, 2], 50) == 3  # place 2 of those in order
-    assert preferred_seconds([4, 1], 99) == 4
+    assert preferred_seconds([4, 1], 99) == preferred_seconds([4, 1], math.nextafter(100, 0)) == 4
     assert preferred_seconds([4, 1], 100) == preferred_seconds([], 50) == math.inf
     assert paced(50, [1.0, 1.0, 1.0, 1.05], 2, 5) == 55  # 2.05 after 2: within a tenth
     assert paced(98, [1.0] * 4, 2, 5) == 100
@@ -67,6 +68,19 @@ def test_the_preferred_duration_and_its_pace():
     assert paced(50, [1.0, 1.0, 2.0, 2.0], 2, 5) == 50
     assert paced(50, [1.0] * 2, 2, 5) == paced(50, [1.0] * 3, 3, 5) == 50  # one window alone
     assert paced(50, [1.0] * 3, 2, 5) == paced(50, [1.0] * 5, 2, 5) == 50  # no window ends
+
+
+@pytest.mark.parametrize(
+    ("now", "percentile"),
+    [
+        (11, 55),  # a tenth of 10 more is still within a tenth
+        (20, 50),
+        (40, 50),
+        (60, 45),  # five times 10 more is five times
+    ],
+)
+def test_the_pace_compares_the_last_two_windows_alone(now, percentile):
+    assert paced(50, [900.0, 900.0, 5.0, 5.0, now / 2, now / 2], 2, 5) == percentile
 
 
 def test_the_bandit_by_hand():

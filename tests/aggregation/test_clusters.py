@@ -37,6 +37,13 @@ def test_distances_are_those_of_spans():
     assert spectral_groups(found, 3) == [0, 0, 1, 1] == spectral_groups(found, 10)
 
 
+def test_distances_are_means_over_layers():
+    """Of 60 degrees in one layer 0.75, of none in the other 0."""
+    one, other = columns(0, 60), columns(20, 20)
+    both = {client: [*one[client], *other[client]] for client in one}
+    assert subspace_distances(both)[0, 1] == pytest.approx(0.375)
+
+
 def test_coordinates_and_signs_change_no_distance():
     torch.manual_seed(0)
     factors = {client: [torch.randn(6, 3), torch.randn(5, 3)] for client in range(4)}
@@ -58,6 +65,34 @@ def test_silhouettes_by_hand():
     assert average_linkage(distances, 3) == [0, 1, 2, 2]
 
 
+def test_a_silhouette_of_groups_of_three_by_hand():
+    """0, 1, 2 and 10, 11, 12: 9.5 / 11, 9 / 10 and 7.5 / 9, and the same from the other side."""
+    places = np.array([0.0, 1, 2, 10, 11, 12])
+    found = silhouette(abs(places[:, None] - places), [0, 0, 0, 1, 1, 1])
+    assert found == pytest.approx((9.5 / 11 + 0.9 + 7.5 / 9) / 3)
+
+
+@pytest.mark.parametrize(("inside", "expected"), [(9.0, [0, 0, 1, 1]), (9.01, [0, 0, 0, 0])])
+def test_a_silhouette_of_a_tenth_is_enough_to_divide(inside, expected):
+    """Two pairs, 10 apart: (10 - 9) / 10 is just enough."""
+    distances = np.full((4, 4), 10.0)
+    distances[:2, :2] = distances[2:, 2:] = inside
+    np.fill_diagonal(distances, 0.0)
+    assert silhouette_groups(distances, 4) == expected
+    assert spectral_groups(distances, 4) == expected
+
+
+def test_the_best_number_of_groups_is_among_those_that_may_be():
+    """Three pairs on a line; and a pair beside two that are as far from it as from each other."""
+    places = np.array([0.0, 1, 10, 11, 40, 41])
+    distances = abs(places[:, None] - places)
+    assert silhouette_groups(distances, 2) == [0, 0, 0, 0, 1, 1]
+    assert silhouette_groups(distances, 3) == silhouette_groups(distances, 6) == [0, 0, 1, 1, 2, 2]
+    apart = np.ones((4, 4)) - np.eye(4)
+    apart[0, 1] = apart[1, 0] = 0.1
+    assert silhouette_groups(apart, 3) == silhouette_groups(apart, 9) == [0, 0, 1, 2]
+
+
 def test_copies_of_one_client_are_one_group_and_so_are_few_or_alike_ones():
     torch.manual_seed(1)
     one = [torch.randn(8, 2)]
@@ -73,12 +108,38 @@ def test_two_groups_are_found_where_two_are_the_most():
     pairs = np.array([[0, 0.1, 1, 1], [0.1, 0, 1, 1], [1, 1, 0, 0.1], [1, 1, 0.1, 0]])
     assert spectral_groups(pairs, 2) == spectral_groups(pairs, 3) == [0, 0, 1, 1]
     assert spectral_groups(pairs, 1) == [0, 0, 0, 0]
+    assert spectral_groups(pairs * 1e-9, 3) == [0, 0, 1, 1]
+    assert spectral_groups(pairs * 9e-10, 3) == [0, 0, 0, 0]  # copies, but for rounding
+    assert spectral_groups(np.array([[0, 0.6], [0.6, 0]]), 2) == [0, 1]
+    assert spectral_groups(np.array([[0, 0.5], [0.5, 0]]), 2) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("places", "most", "expected"),
+    [
+        ([(2, 6), (3, 6), (3, 4), (1, 2), (7, 5), (5, 4)], 4, [0, 0, 1, 1, 2, 2]),
+        ([(6, 5), (4, 5), (4, 7)], 4, [0, 0, 0]),
+        ([(0, 0), (1, 0), (5, 0)], 2, [0, 0, 1]),
+    ],
+)
+def test_points_of_a_plane_are_divided_where_the_spectrum_has_its_gap(places, most, expected):
+    points = np.array(places, np.float64)
+    distances = np.linalg.norm(points[:, None] - points, axis=2) / 10
+    assert spectral_groups(distances, most) == expected
 
 
 def test_many_copies_hide_no_group():
     """Of 15 distances 10 are 0, and so is the median."""
     found = subspace_distances(columns(0, 0, 0, 0, 0, 90))
     assert median_distance(found) == 0.0 and spectral_groups(found, 4) == [0] * 5 + [1]
+    assert spectral_groups(found * 1e-9, 4) == [0] * 5 + [1]
+    assert median_distance(np.zeros((1, 1))) == 0.0
+
+
+def test_linkage_of_one_and_of_two():
+    assert average_linkage(np.zeros((1, 1)), 1) == [0]
+    two = np.array([[0.0, 1.0], [1.0 + 1e-6, 0.0]])  # as rounding may leave it
+    assert average_linkage(two, 1) == [0, 0] and average_linkage(two, 2) == [0, 1]
 
 
 def test_distances_of_some_are_rows_of_all():
@@ -96,6 +157,13 @@ def test_balanced_groups_by_hand():
     assert balanced_groups(alike, [0, 1, 2]) == {0: 0, 1: 0, 2: 1}
     assert balanced_groups(alike, [2, 1, 0]) == {2: 0, 1: 0, 0: 1}
     assert balanced_groups({}, []) == {}
+
+
+def test_of_groups_that_are_named_as_often_the_lower_one_is_closed_first():
+    """Four for 0 and four for 1, three at a time: who is left over goes to 1 before the last go to 2."""
+    losses = {client: (0.1, 0.2, 0.3) if client < 4 else (0.2, 0.1, 0.3) for client in range(8)}
+    found = balanced_groups(losses, list(range(8)))
+    assert found == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
 
 
 @pytest.mark.parametrize("clients", [1, 2, 7, 10])
@@ -129,3 +197,7 @@ def test_copies_of_one_client_are_one_group():
     ) == [0]
     zeros = cosine_distances({0: [torch.zeros(2)], 1: [torch.ones(2)]})
     assert zeros[0, 1] == 1
+    short = cosine_distances(
+        {c: [torch.tensor(v)] for c, v in enumerate([(0.1, 0.0), (0.3, 0.0), (0.0, 0.2)])}
+    )
+    assert short[0] == pytest.approx([0, 0, 1])

@@ -19,6 +19,37 @@ def test_by_hand():
     assert found.disagreed.tolist() == [True]
 
 
+def test_shares_do_not_depend_on_how_wide_all_logits_are():
+    """A tenth of variances 8/9, 2/9 and 1/18: 16, 4 and 1 of 21; of the two that disagree 4 and 1 of 5."""
+    logits = torch.tensor([[[0.2, 0, 0]], [[0, 0.1, 0]], [[0, 0, 0.05]]])
+    found = confident_consensus(logits)
+    assert found.shares[:, 0].tolist() == pytest.approx([16 / 21, 4 / 21, 1 / 21])
+    assert found.diverse[0].tolist() == pytest.approx([0, 0.08, 0.01])
+
+
+def test_who_disagrees_and_is_sure_of_nothing_counts_as_much_as_the_others_who_do():
+    logits = torch.tensor([[[0.0, 1]], [[5, 5]], [[7, 7]]])
+    assert confident_consensus(logits).diverse[0].tolist() == [6, 6]
+    assert confident_consensus(logits[:2]).diverse[0].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("unsure", [0, 5])
+def test_a_model_far_surer_than_the_others_is_shrunk_by_hand(unsure):
+    """Variances 0.01 and 1, which counts as 4 x 0.01: logits 1 +- 1 become 1 +- 0.2, of weight 4 of 7."""
+    logits = torch.tensor([[[0.2, 0.0]], [[0.2, 0.0]], [[0.2, 0.0]], [[2.0, 0.0]]])
+    found = confident_consensus(torch.cat([logits, torch.zeros(unsure, 1, 2)]))
+    assert found.shares[:4, 0].tolist() == pytest.approx([1 / 7, 1 / 7, 1 / 7, 4 / 7])
+    assert found.logits[0].tolist() == pytest.approx([5.4 / 7, 3.2 / 7])
+
+
+def test_a_model_alone_is_the_consensus_bit_for_bit():
+    logits = torch.randn(1, 20, 7, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(confident_consensus(logits).logits.float(), logits[0])
+    said, taught, shares = ensemble_labels([likeliest(logits[0].log_softmax(-1), 3)])
+    assert shares == [1.0] and said.values.shape == (20, 3)
+    assert torch.equal(taught.labels, logits[0].argmax(-1))
+
+
 def test_log_probabilities_give_the_shares_of_logits():
     logits = torch.randn(4, 20, 7, generator=torch.Generator().manual_seed(0)).double()
     one, other = confident_consensus(logits), confident_consensus(logits.log_softmax(-1))

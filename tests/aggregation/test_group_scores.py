@@ -34,3 +34,15 @@ def test_limits():
     shifted = reverse_softmax([own - 5 for own in scores], 0.1)
     assert shifted == pytest.approx(reverse_softmax(scores, 0.1))
     assert fairness([-0.1, 0.5]) is None and fairness([0.0, 0.0]) is None
+
+
+def test_groups_that_are_new_or_without_a_score():
+    """Known logits 3, 1 and 0.5 have the mean 1.5, scores 5 and 1 the mean 3; eta 0.5."""
+    assert group_dro([1.0, None, 0.5], [5.0, 1.0, None], 0.5, [3.0]) == [0.0, 2.5, 0.5]
+    assert group_dro([None, None], [1.0, 4.0], 1.0) == [1.5, -1.5]
+    assert group_dro([None, 0.75], [None, 9.0], 0.5) == [0.75, 0.75]  # no other to fare beside
+    assert group_dro([None], [None], 0.5) == [0.0]
+
+
+def test_a_score_of_zero_is_fair_as_any():
+    assert fairness([0.0, 1.0]) == pytest.approx(0.5)  # mean 0.5, deviation 0.5

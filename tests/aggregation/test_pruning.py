@@ -46,3 +46,5 @@ def test_the_largest_are_kept_and_a_zero_may_be_one_of_them():
     mean = l0_mean([zeros + 1, zeros], [torch.ones(2, 3, dtype=torch.bool)] * 2)
     assert mean.tolist() == [[0.5] * 3] * 2  # zeros that were kept count
     assert pruned_numbers(10, 0.3) == 3 and pruned_numbers(1, 0.9) == 0
+    assert pruned_numbers(10, 0.3 + 4e-11) == 3 and pruned_numbers(10, 0.3 + 2e-10) == 4
+    assert l0_mean([ONE], MASKS[:1]).tolist() == ONE.tolist()

@@ -38,8 +38,8 @@ def test_what_ranks_added_and_the_best_of_the_whole_model():
 
 
 def test_with_b_fixed_it_is_the_rows_of_a_that_count():
-    before = {A: torch.zeros(2, 2), B: tensor([3.0, 0.0], [4.0, 1.0])}
-    after = {**before, A: tensor([0.0, 2.0], [1.0, 0.0])}
+    before = {A: torch.ones(2, 2), B: tensor([3.0, 0.0], [4.0, 1.0])}
+    after = {**before, A: tensor([1.0, 3.0], [2.0, 1.0])}
     assert rank_scores(before, after, lora.A).tolist() == [[10.0, 1.0]]
 
 

@@ -24,3 +24,10 @@ def test_ties_are_ties():
     assert votes(of((1.0, -1.0), (3.0, 1.0))).winners.tolist() == [
         1
     ]  # who has no vote does not count
+
+
+def test_small_margins_count_and_none_is_no_letter():
+    assert votes(of((0.25, 0.5))).winners.tolist() == [1]
+    assert votes(of((-0.25, -0.5))).winners.tolist() == [-1]
+    assert votes(of((1.0, 0.0), (-1.0, 0.0), (0.0, 2.0))).by_position == 0.0
+    assert votes(torch.zeros(2, 2, 0)).by_position == 0.0

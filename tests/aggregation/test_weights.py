@@ -71,11 +71,23 @@ def test_published_steps_leave_the_weights_where_they_began():
     assert (logits.softmax(0) - 1 / 3).abs().max() < 0.01 / 3 * 2
 
 
+def test_products_of_changes_and_their_loss_at_any_scale():
+    """Changes (1, 0), (1, 0.2) and (-1, 0)."""
+    products = change_products(UPDATES, START)
+    expected = torch.tensor([[1, 1, -1], [1, 1.04, -1], [-1, -1, 1]]).double()
+    assert torch.allclose(products, expected)
+    none = torch.zeros(3).double()
+    small = weights_loss(none, products * 1e-20, none)
+    assert float(small) == pytest.approx(1e-10 * float(weights_loss(none, products, none)))
+
+
 def test_distances():
     assert model_distances(UPDATES, START, "none").tolist() == [0, 0, 0]
     assert model_distances(UPDATES, START, "euclidean").tolist() == pytest.approx([0.5, 0.52, 0.5])
     zero = tensors(0.0, 0.0)
     assert model_distances(UPDATES, zero, "cosine").tolist() == [1, 1, 1]  # the same for all
+    (short,) = model_distances([tensors(0.1, 0.1)], tensors(0.1, 0.0), "cosine").tolist()
+    assert short == pytest.approx(1 - 0.5**0.5)
     with pytest.raises(ValueError, match="'l1' is not a distance"):
         model_distances(UPDATES, START, "l1")
 

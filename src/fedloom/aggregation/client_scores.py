@@ -62,7 +62,7 @@ def normalised(utilities: Sequence[float]) -> list[float]:
         utilities: At least 0 each, at least one.
     """
     ordered = sorted(utilities)
-    clip = ordered[min(int(len(ordered) * CLIP_QUANTILE), len(ordered) - 1)]
+    clip = ordered[int(len(ordered) * CLIP_QUANTILE)]
     low = BELOW * ordered[0]
     if clip <= low:
         return [1.0] * len(utilities)
@@ -89,7 +89,7 @@ def slow_factor(seconds: float, preferred: float, exponent: float = 2.0) -> floa
         preferred: T, above 0; infinite where speed does not count.
         exponent: At least 0 (published: 2).
     """
-    return 1.0 if seconds <= preferred else float((preferred / seconds) ** exponent)
+    return float(min(1.0, preferred / seconds) ** exponent)
 
 
 def preferred_seconds(seconds: Sequence[float], percentile: float) -> float:
@@ -102,7 +102,7 @@ def preferred_seconds(seconds: Sequence[float], percentile: float) -> float:
     if percentile >= 100 or not seconds:
         return math.inf
     ordered = sorted(seconds)
-    return ordered[min(int(len(ordered) * percentile / 100), len(ordered) - 1)]
+    return ordered[int(len(ordered) * percentile / 100)]
 
 
 def paced(percentile: float, gained: Sequence[float], window: int, step: float) -> float:

@@ -14,6 +14,9 @@ from fedloom.aggregation.lora_coordinates import left_vectors
 
 Matrix = NDArray[np.float64]
 
+SAME = 1e-9
+"""Distance below which two are copies of each other."""
+
 NO_TWO = 0.1
 """Mean silhouette below which no division into groups is better than none."""
 
@@ -88,13 +91,11 @@ def silhouette_groups(distances: Matrix, most: int) -> list[int]:
     Wang et al. 2025, FedLEASE, https://arxiv.org/abs/2509.15087, which never tries one group.
     """
     count = len(distances)
-    best, highest = [0] * count, NO_TWO
-    for groups in range(2, min(most, count - 1) + 1):
-        labels = average_linkage(distances, groups)
-        found = silhouette(distances, labels) if max(labels) else 0.0  # copies are not divided
-        if found >= highest and (found > highest or not max(best)):
-            best, highest = labels, found
-    return best
+    tried = [average_linkage(distances, groups) for groups in range(2, min(most, count) + 1)]
+    # copies are not divided
+    found = [silhouette(distances, own) if max(own) else 0.0 for own in tried]
+    best = max(found, default=0.0)
+    return tried[found.index(best)] if best >= NO_TWO else [0] * count
 
 
 def silhouette(distances: Matrix, labels: Sequence[int]) -> float:
@@ -170,9 +171,10 @@ def spectral_groups(distances: Matrix, most: int) -> list[int]:
     """
     count = len(distances)
     sigma = median_distance(distances)
-    if sigma < 1e-9 and bool((distances >= 1e-9).any()):
-        sigma = float(np.median(distances[distances >= 1e-9]))
-    if count < 3 or most < 2 or sigma < 1e-9:
+    apart = distances[distances >= SAME]
+    if sigma < SAME and len(apart):
+        sigma = float(np.median(apart))
+    if count < 3 or most < 2 or sigma < SAME:
         far = count == 2 and most > 1 and sigma > 0.5
         return [0, 1] if far else [0] * count
     affinity = np.exp(-(distances**2) / (2 * sigma**2))
@@ -183,8 +185,7 @@ def spectral_groups(distances: Matrix, most: int) -> list[int]:
     groups = 2 + int(np.argmax(gaps))
     rows = vectors[:, :groups]
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
-    apart = np.linalg.norm(rows[:, None] - rows[None], axis=2)
-    labels = average_linkage(apart, groups)
+    labels = average_linkage(np.linalg.norm(rows[:, None] - rows[None], axis=2), groups)
     return labels if silhouette(distances, labels) >= NO_TWO else [0] * count
 
 

@@ -65,7 +65,7 @@ class EnsembleLabels:
         """Return ``(n, 2 + width)`` float32 of some positions: label, disagreed, log-probabilities."""
         said = self.diverse.at(positions)
         columns = [self.labels[positions], self.disagreed[positions]]
-        return torch.cat([torch.stack(columns, -1).to(said.dtype), said], -1)
+        return torch.cat([torch.stack(columns, 1).to(said.dtype), said], 1)
 
 
 def confident_consensus(logits: Tensor) -> Consensus:
@@ -77,7 +77,7 @@ def confident_consensus(logits: Tensor) -> Consensus:
     logits, sure = _bounded(logits)
     shares = _scaled(sure)
     total = (shares.unsqueeze(-1) * logits).sum(0)
-    others = logits.argmax(-1) != total.argmax(-1)
+    others = logits.argmax(-1) != total.argmax(1)
     disagreed = others.any(0)
     apart = torch.where(others, sure, 0.0)
     equal = others / others.sum(0).clamp(min=1)  # where those who disagree are sure of nothing
@@ -102,9 +102,9 @@ def ensemble_labels(
     for start in range(0, size, rows):
         where = torch.arange(start, min(size, start + rows))
         found = confident_consensus(torch.stack([answer.at(where) for answer in answers]))
-        said.append(likeliest(found.logits.log_softmax(-1), kept))
-        diverse.append(likeliest(found.diverse.log_softmax(-1), kept))
-        labels.append(found.logits.argmax(-1))
+        said.append(likeliest(found.logits.log_softmax(1), kept))
+        diverse.append(likeliest(found.diverse.log_softmax(1), kept))
+        labels.append(found.logits.argmax(1))
         disagreed.append(found.disagreed)
         shares.append(found.shares)
     taught = EnsembleLabels(torch.cat(labels), torch.cat(disagreed), joined(diverse))

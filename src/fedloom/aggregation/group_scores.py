@@ -61,9 +61,9 @@ def group_dro(
         others: log q of groups that are away.
     """
     known = [*others, *(own for own in logits if own is not None)]
-    start = math.fsum(known) / len(known) if known else 0.0
+    start = math.fsum(known) / max(1, len(known))
     scored = [own for own in scores if own is not None]
-    mean = math.fsum(scored) / len(scored) if scored else 0.0
+    mean = math.fsum(scored) / max(1, len(scored))
     return [
         (start if logit is None else logit) - (0.0 if own is None else rate * (own - mean))
         for logit, own in zip(logits, scores, strict=True)

@@ -147,4 +147,4 @@ def with_rest(whole: Tensors, rank: int, kept: float, before: Tensors) -> tuple[
 def _rank_with(values: Tensor, kept: float) -> int:
     """Return the least number of singular values, the largest first, that have a share of the energy."""
     energy = values.square().cumsum(0)
-    return int((energy < kept * energy[-1]).sum()) + 1 if float(energy[-1]) > 0 else 0
+    return int((energy < kept * energy[-1]).sum()) + 1

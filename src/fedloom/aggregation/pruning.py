@@ -67,11 +67,9 @@ def expanded(mean: Tensor, masks: Sequence[Tensor], sparsity: float) -> Tensor:
     """
     pruned = (~torch.stack(list(masks))).sum(0).flatten()
     further = pruned_numbers(mean.numel(), sparsity) - int((pruned == len(masks)).sum())
-    if further <= 0:
-        return mean
     by_size = mean.abs().flatten().argsort(stable=True)
     some = by_size[pruned[by_size] < len(masks)]
     order = some[pruned[some].argsort(descending=True, stable=True)]
     result = mean.flatten().clone()
-    result[order[:further]] = 0.0
+    result[order[: max(0, further)]] = 0.0
     return result.view(mean.shape)
