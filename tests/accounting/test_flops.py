@@ -1,12 +1,68 @@
-"""Derived FLOPs against torch's own counter, forward and backward, for each kind of target."""
+"""Derived FLOPs by hand, and against torch's own counter, forward and backward, for each kind of target."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedloom.accounting.flops import LinearShape, ModelShape, backward_flops, forward_flops
 from fedloom.models.adapters import PROMPTS, AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.models.split_model import ClientPart, ServerPart
+
+ONE = LinearShape(1, 1)
+"""2 forward and 2 backward for one token: a frozen layer, whose input has a gradient."""
+
+
+@pytest.mark.parametrize(
+    ("linear", "forward", "backward"),
+    [
+        (LinearShape(3, 5), 30, 30),
+        (LinearShape(3, 5, input_gradient=False), 30, 0),
+        (LinearShape(3, 5, trained=True), 30, 60),
+        (LinearShape(3, 5, reached=False), 30, 0),
+        (LinearShape(3, 5, rank=2), 30 + 4 * 8, 30 + 4 * (2 * 5 + 2 * 3)),
+        (LinearShape(3, 5, rank=2, input_gradient=False), 30 + 4 * 8, 4 * (2 * 5 + 3)),
+        (LinearShape(3, 5, rank=2, down_trained=False), 30 + 4 * 8, 30 + 4 * (2 * 5 + 3)),
+        (LinearShape(3, 5, rank=2, up_trained=False), 30 + 4 * 8, 30 + 4 * (5 + 2 * 3)),
+        (
+            LinearShape(3, 5, rank=2, down_trained=False, input_gradient=False),
+            30 + 4 * 8,
+            4 * 5,
+        ),
+        (LinearShape(3, 5, router=7), 30 + 2 * 7 * 3, 30 + 2 * 2 * 7 * 3),
+        (LinearShape(3, 5, router=7, input_gradient=False), 30 + 2 * 7 * 3, 2 * 7 * 3),
+    ],
+)
+def test_a_linear_layer_by_hand(linear, forward, backward):
+    """2 in out forward, the same for the gradient of its input and of its weight; rank r: 2 r (in + out)."""
+    shape = ModelShape((linear,), LinearShape(0, 0), 0, 0)
+    assert forward_flops(shape, 1, 1, 1.0) == forward
+    assert backward_flops(shape, 1, 1, 1.0) == backward
+    # the same layer for 2 rows of 3 tokens, and as what is passed once a pass, or by a head's positions
+    assert forward_flops(shape, 2, 3, 1.0) == 6 * forward
+    assert backward_flops(shape, 2, 3, 1.0) == 6 * backward
+    once = ModelShape((), LinearShape(0, 0), 0, 0, once=(linear,))
+    assert forward_flops(once, 2, 3, 1.0) == forward
+    assert backward_flops(once, 2, 3, 1.0) == backward
+    head = ModelShape((), linear, 0, 0)
+    assert forward_flops(head, 2, 3, 1.5) == 2 * 1.5 * forward
+    assert backward_flops(head, 2, 3, 1.5) == 2 * 1.5 * backward
+
+
+@pytest.mark.parametrize(("pooled", "positions"), [(False, 4.5), (True, 1)])
+def test_the_parts_of_a_model_by_hand(pooled, positions):
+    """Rows of 7 tokens, 3 of them: 21; the head, and what is before it, at 4.5 positions or at one."""
+    shape = ModelShape(
+        (ONE, ONE), ONE, 10, 6,
+        before_head=(ONE,), reward=LinearShape(1, 2), encoder=(LinearShape(1, 3),), encoded=5,
+        pooled=pooled, once=(LinearShape(1, 4),), again=(LinearShape(1, 5),),
+    )  # fmt: skip
+    others = 3 * (positions * 4 + 4) + 5 * 6 + 8
+    assert forward_flops(shape, 3, 7, 4.5) == 21 * (4 + 4 * 7 * 10) + others
+    assert backward_flops(shape, 3, 7, 4.5) == 21 * (4 + 10 + 10 + 8 * 7 * 6) + others
+    bare = ModelShape((), ONE, 0, 0)
+    assert (bare.encoded, bare.pooled) == (0, False)
+    assert forward_flops(bare, 3, 7, 4.5) == backward_flops(bare, 3, 7, 4.5) == 3 * 4.5 * 2
 
 
 @pytest.mark.parametrize("classes", [(), ("a", "b", "c")], ids=["causal", "classification"])

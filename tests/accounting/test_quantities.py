@@ -23,6 +23,8 @@ def test_units():
         "13.6 MB",
     ]
     assert human_flops(2.45e12) == "2.45 TFLOP"
+    assert human_bytes(1e12) == "1 TB" and human_bytes(2e16) == "2e+04 TB"
+    assert human_flops(3e18) == "3 EFLOP" and human_bytes(-2500) == "-2.5 kB"
     assert [human_seconds(x) for x in (0.416, 12.3, 185, 7620)] == [
         "0.42 s",
         "12 s",
@@ -44,6 +46,8 @@ def test_counts_with_a_sign():
         (12, "12"),
         (12345.0, "12\u202f345"),
         (1720.5, "1\u202f720"),
+        (-1000.4, "-1\u202f000"),
+        (1e15 + 0.5, "1e+15"),
         (287.8333, "287.8"),
         (0.123456, "0.1235"),
         (0, "0"),
