@@ -63,6 +63,8 @@ FURTHER = {
     ),
     "objectives": (REFERENCE,),
     "evaluation": ("tests/test_by_hand.py",),
+    "aggregation/rules.py": (REFERENCE,),
+    "privacy/settings.py": (REFERENCE,),
     "methods/contract/checks.py": (
         "tests/methods/test_aggregation_rules.py",
         "tests/methods/test_personalised.py",

@@ -12,6 +12,7 @@ from fedloom.aggregation.assignment import (
     assign_experts,
     infeasible,
     most_by_rows,
+    nearest_limits,
     relevance_of,
     similarity,
     softmax,
@@ -158,3 +159,45 @@ def test_largest_numbers_of_each_client_can_always_be_kept():
         assert (held.sum(0) <= largest).all() and max(largest) <= most
         ordered = sorted(zip(rows, largest, strict=True))
         assert all(one[1] <= other[1] + 1 for one, other in itertools.pairwise(ordered))
+
+
+def test_limits_that_can_just_be_kept_are_kept():
+    """Each of both clients holds all three experts: every inequality is an equality."""
+    assert infeasible(3, 2, 2, 3, 3) == [] and assign_experts(np.ones((3, 2)), 2, 3, 3).all()
+    assert infeasible(1, 1, 1, 8) != [] and infeasible(2, 1, 1, 8) == []  # two at least by default
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ((6, 4, 2, 4, 2), (2, 4, 2)),  # 12 placements among 4: as asked for
+        ((6, 2, 3, 4, 2), (2, 6, 2)),  # both hold all
+        ((2, 4, 1, 8), (1, 8, 0)),  # 2 placements are none for some
+        ((5, 3, 2, 3, 4), (2, 4, 3)),  # 10 among 3: 4 at most, 3 at least
+    ],
+)
+def test_limits_that_fewer_clients_can_keep(asked, found):
+    assert nearest_limits(*asked) == found
+
+
+def test_one_row_in_all_is_the_share_of_its_client():
+    assert most_by_rows([1, 0], 4, 1, 4, 0) == [4, 0]
+    assert most_by_rows([3, 3], 5, 1, 3) == [3, 3]  # two at least by default, and shares of 2.5
+
+
+def test_relevance_and_its_softmax_by_hand():
+    """<u, t> / sqrt(4); e^0 to e^ln 3 is 1 to 3, whatever is added to a row."""
+    experts, tokens = (
+        torch.tensor([[2.0, 0, 0, 1]]),
+        torch.tensor([[3.0, 0, 0, 2], [0, 9.0, 0, -2]]),
+    )
+    assert relevance_of(experts, tokens).tolist() == [[4.0, -1.0]]
+    rows = np.array([[0.0, np.log(3)], [700.0, 700.0 - np.log(3)]])
+    assert softmax(rows) == pytest.approx(np.array([[0.25, 0.75], [0.75, 0.25]]))
+
+
+def test_similarity_is_a_mean_over_layers_and_around_the_mean_of_known_clients():
+    """Alike in one of two layers and opposed in the other; then around (0.5, 0.5), at right angles to none."""
+    layers = torch.tensor([[[1.0, 0], [3, 0], [1, 0], [3, 0]], [[0.0, 1], [0, 3], [0, 3], [0, 1]]])
+    found = similarity(layers, torch.ones(4))
+    assert found[0].tolist() == pytest.approx([1, -1, 0, 0], abs=1e-6)

@@ -100,3 +100,12 @@ def test_a_triangle_travels():
     own = torch.tensor([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]]).double()
     assert packed(own).tolist() == [1, 2, 3, 4, 5, 6]
     assert torch.equal(unpacked(packed(own), 3), own)
+
+
+def test_a_ridge_by_hand():
+    """Inner products 2 and 4, of which half the mean, 1.5, is the ridge: 2 x 3 / 3.5 and 4 x 5 / 5.5."""
+    weights, products = torch.tensor([[3.0, 5.0]]).double(), torch.diag(torch.tensor([2.0, 4.0]))
+    found = regmean([weights], [products.double()], 0 * weights, ridge=0.5)
+    assert found[0].tolist() == pytest.approx([6 / 3.5, 20 / 5.5])
+    small = regmean([weights], [0.25 * products.double()], 0 * weights, ridge=0.5)
+    assert torch.allclose(small, found)  # at any scale of the inputs

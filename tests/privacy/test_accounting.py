@@ -138,3 +138,91 @@ def test_a_missing_library_is_one_clear_error(monkeypatch):
     accounting._epsilon.cache_clear()
     with pytest.raises(SettingsError, match=r"pip install 'fedloom\[privacy\]'"):
         accounting.epsilon([Releases(1, 1, 1)], 1e-5)
+
+
+ANSWERS = {"RDP": 2.0, "PLD": 1.0}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Accountants that answer at once, and what they were asked."""
+    calls, answers = [], dict(ANSWERS)
+
+    def answer(kinds, delta, kind):
+        calls.append((kind, kinds, delta))
+        return accounting.Spent(answers[kind], kind)
+
+    monkeypatch.setattr(accounting, "_epsilon", answer)
+    return calls, answers
+
+
+def test_which_accountant_is_asked_and_whose_answer_counts(asked):
+    calls, answers = asked
+    given = [Releases(2.0, 0.5, 3), Releases(1.0, 1, 1), Releases(2.0, 0.5, 4), Releases(9.0, 1, 0)]
+    assert epsilon(given, 1e-5).accountant == "PLD"
+    kinds = (((1.0, 1), 1), ((2.0, 0.5), 7))
+    assert calls == [("RDP", kinds, 1e-5), ("PLD", kinds, 1e-5)]
+    assert epsilon(given, 1e-5, "rdp").accountant == "RDP"
+    answers["PLD"] = 3.0
+    assert epsilon(given, 1e-5).accountant == "RDP"  # the least of both
+    assert epsilon(given, 1e-5, "pld").accountant == "PLD"
+
+
+@pytest.mark.parametrize(
+    ("renyi", "noise", "kinds", "tried"),
+    [
+        (50.0, 1.0, 1, True),
+        (50.1, 1.0, 1, False),
+        (2.0, 0.2, 1, True),
+        (2.0, 0.19, 1, False),
+        (2.0, 1.0, 8, True),
+        (2.0, 1.0, 9, False),
+    ],
+)
+def test_where_privacy_loss_distributions_are_tried(asked, renyi, noise, kinds, tried):
+    calls, answers = asked
+    answers["RDP"] = renyi
+    epsilon([Releases(noise + kind, 1, 1) for kind in range(kinds)], 1e-5)
+    assert [kind for kind, *_ in calls] == (["RDP", "PLD"] if tried else ["RDP"])
+
+
+@pytest.mark.parametrize("target", [0.01, 0.3, 1.0, 2.0, 40.0, 1000.0])
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_the_least_noise_is_found_to_four_digits_and_in_few_steps(target, power):
+    """spent = 4 / z^p, so that z = (4 / target)^(1 / p)."""
+    calls = []
+
+    def spent(z):
+        calls.append(z)
+        return 4 / z**power
+
+    found, right = accounting._least(spent, target), (4 / target) ** (1 / power)
+    assert spent(found) <= target and right <= found <= right * (1 + 2e-4)
+    assert len(calls) < 20
+
+
+def test_a_curve_that_bends_and_a_target_that_anything_meets():
+    found = accounting._least(lambda z: 1 / z + 5 / z**2, 6.0)
+    assert 1.0 <= found <= 1 + 2e-4
+    assert accounting._least(lambda z: 1e-3, 1.0) < 0.011  # no noise below is looked for
+
+
+def test_without_sampling_the_closed_form_is_where_the_search_begins(monkeypatch):
+    target, least = 2.0, accounting.noise_multiplier(2.0, 1e-5, 9)
+
+    def solved(off):
+        """With an accountant whose epsilon is too large by so much, relatively: about as 1 / z."""
+        monkeypatch.setattr(
+            accounting,
+            "_epsilon",
+            lambda kinds, delta, kind: accounting.Spent(
+                target * least * (1 + off) / kinds[0][0][0], kind
+            ),
+        )
+        return solve_noise_multiplier(target, 1e-5, 1, 9) / least - 1
+
+    step = 1e-4 / 16
+    assert solved(0.0) == pytest.approx(step, rel=1e-6)
+    assert solved(3 * step) == pytest.approx(4 * step, rel=1e-6)  # doubled until it suffices
+    with pytest.raises(SettingsError, match="cannot be met in 9 releases by noise up to 100000"):
+        solved(1.1e5 / least - 1 + 1e5)

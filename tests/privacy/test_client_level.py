@@ -170,3 +170,28 @@ def test_a_noisy_share_is_about_its_mean():
         0.5 + 30 / 80, abs=0.005
     )  # 10 of 40 expected are missing
     assert np.std(shares) == pytest.approx(2.0 / 40, rel=0.06)
+
+
+def test_a_change_as_long_as_the_clip_is_within_it():
+    start = {"a": torch.zeros(2, dtype=torch.float64)}
+    for values, balance in (((0.6, 0.8), 1), ((0.6, 0.81), -1)):
+        total = summed([{"a": torch.tensor(values, dtype=torch.float64)}], start, 1.0)
+        assert total.balance == balance
+
+
+def test_norms_far_below_and_above_what_their_squares_can_hold():
+    start = {"a": torch.zeros(2, dtype=torch.float64), "none": torch.zeros(0)}
+    for scale in (1e-200, 1.0, 1e200):
+        update = {**start, "a": torch.tensor([3.0, -4.0], dtype=torch.float64) * scale}
+        assert ClippedSum.empty(start, 1.0)._norm(update) == pytest.approx(5 * scale)
+    assert ClippedSum.empty(start, 1.0)._norm(start) == 0.0
+
+
+def test_a_share_by_hand():
+    """Of 8 expected 3 answered, 2 of them within the clip: 1/2 + (2 - 1) / 16."""
+    start = {"a": torch.zeros(1)}
+    total = summed([{"a": torch.tensor([v])} for v in (0.5, 1.0, 1.5)], start, 1.0)
+    assert total.noised_share(0.0, 8, SOURCE.stream("clip", 1, -1)) == 0.5 + 1 / 16
+    assert total.numbers == 1 and next_clip(2.0, 0.75, 0.5, 0.4) == pytest.approx(
+        2 * math.exp(-0.1)
+    )

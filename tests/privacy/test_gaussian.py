@@ -66,3 +66,34 @@ def test_ad_hoc_noise_stays_within_the_largest_row_and_shrinks_with_eta():
     # E length = d / rate, E |u_i| = 1/2
     drawn = [ad_hoc_noise(np.zeros(4), 1e9, 2.0, rng) for _ in range(20_000)]
     assert np.abs(drawn).mean() == pytest.approx(4 / 2.0 / 2, rel=0.03)
+
+
+class Drawn:
+    """What a generator would draw."""
+
+    def gamma(self, shape, scale):
+        assert (shape, scale) == (2, 0.25)
+        return 2.0
+
+    def uniform(self, low, high, size):
+        assert (low, high, size) == (-1.0, 1.0, 2)
+        return np.array([0.5, -1.0])
+
+    def normal(self, middle, deviation, size):
+        assert (middle, size) == (0.0, 2) and deviation == pytest.approx(3 * 2 * 0.25 / 2)
+        return np.array([10.0, 20.0])
+
+
+def test_ad_hoc_noise_by_hand():
+    """(4, 1) less 2 (0.5, -1) is (3, 3); shortened to the norm 3, and left alone within 9."""
+    mean = np.array([4.0, 1.0])
+    assert ad_hoc_noise(mean, 9.0, 4.0, Drawn()).tolist() == [3.0, 3.0]
+    assert ad_hoc_noise(mean, 3.0, 4.0, Drawn()) == pytest.approx([3 / 2**0.5] * 2)
+    assert ad_hoc_noise(np.array([1.0, -2.0]), 9.0, 4.0, Drawn()).tolist() == [0.0, 0.0]
+
+
+def test_a_noisy_mean_by_hand():
+    """(0.3, 0.4) and (0, 5) are cut to 0.25: (0.15, 0.2) and (0, 0.25)."""
+    rows = np.array([[0.3, 0.4], [0.0, 5.0]])
+    found = private_mean(rows, 0.25, 3.0, Drawn())
+    assert found == pytest.approx([0.075 + 10, 0.225 + 20])

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import stat
+from decimal import Context, Decimal
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -110,3 +112,39 @@ def test_wrong_numbers_are_refused():
         with pytest.raises(ValueError, match="sigma must be"):
             SOURCE.stream("sum", 1, -1).discrete_gaussian(sigma, 3)
     assert (SOURCE.stream("sum", 1, -1).discrete_gaussian(0, 3) == 0).all()
+
+
+def test_a_key_and_a_release_have_the_same_noise_in_every_version():
+    """A run that is resumed by a later version draws again what it drew: these numbers may not change."""
+    stream = SOURCE.stream("sum", 1, -1, b"digest")
+    assert stream.words(2).tolist() == [9198796236003885884, 8120357137412323785]
+    assert stream.uniform(2).tolist() == [0.5031283295063614, 0.7378463681668241]
+    assert stream.normal(2).tolist() == pytest.approx([1.2756638753886569, 0.4121644464195343])
+    assert stream.discrete_gaussian(12.7, 9).tolist() == [15, 5, 23, 4, -7, 10, 9, -3, -23]
+    assert stream.discrete_gaussian(2.0**30, 3).tolist() == [-925206110, 857518656, 428636675]
+    assert SOURCE.commitment[:16] == "0254664e7a425b95"
+    assert NoiseSource.seeded(7, "run").commitment[:16] == "976623704c1d7c5e"
+    assert (
+        SOURCE.digest([b"a", b"b"]).hex()[:16]
+        == "d231d990d05c0259"
+        == SOURCE.digest([b"ab"]).hex()[:16]
+    )
+
+
+def test_a_coin_in_exact_arithmetic_by_hand():
+    """exp(-1/3) is 0.716531310574: words on either side of it decide, and 64 more bits where one is equal."""
+    stream, third = SOURCE.stream("sum", 1, -1), Fraction(1, 3)
+    words = [0, int(0.7165313105 * 2**64), int(0.7165313106 * 2**64), 2**64 - 1]
+    assert [stream._exact_coin(word, third) for word in words] == [True, True, False, False]
+    assert stream._exact_coin(2**64 - 1, Fraction(0))
+    near = int(Decimal(2**64) * (Decimal(-1) / 3).exp(Context(prec=60)))
+    tossed = {stream._exact_coin(near, third) for _ in range(40)}
+    assert tossed == {True, False}  # what follows the first 64 bits decides
+    assert not stream._exact_coin(near + 1, third) and stream._exact_coin(near - 1, third)
+
+
+def test_the_largest_noise_that_is_drawn():
+    drawn = SOURCE.stream("sum", 1, -1).discrete_gaussian(2.0**48, 2000)
+    assert 0.9 < drawn.std() / 2.0**48 < 1.1
+    with pytest.raises(ValueError, match="from 0 to 2\\^48"):
+        SOURCE.stream("sum", 1, -1).discrete_gaussian(np.nextafter(2.0**48, np.inf), 1)

@@ -6,9 +6,10 @@ import torch
 from fedloom.errors import PluginError, PrivacyError, SettingsError
 from fedloom.privacy.accounting import Releases, epsilon
 from fedloom.privacy.client_level import ClippedSum
+from fedloom.privacy.correlation import Participation
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
-from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean
+from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean, participation_of
 from fedloom.privacy.settings import PrivacySettings
 
 START = {"a": torch.zeros(50)}
@@ -225,3 +226,67 @@ def test_updates_of_clients_that_are_not_named_are_refused_before_anything_is_sp
 def test_banded_noise_that_is_too_large_is_refused():
     with pytest.raises(SettingsError, match="above 1000"):
         plan(noise_multiplier=2000.0, **CORRELATED[1])
+
+
+def test_numbers_of_a_plan():
+    """Five of 20 clients: q = 1/4; the noise on their number is a twentieth of them by default."""
+    own = plan(noise_multiplier=0.25, clip_quantile=0.5)
+    assert (own.rate, own.count_noise, own.expected) == (0.25, 0.25, 5.0)
+    assert own.facts == {} and own.neighbours == "add or remove one"
+    settings = PrivacySettings(unit="client", delta=1e-3, noise_multiplier=1.0)
+    few = ClientLevelPlan.of(settings, 3, 5, 2)
+    assert few.rate == 1.0 and few.expected == 3
+    assert few.noise_of_rounds == (1.0, pytest.approx(2**0.5))
+    assert few.deviation(7) == 2**30
+
+
+def test_facts_and_noise_of_a_tree_by_hand():
+    """Of 4 rounds, each client in every second: nodes of 1, 2, 1, 4; w has 1, 2, 1, 3 draws in each."""
+    own = plan(noise_multiplier=1.0, rounds=4, mechanism="tree", min_separation=2)
+    assert own.facts == {
+        "mechanism": "tree",
+        "min_separation": 2,
+        "max_participations": 2,
+        "planned_rounds": 4,
+        "sensitivity": own.correlation.sensitivity(4),
+    }
+    single, whole = own.noise_of_rounds
+    assert single == pytest.approx((7 / 4) ** 0.5) and whole == 1.0
+    assert own.deviation(100) == 2**30  # nothing is rounded
+
+
+def test_bands_and_separation_by_default():
+    """No more bands than rounds; clients / clients_per_round rounds apart, at least one."""
+    own = plan(noise_multiplier=1.0, rounds=3, mechanism="banded", bands=5)
+    assert own.facts["bands"] == 3 and own.facts["min_separation"] == 4
+    assert plan(noise_multiplier=1.0, mechanism="banded", bands=2).facts["bands"] == 2
+    assert plan(noise_multiplier=1.0, max_participations=1).facts["bands"] == 1
+    settings = PrivacySettings(unit="client", delta=1e-3, noise_multiplier=1.0, mechanism="tree")
+    assert participation_of(settings, 3, 5, 9) == Participation(9, 1, 9)
+    assert participation_of(settings, 15, 5, 9) == Participation(9, 3, 3)
+
+
+def test_banded_noise_is_larger_by_what_rounding_moves():
+    """16 x 4 rounds x 100 numbers: 80 steps of 2^30 more."""
+    own = plan(noise_multiplier=1000.0, rounds=4, mechanism="banded", bands=2)
+    assert own.deviation(100) == pytest.approx(1000.0 * (2**30 + 80), rel=1e-12)
+
+
+def test_a_ledger_of_sixteen_times_the_planned_releases_is_full(tmp_path):
+    private = made(tmp_path, plan(noise_multiplier=1.0, rounds=2, **CORRELATED[1]))
+    private.ledger.entries = [{}] * 31
+    private._require_few()
+    private.ledger.entries = [{}] * 32
+    with pytest.raises(PrivacyError, match="has 16 times the releases that were planned"):
+        private._require_few()
+
+
+def test_noise_is_of_the_server_and_of_its_purpose(tmp_path):
+    """Zero changes: what is released is the draw for round 1 of party -1 on the clipped sum."""
+    own, source = plan(noise_multiplier=1.5), NoiseSource(bytes(32), "run")
+    found = mean(made(tmp_path, own), [0.0], 1)
+    total = ClippedSum.empty(START, own.clip)
+    total.add(START)
+    stream = source.stream("sum of changes", 1, -1, source.digest(total.content()))
+    drawn = stream.discrete_gaussian(1.5 * 2**30, 50) * (2.0 / 2**30 / 5)
+    assert found["a"].tolist() == pytest.approx(drawn.tolist(), rel=1e-6)

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import hypergeom
 
 from fedloom.errors import MessageError
-from fedloom.privacy.secure_aggregation import graph, sharing
+from fedloom.privacy.secure_aggregation import graph, quantisation, sharing
 from fedloom.privacy.secure_aggregation.masks import add_mask, packed, packed_bytes, unpacked
 from fedloom.privacy.secure_aggregation.quantisation import Grid
 
@@ -56,8 +57,38 @@ def test_fewer_shares_fit_every_secret():
 def test_shares_out_of_the_field_are_refused():
     with pytest.raises(MessageError, match="no number of the field"):
         sharing.combine({1: b"\xff" * 33, 2: b"\0" * 33}, 2)
-    with pytest.raises(ValueError, match="places"):
-        sharing.split(SECRET, (0, 1), 2, bytes(48))
+    with pytest.raises(MessageError, match="no number of the field"):
+        sharing.combine({1: sharing.PRIME.to_bytes(33, "big"), 2: b"\0" * 33}, 2)
+    with pytest.raises(MessageError, match="no number of the field"):
+        sharing.combine({1: b"\0" * 32, 2: b"\0" * 33}, 2)
+    with pytest.raises(MessageError, match="do not fit together"):
+        sharing.combine({1: (2**256).to_bytes(33, "big"), 2: (2**256).to_bytes(33, "big")}, 2)
+
+
+@pytest.mark.parametrize(
+    ("places", "threshold"), [((0, 1), 2), ((1, 1), 2), ((1, 1, 2), 2), ((1, 2), 3), ((1, 2), 0)]
+)
+def test_places_that_would_give_the_secret_or_too_few_are_refused(places, threshold):
+    with pytest.raises(ValueError, match="places" if threshold else "random_bytes|places"):
+        sharing.split(SECRET, places, threshold, bytes(max(0, 48 * (threshold - 1))))
+
+
+def test_a_secret_and_its_random_bytes_have_their_lengths():
+    assert sharing.random_bytes(1) == 0 and sharing.random_bytes(4) == 3 * 48
+    for secret, random in ((SECRET[1:], bytes(48)), (SECRET, bytes(47)), (SECRET, bytes(49))):
+        with pytest.raises(ValueError, match="a secret has 32 bytes"):
+            sharing.split(secret, (1, 2), 2, random)
+
+
+def test_a_line_through_the_secret_by_hand():
+    """5 + 7 x at 1, 2 and 9."""
+    shares = sharing.split((5).to_bytes(32, "big"), (1, 2, 9), 2, (7).to_bytes(48, "big"))
+    assert {place: int.from_bytes(own, "big") for place, own in shares.items()} == {
+        1: 12,
+        2: 19,
+        9: 68,
+    }
+    assert all(len(own) == 33 for own in shares.values())
 
 
 @pytest.mark.parametrize("number", [3, 50, 51, 100, 200, 1000])
@@ -84,7 +115,39 @@ def test_the_degree_meets_its_bounds_by_simulation():
     assert k < 199 and graph.degree(10_000) < 400
 
 
+@pytest.mark.parametrize("clients", [51, 52, 100, 200, 500])
+def test_the_degree_is_the_least_that_meets_its_bounds(clients):
+    """A third drops out: a round fails with 2^-20 at most; a fifth colludes: a secret is known with 2^-40."""
+
+    def meets(k):
+        needed = (k + 1) // 2 + 1
+        fails = hypergeom(clients - 1, (clients - 1) // 3, k).sf(k + 1 - needed)
+        known = hypergeom(clients - 1, (clients - 1) // 5, k).sf(needed - 1)
+        return clients * fails <= 2.0**-20 and clients * known <= 2.0**-40
+
+    k = graph.degree(clients)
+    assert k % 2 == 0 and meets(k) and not meets(k - 2)
+
+
+def test_neighbours_on_a_ring_by_hand(monkeypatch):
+    monkeypatch.setattr(graph, "degree", lambda clients: 4)
+    assert graph.neighbours((7, 3, 9, 1, 8, 2), 7) == (2, 3, 8, 9)
+    assert graph.neighbours((7, 3, 9, 1, 8, 2), 1) == (2, 3, 8, 9)
+    assert graph.neighbours((7, 3, 9, 1, 8), 1) == (3, 7, 8, 9)
+    monkeypatch.undo()
+    assert [graph.degree(n) for n in (3, 50)] == [2, 49] and graph.COMPLETE == 50
+
+
+def test_the_order_follows_from_all_keys():
+    keys = {client: bytes([client]) * 5 for client in range(9)}
+    order = graph.order_of(keys)
+    assert sorted(order) == list(range(9)) and order != tuple(range(9))
+    assert graph.order_of(dict(reversed(keys.items()))) == order
+    assert graph.order_of({**keys, 4: b"other"}) != order
+
+
 def test_a_threshold_is_more_than_half():
+    assert [graph.threshold_of(n) for n in (3, 4, 5, 6)] == [2, 3, 3, 4]
     assert all(2 * graph.threshold_of(n) > n for n in range(3, 300))
 
 
@@ -105,6 +168,57 @@ def test_masks_cancel_at_every_length():
         assert np.count_nonzero(words == np.arange(count)) < 5
         add_mask(words, SECRET, subtract=True)
         assert np.array_equal(words, np.arange(count))
+
+
+def test_a_mask_is_the_keystream_of_the_standard():
+    """RFC 8439, appendix A.1, test vector 1, as little-endian words, added modulo 2^32."""
+    stream = np.frombuffer(bytes.fromhex("76b8e0ada0f13d90405d6ae55386bd28"), "<u4")
+    words = np.full(4, 2**32 - 1, dtype=np.uint32)
+    add_mask(words, bytes(32))
+    assert words.tolist() == [(int(word) - 1) % 2**32 for word in stream]
+
+
+def test_integers_of_values_by_hand():
+    """Of 8 bits L is 127. Three clients' sums are up to 3 x 254 = 762, of 10 bits."""
+    grid, words = Grid(8, 2.0, 3), np.zeros(5, dtype=np.uint32)
+    assert (grid.half, grid.heaviest, grid.width, grid.step) == (127, 1, 10, 2 / 127)
+    assert grid.put(np.array([0.0, 2.0, -2.0, 1.0, -5.0]), 3, words, None) == 1
+    assert words.tolist() == [3 * 127, 3 * 254, 0, 3 * 190, 0]  # 190.5 to the even one
+    assert grid.mean(words, 3).tolist() == pytest.approx([0, 2, -2, 63 / 127 * 2, -2])
+    assert (quantisation.WIDEST, quantisation.LEAST_BITS, quantisation.MOST_BITS) == (32, 8, 24)
+    with pytest.raises(MessageError) as told:
+        grid.put(np.array([np.nan]), 1, words[:1], None)
+    assert told.value.kind == "not_finite"
+
+
+def test_blocks_do_not_change_integers(monkeypatch):
+    grid, values = Grid(16, 1.0, 3), np.random.default_rng(0).uniform(-1, 1, 11)
+    whole, parts = np.zeros(11, dtype=np.uint32), np.zeros(11, dtype=np.uint32)
+    cut = grid.put(3 * values, 2, whole, np.random.default_rng(5))
+    monkeypatch.setattr(quantisation, "_BLOCK", 4)
+    assert grid.put(3 * values, 2, parts, np.random.default_rng(5)) == cut > 4
+    assert np.array_equal(whole, parts) and whole.any()
+
+
+def test_weights_by_hand():
+    """Rows, or as many steps of them as there is room for: of 24 bits and 100 clients two."""
+    own = Grid(8, 1.0, 3, rows=10)
+    assert [own.weight(rows) for rows in (0.2, 4, 10, 99)] == [1, 4, 10, 10]
+    narrow = Grid(24, 1.0, 100, rows=1000)
+    assert narrow.heaviest == 2 and [narrow.weight(rows) for rows in (600, 800)] == [1, 2]
+    assert Grid(24, 1.0, 256).heaviest == 1  # 256 x (2^24 - 2) is just below 2^32
+
+
+def test_digits_of_a_reported_number_by_hand():
+    """Of 39 bits in digits of 7; 0 is 2^38, and 2^-16 one more."""
+    grid = Grid(8, 1.0, 3, 9)
+    assert grid.digits == 6 and Grid(14, 1.0, 3).digits == 3
+    assert grid.put_number(0.0, 3) == [3, 0, 0, 0, 0, 0, 3 * 8]
+    assert grid.put_number(2.0**-16, 1) == [1, 1, 0, 0, 0, 0, 8]
+    assert grid.put_number(-(2.0**30), 1) == [1, 0, 0, 0, 0, 0, 0]
+    assert grid.put_number(2.0**30, 1) == [1, 127, 127, 127, 127, 127, 15]
+    assert grid.put_number(None, 3) == [0] * 7
+    assert grid.mean_number([4, 4, 0, 0, 0, 0, 32]) == 2.0**-16
 
 
 GRIDS = [

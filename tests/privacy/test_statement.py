@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedloom.privacy.statement import promises, sentences
+from fedloom.privacy.settings import PrivacySettings
+from fedloom.privacy.statement import CHECKED, NOTHING, SUMS, of_settings, promises, sentences
 
 RECORD = {
     "unit": "row", "epsilon": 2.0, "delta": 1e-5, "noise_multiplier": 1.0, "clip": 1.0, "sampling": 0.1,
@@ -31,4 +32,59 @@ def test_a_draw_that_bounds_a_clients_rounds_is_said_with_the_noise():
     alone = sentences({**record, "bands": 1, "min_separation": 1})[0]
     assert (
         "noise of each round by itself; a client is drawn in at most 6 of 30 rounds, and" in alone
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "steps", "what", "who"),
+    [
+        ("row", 1, "1 noisy steps at the client that spends most", ", the coordinator among them,"),
+        ("client", 1, "1 noisy sum of clients' changes", ""),
+        ("client", 2, "2 noisy sums of clients' changes", ""),
+    ],
+)
+def test_the_sentence_of_a_promise(unit, steps, what, who):
+    said, left_out = sentences({**RECORD, "unit": unit, "steps": steps})
+    assert said == (
+        f"Privacy: whoever receives the model{who} learns of any one {unit} no more than (epsilon, "
+        f"delta) = (2, 1e-05) allows; neighbours: one row more or less; {what}, noise multiplier 1, clip "
+        "1, sampling counted as 0.1; accountant: PLD"
+    )
+    assert left_out == "Not protected: metrics"
+    assert sentences({**RECORD, "unit": unit, "steps": steps, "not_covered": []})[1:] == []
+
+
+def test_what_promises_nothing_says_so_first():
+    seeded = sentences({**RECORD, "seeded": True, "epsilon": None})
+    assert [text.partition(".")[0].partition(",")[0] for text in seeded] == [
+        "Privacy: reproducible",
+        "Privacy: changes are clipped and get no noise",
+        "Not protected: metrics",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "here", "elsewhere"),
+    [
+        ({}, [], []),
+        ({"profile": "research"}, [NOTHING], [NOTHING]),
+        ({"profile": "research", "unit": "client"}, [], []),
+        ({"unit": "row"}, [], []),
+        ({"profile": "consortium"}, [SUMS], [SUMS, CHECKED]),
+        ({"secure_aggregation": True}, [SUMS], [SUMS, CHECKED]),
+    ],
+)
+def test_what_settings_alone_say(own, here, elsewhere):
+    settings = PrivacySettings(**own)
+    assert of_settings(settings) == here
+    assert of_settings(settings, elsewhere=True) == elsewhere
+    assert "3 clients or more" in SUMS
+
+
+def test_a_draw_two_rounds_apart_by_a_tree():
+    drawn = {"min_separation": 2, "max_participations": 6, "planned_rounds": 30, "sensitivity": 2.5}
+    said = sentences({**RECORD, "unit": "client", "mechanism": "tree", **drawn})[0]
+    assert (
+        "by a binary tree; a client is drawn in at most 6 of 30 rounds, 2 or more apart, and"
+        in said
     )
