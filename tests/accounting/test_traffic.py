@@ -139,3 +139,48 @@ def test_a_round_of_activations_by_hand(u_shape, down, up, exchanges):
         traffic = ActivationTraffic(1000, 4, "fp32", "int8", 16, True, u_shape, 2)
         sent = traffic.of_round(Done(5, 3, 20, 7))
         assert (sent.down, sent.up) == (5000, 6284)
+
+
+def test_bytes_of_a_row_by_encoding():
+    assert {own: row_bytes(3, own) for own in ("fp32", "bf16", "fp16", "int8")} == {
+        "fp32": 12,
+        "bf16": 6,
+        "fp16": 6,
+        "int8": 3 + 4,
+    }
+
+
+def test_a_round_is_an_odd_one_by_default_and_even_ones_are_alike():
+    done = Done(3, 9, 99, 9)
+    alike, others = ParameterTraffic(100, 80), ParameterTraffic(100, 80, up_even=50)
+    assert alike.of_round(done) == alike.of_round(done, 1) == alike.of_round(done, 2)
+    assert others.of_round(done) == others.of_round(done, 1) == alike.of_round(done)
+    assert others.of_round(done, 2).up == alike.of_round(done).up - 30
+
+
+@pytest.mark.parametrize(("index", "down", "up"), [(0, 344, 512), (1, 438, 606)])
+def test_a_round_of_whole_and_of_some_logits_by_hand(index, down, up):
+    """Ten positions of 3 x 4 bytes, with an index 3 x 5 and one buffer more; headers 144 + 80 or 208 + 80 down, 68 and 180 - 80 more up."""
+    sent = LogitTraffic(10, 3, "fp32", index, adaptive=False).of_round(Done(3, 9, 99, 9))
+    assert (sent.down, sent.up, sent.exchanges) == (down, up, 2)
+
+
+def test_a_round_of_activations_with_one_average_and_no_targets_by_hand():
+    """Down 1000 + 200, 320 and 5 x 184; up 1000 + 184, 320, 3 x 16 and 6 x 228."""
+    traffic = ActivationTraffic(1000, 4, "fp32", "fp32", 16, False, False, 0)
+    sent = traffic.of_round(Done(5, 3, 20, 7))
+    assert (sent.down, sent.up, sent.exchanges) == (2440, 2920, 7)
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        ParameterTraffic(3, 4, also_down=5),
+        LogitTraffic(1, 2, "fp16", 1, True),
+        ActivationTraffic(1, 2, "fp32", "int8", 3, True, False, 4),
+    ],
+    ids=lambda own: own.framework,
+)
+def test_records_come_back(traffic):
+    assert from_record(to_record(traffic)) == traffic
+    assert to_record(traffic)["framework"] == traffic.framework

@@ -9,11 +9,16 @@ from fedloom.aggregation.lora import (
     error_flops,
     nearest,
     norm,
+    only_factors,
+    part_of_ranks,
     product_error,
+    rank_in_use,
     rank_of,
     residual,
     resized,
+    slices,
     stacked,
+    without_factors,
 )
 from fedloom.aggregation.means import weighted_mean
 
@@ -165,3 +170,55 @@ def test_a_correction_is_nothing_where_nothing_is_lost():
         assert all(torch.allclose(found[name], mean[name]) for name in mean)
     zero = [{**own, "x.lora_A.w": torch.zeros(1, 2)} for own in FAIR]  # no inverse is needed
     assert torch.isfinite(corrected_mean(zero, [1, 1], 0.0)["x.lora_B.w"]).all()
+
+
+def test_slices_of_ranks_and_who_holds_them():
+    assert slices([2, 4, 4], 5) == [(0, 2, (0, 1, 2)), (2, 4, (1, 2)), (4, 5, ())]
+    assert slices([3, 1], 3) == [(0, 1, (0, 1)), (1, 3, (0,))]
+
+
+def test_parts_of_an_adapter():
+    (one,) = adapters(1, rank=3)
+    own = {**one, "head": torch.ones(2)}
+    part = part_of_ranks(own, 1, 3)
+    assert part.keys() == one.keys() == only_factors(own).keys()
+    assert torch.equal(part["x.lora_A.weight"], one["x.lora_A.weight"][1:])
+    assert torch.equal(part["y.lora_B.weight"], one["y.lora_B.weight"][:, 1:])
+    assert without_factors(own).keys() == {"head"}
+
+
+@pytest.mark.parametrize(("second", "rank"), [(1e-6, 1.5), (1e-8, 1.0), (0.0, 1.0)])
+def test_ranks_in_use_are_those_that_float32_can_tell_from_zero(second, rank):
+    """In one layer 4 and a second value, beside it; in the other one alone."""
+    found = {
+        "x.lora_A.w": torch.eye(2), "x.lora_B.w": torch.diag(torch.tensor([4.0, 4.0 * second])),
+        "y.lora_A.w": torch.eye(2), "y.lora_B.w": torch.diag(torch.tensor([0.0, 7.0])),
+    }  # fmt: skip
+    assert rank_in_use(found) == rank
+
+
+def test_ranks_without_use_keep_the_rows_that_there_were():
+    """diag(4, 1) in three ranks: roots 2 and 1, then the row of A from before beside zeros in B."""
+    own = {"x.lora_A.w": torch.diag(torch.tensor([4.0, 1.0])), "x.lora_B.w": torch.eye(2)}
+    before = {"x.lora_A.w": torch.full((3, 2), 9.0), "x.lora_B.w": torch.ones(2, 3)}
+    found = nearest(own, 3, before)
+    assert found["x.lora_A.w"].abs().tolist() == [[2, 0], [0, 1], [9, 9]]
+    assert found["x.lora_B.w"].abs().tolist() == [[2, 0, 0], [0, 1, 0]]
+    plain = nearest(own, 3)
+    assert not plain["x.lora_A.w"][2].any() and plain["x.lora_A.w"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_errors_with_and_without_products_by_hand(rank):
+    """A (1, 0) and (0, 1), B the same: half of the identity, and the means' product is a quarter of ones."""
+    some = [
+        {"x.lora_A.w": torch.zeros(rank, 4), "x.lora_B.w": torch.zeros(4, rank)} for _ in range(2)
+    ]
+    for place, own in enumerate(some):
+        own["x.lora_A.w"][0, place] = own["x.lora_B.w"][place, 0] = 1.0
+    # ||1/4 ones - 1/2 I|| = 1/2 over ||1/2 I|| = sqrt(1/2); products are formed above 4 ranks in all
+    assert averaging_error(some, [1.0, 1.0]) == pytest.approx(0.5**0.5)
+    assert product_error(some[0], some, [0.5, 0.5]) == pytest.approx(1.0)
+    assert averaging_error(some * 3, [1.0] * 6) == pytest.approx(0.5**0.5)
+    assert error_flops(some) == 2 * (3 * rank) ** 2 * 8
+    assert error_flops(some * 3) == 2 * 4 * (6 * rank) * 4

@@ -45,6 +45,7 @@ def test_the_largest_entries_stay_and_of_equal_ones_the_first():
     assert trimmed(torch.tensor([1.0, -1, 1, 1]), 0.5).tolist() == [1, -1, 0, 0]
     assert trimmed(torch.tensor([0.1, 3.0]), 0.01).tolist() == [0, 3]  # one at least
     assert trimmed(THREE[0], 1.0) is THREE[0]
+    assert trimmed(torch.tensor([3.0, 1, -1, 1]), 0.5).tolist() == [3, 1, 0, 0]
 
 
 def test_ties_by_hand():
@@ -118,6 +119,8 @@ def test_knots_of_equal_changes_is_the_change_and_of_none_nothing():
     a, b = adapter(0)[A].double(), adapter(0)[B].double()
     up, down = knots([(a, b)] * 3, [1, 2, 3], Merging("knots", density=1.0))
     assert torch.allclose(up @ down, b @ a)
+    up, down = knots([(1e-4 * a, 1e-4 * b)] * 3, [1, 2, 3], Merging("knots", density=1.0))
+    assert torch.allclose(1e8 * (up @ down), b @ a)
     up, down = knots([(a, b)] * 2, [1, 1], Merging("knots"), [(a, b)])
     assert not (up @ down).any()
 
@@ -203,3 +206,40 @@ def test_what_cannot_be_merged():
         merged([adapter(0)], [0], None, ALL[0], draws)
     with pytest.raises(ValueError, match="0 updates"):
         merged([], [], None, ALL[0], draws)
+
+
+def test_shares_that_are_kept_by_default():
+    rules = ("ties", "knots", "dare", "task_arithmetic")
+    assert [Merging(rule).share for rule in rules] == [0.2, 0.2, 0.8, 1.0]
+    assert [Merging(rule, 0.3).share for rule in rules] == [0.3] * 4
+    assert [Merging(rule).of_products for rule in rules] == [False, True, False, False]
+    assert Merging("ties", space="product").of_products and Merging("ties").scale == 1.0
+
+
+@pytest.mark.parametrize("own", ALL[:2] + ALL[4:6], ids=str)
+def test_who_weighs_nothing_does_not_count(own):
+    start, updates = adapter(0), [adapter(1), adapter(2)]
+    found, _ = merged(updates, [0, 2], start, own, no_draws)
+    alone, _ = merged(updates[1:], [1], start, own, no_draws)
+    assert torch.allclose(product(found), product(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize(("updates", "weights"), [(2, [1]), (1, [1, 1]), (2, [3, -1]), (2, [0, 0])])
+def test_each_update_has_a_weight_of_zero_or_more(updates, weights):
+    with pytest.raises(ValueError, match=f"{updates} updates with weights"):
+        merged([adapter(k) for k in range(updates)], weights, None, ALL[0], no_draws)
+
+
+def test_without_a_start_a_scale_is_of_products_once():
+    own = [adapter(1), adapter(2)]
+    mean = weighted_mean(own, [0.25, 0.5])
+    found, lost = merged(own, [0.25, 0.5], None, Merging("task_arithmetic", scale=3.0), no_draws)
+    assert lost is None and torch.allclose(found[A], mean[A], atol=1e-6)
+    assert torch.allclose(found[B], 3 * mean[B], atol=1e-6)
+    assert torch.allclose(found["score.weight"], mean["score.weight"])
+
+
+def test_knots_of_one_client_that_did_not_move_is_nothing():
+    a, b = adapter(0)[A].double(), adapter(0)[B].double()
+    up, down = knots([(a, b)], [1], Merging("knots"), [(a, b)])
+    assert up.shape == (5, 1) and down.shape == (1, 4) and not (up @ down).any()

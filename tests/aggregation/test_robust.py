@@ -163,3 +163,19 @@ def test_nothing_finite_is_refused(rule):
 def test_finite_ones():
     own = [{"a": torch.ones(2)}, {"a": torch.tensor([1.0, math.inf])}, {"a": torch.zeros(1)}]
     assert finite_ones(own) == [0, 2]
+
+
+def test_a_change_that_is_just_as_long_as_it_may_be_is_left_as_it_is():
+    start = {"a": torch.tensor([1.0, 1.0])}
+    update = {"a": torch.tensor([4.0, 5.0])}
+    assert torch.equal(cut_change(update, start, 5.0)["a"], update["a"])
+    assert cut_change(update, start, 2.5)["a"].tolist() == [2.5, 3.0]
+
+
+def test_one_that_is_not_finite_is_one_of_those_that_may_be_bad():
+    """Of six with f = 2: five are left, of which one may be bad, and the least and the largest go."""
+    own = updates((1.0, 0.0), (2.0, 0.0), (6.0, 1.0), (100.0, 2.0), (-50.0, 9.0), (math.nan, 0.0))
+    assert flat(trimmed_mean(own, 2)) == [3.0, 1.0]
+    assert flat(coordinate_median(own[:1])) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="1 finite updates with weights"):
+        geometric_median(own[:1], [0.0])

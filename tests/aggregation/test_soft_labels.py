@@ -119,3 +119,40 @@ def test_shortened_is_likeliest_of_what_is_known():
 def test_no_entry_is_impossible_even_where_all_mass_was_sent(k):
     certain = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).clamp(min=1e-12).log()
     assert torch.isfinite(likeliest(certain, k).dense()).all()
+
+
+def test_a_mass_that_is_just_reached_is_enough():
+    assert likeliest(table([0.5, 0.25, 0.25]), None, 0.5).present.sum(-1).tolist() == [1]
+    assert likeliest(table([0.5, 0.25, 0.25]), None, 0.51).present.sum(-1).tolist() == [2]
+
+
+@pytest.mark.parametrize("rule", ["mean", "mean_prob", "entropy", "confidence"])
+def test_one_answer_alone_comes_back(rule):
+    found = combine([likeliest(A, 2)], [3.0], rule)
+    assert torch.allclose(found.dense(), likeliest(A, 2).dense(), atol=1e-6)
+    assert found.values.shape == (2, 2)
+
+
+def test_certain_answers_leave_a_billionth_for_what_is_missing():
+    """Each of three missing entries has a third of 1e-9, where one entry has all the probability."""
+    certain = SoftLabels(4, torch.tensor([[0.0]]), torch.tensor([[2]]))
+    assert certain.rest().tolist() == pytest.approx([1e-9])
+    expected = [1e-9 / 3, 1e-9 / 3, 1.0, 1e-9 / 3]
+    assert certain.dense().exp()[0].tolist() == pytest.approx(expected, rel=1e-5)
+    found = combine([certain, certain], [1.0, 3.0], "mean")
+    assert found.indices is not None and found.values.shape == (1, 2)
+
+
+def test_the_first_position_of_a_text_counts_as_the_others():
+    """A says 0.7 and 0.1 of what is right, B 0.1 and 0.25."""
+    labels, groups = torch.tensor([0, 1]), torch.tensor([0, 0])
+    given = {"labels": labels, "groups": groups}
+    found = combine([likeliest(B), likeliest(A)], [1.0, 1.0], "lowest_loss", **given)
+    assert torch.allclose(found.dense(), A, atol=1e-6)
+    alone = combine([likeliest(B)], [1.0], "lowest_loss", **given)
+    assert torch.allclose(alone.dense(), B, atol=1e-6)
+
+
+def test_one_entry_that_nobody_sent_has_all_of_the_rest():
+    found = combine([likeliest(A, 3)] * 2, [1.0, 3.0], "mean")
+    assert torch.allclose(found.dense(), likeliest(A, 3).dense(), atol=1e-6)

@@ -186,7 +186,7 @@ def test_where_privacy_loss_distributions_are_tried(asked, renyi, noise, kinds, 
     assert [kind for kind, *_ in calls] == (["RDP", "PLD"] if tried else ["RDP"])
 
 
-@pytest.mark.parametrize("target", [0.01, 0.3, 1.0, 2.0, 40.0, 1000.0])
+@pytest.mark.parametrize("target", [0.01, 0.3, 1.0, 2.0, 40.0, 300.0])
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
 def test_the_least_noise_is_found_to_four_digits_and_in_few_steps(target, power):
     """spent = 4 / z^p, so that z = (4 / target)^(1 / p)."""
@@ -197,8 +197,8 @@ def test_the_least_noise_is_found_to_four_digits_and_in_few_steps(target, power)
         return 4 / z**power
 
     found, right = accounting._least(spent, target), (4 / target) ** (1 / power)
-    assert spent(found) <= target and right <= found <= right * (1 + 2e-4)
-    assert len(calls) < 20
+    assert spent(found) <= target and right * (1 - 1e-12) <= found <= right * (1 + 2e-4)
+    assert len(calls) < 14
 
 
 def test_a_curve_that_bends_and_a_target_that_anything_meets():

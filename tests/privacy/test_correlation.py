@@ -152,3 +152,52 @@ def test_bands_leave_less_noise_in_the_sum_than_a_tree_or_none():
         "tree": 11.3,
         "banded": 7.4,
     }
+
+
+def test_rounds_that_fit_by_hand():
+    """Of ten rounds, three apart: 1, 4, 7, 10."""
+    assert [Participation.of(10, 3, most).most for most in (None, 2, 9)] == [4, 2, 4]
+    own = Participation.of(10, 3, None)
+    assert [own.within(rounds) for rounds in range(1, 11)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+
+
+def test_coefficients_are_cut_down_to_4096ths():
+    """binom(2j, j) / 4^j: 252 / 1024 for j = 5, 0.07094 for 63."""
+    own = Banded(Participation.of(1, 1, None), 64).coefficients * 4096
+    assert own[[5, 6, 7, 63]].tolist() == [1008, 924, 858, 290]
+    for bands in (0, 65):
+        with pytest.raises(ValueError, match="bands must be from 1 to 64"):
+            Banded(Participation.of(1, 1, None), bands)
+
+
+def test_releases_that_were_made_again_by_hand():
+    """Columns 1 and 3 of 1, 1/2, 3/8 over five rounds, and round 5 twice more, at 1 + 3/8 each."""
+    own = Banded(Participation.of(8, 2, 2), 3)
+    once = 1 + 0.25 + 1.375**2 + 0.25 + 0.375**2
+    assert own.sensitivity(5) ** 2 == pytest.approx(once)
+    assert own.total([1, 5, 3, 5, 5]) ** 2 == pytest.approx(once + 2 * 1.375**2)
+    assert own.total([]) == 0.0
+    tree = Tree(Participation.of(8, 2, 3))
+    assert [tree.row(t) for t in range(1, 9)] == [1, 1, 1, 2, 1, 1, 1, 3]
+    assert tree.total([4, 4, 2]) ** 2 == pytest.approx(7 + 2**2)
+
+
+def test_which_noise_hangs_on_earlier_noise():
+    places = Participation.of(8, 2, None)
+    found = [
+        (own.coupled, own.rounded) for own in (Tree(places), Banded(places, 1), Banded(places, 2))
+    ]
+    assert found == [(True, False), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("places", "bands"),
+    [((100, 1, 1), 16), ((64, 64, None), 16), ((30, 5, None), 5), ((2, 1, None), 1)],
+)
+def test_of_up_to_sixteen_bands_the_best_are_taken(places, bands):
+    own, errors = Participation.of(*places), {}
+    assert Banded.best(own).bands == bands
+    for tried in range(1, min(16, own.rounds) + 1):
+        way = Banded(own, tried)
+        errors[tried] = float(way.variances()[1].mean()) * way.sensitivity(own.rounds) ** 2
+    assert min(errors, key=errors.get) == bands

@@ -58,7 +58,7 @@ class SoftLabels:
         """Return ``(N, width)`` log-probabilities, missing entries filled."""
         if self.indices is None:
             return self.values
-        return self._scatter(self._fill().unsqueeze(-1).expand(-1, self.width).clone())
+        return self._scatter(self._fill().unsqueeze(1).expand(-1, self.width).clone())
 
     def sent(self) -> tuple[Tensor, Tensor]:
         """Return ``(N, width)``: the entries that are kept (zero elsewhere), and whether each is."""
@@ -75,12 +75,12 @@ class SoftLabels:
         kept = self.values.exp()
         if self.present is not None:
             kept = kept * self.present
-        return (1 - kept.sum(-1)).clamp(min=LEAST_REST)
+        return (1 - kept.sum(1)).clamp(min=LEAST_REST)
 
     def _fill(self) -> Tensor:
         counts = torch.full((len(self),), self.values.shape[1])
         if self.present is not None:
-            counts = self.present.sum(-1)
+            counts = self.present.sum(1)
         return (self.rest() / (self.width - counts).clamp(min=1)).log()
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,18 +108,18 @@ def likeliest(logps: Tensor, k: int | None = None, mass: float | None = None) ->
     width = logps.shape[1]
     if (k is None or k >= width) and mass is None:
         return SoftLabels(width, logps.float())
-    values, indices = logps.float().topk(min(k or width, width), dim=-1)
+    values, indices = logps.float().topk(min(k or width, width), dim=1)
     present = None
     if mass is not None:
-        before = values.exp().cumsum(-1) - values.exp()
+        before = values.exp().cumsum(1) - values.exp()
         present = before < mass
         present[:, 0] = True
-    order = indices.argsort(dim=-1)
-    values, indices = values.gather(-1, order), indices.gather(-1, order)
+    order = indices.argsort(dim=1)
+    values, indices = values.gather(1, order), indices.gather(1, order)
     if present is not None:
-        present = present.gather(-1, order)
-        first = (~present).long().argsort(dim=-1, stable=True)  # those that count, still ascending
-        values, indices, present = (t.gather(-1, first) for t in (values, indices, present))
+        present = present.gather(1, order)
+        first = (~present).long().argsort(dim=1, stable=True)  # those that count, still ascending
+        values, indices, present = (t.gather(1, first) for t in (values, indices, present))
     return SoftLabels(width, values, indices, present)
 
 
@@ -160,7 +160,7 @@ def combine(
             table = _mean([answer.take(where) for answer in answers], weights)
         else:
             table = _mean_prob([answer.at(where) for answer in answers], weights, rule)
-        parts.append(likeliest(table.log_softmax(-1), kept))
+        parts.append(likeliest(table.log_softmax(1), kept))
     return joined(parts)
 
 
@@ -196,8 +196,8 @@ def _mean(answers: Sequence[SoftLabels], weights: Sequence[float]) -> Tensor:
         heard += weight * mask
         rest += weight * (answer.rest() if answer.indices is not None else 0.0)
     silent = heard == 0
-    share = rest / sum(weights) / silent.sum(-1).clamp(min=1)
-    fill = share.clamp(min=LEAST_REST / total.shape[1]).log().unsqueeze(-1)
+    share = rest / sum(weights) / silent.sum(1).clamp(min=1)
+    fill = share.clamp(min=LEAST_REST / total.shape[1]).log().unsqueeze(1)
     return torch.where(silent, fill, total / torch.where(silent, 1.0, heard))
 
 
@@ -224,6 +224,6 @@ def _lowest_loss(
     for number, answer in enumerate(answers):
         for start in range(0, len(answer), rows):
             where = torch.arange(start, min(len(answer), start + rows))
-            losses = -answer.at(where).gather(-1, labels[where].unsqueeze(-1)).squeeze(-1)
+            losses = -answer.at(where).gather(1, labels[where].unsqueeze(1)).squeeze(1)
             sums[number].index_add_(0, groups[where], losses)
     return sums.argmin(0)[groups]

@@ -178,6 +178,8 @@ def _least(spent: Callable[[float], float], target: float) -> float:
     while at_low <= 0 and low > math.log(LEAST_NOISE):
         high, at_high, low = low, at_low, low + min(-0.05, at_low / 2)
         at_low = beyond(low)
+    if at_low <= 0:  # the least that is looked for is enough
+        return math.exp(low)
     latest, weight_low, weight_high = 0, at_low, at_high
     while high - low > PRECISION and at_high < -PRECISION / 2:
         share = min(0.99, max(0.01, weight_low / (weight_low - weight_high)))
