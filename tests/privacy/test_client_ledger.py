@@ -1,5 +1,6 @@
 """A client's ledger of all runs: what is added up, what a budget refuses, and what no accident forgets."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -223,3 +224,37 @@ def test_a_line_that_is_nested_without_end_is_one_error(ledger):
         file.write("[" * 100_000 + "\n")
     with pytest.raises(PrivacyError, match="line 2 is not what was written"):
         ledger.runs()
+
+
+def test_a_delta_of_just_one_over_the_units_shows_a_row_whole(ledger):
+    with pytest.raises(PolicyError, match=r"delta = 0.05 is not below 1 / 20"):
+        ledger.begin(run(1), ROWS, Budget(80.0, 1 / 20))
+    assert len(ledger.begin(run(1), ROWS, Budget(80.0, 0.0499))) == 0
+
+
+def test_when_a_run_began_is_written_down_once(ledger):
+    made(ledger, run(1, begun=12.5), 1)
+    before = time.time()
+    made(ledger, run(2), 1)
+    first, second = ledger.runs()
+    assert first.begun == 12.5 and before <= second.begun <= time.time()
+    assert len(first.name) == 32 and first.name == replace(first, begun=99.0).name
+
+
+def test_more_steps_than_were_made_can_be_asked_about(ledger):
+    charged, budget = run(1), Budget(8.0, DELTA)
+    made(ledger, charged, 2)
+    assert ledger.spent(charged, budget, 5) == epsilon([Releases(4.0, 1.0, 5)], DELTA).epsilon
+    assert ledger.spent(charged, budget, 0) == 0.0
+
+
+def test_a_unit_has_no_more_rows_than_its_run(ledger):
+    """A patient of 50 rows elsewhere has 20 of 20 here at most; without a run that tells, all may be one's."""
+    whole = run(1)
+    large = run(2, ROWS[:19], column="patient", most=50, units=1)
+    made(ledger, whole, 1)
+    assert ledger._release(whole, 1, "patient", [whole]).noise_multiplier == 4.0 / 20
+    made(ledger, large, 1, ROWS[:19])
+    assert ledger._release(whole, 1, "patient", [whole, large]).noise_multiplier == 4.0 / 20
+    of_another = replace(large, column="ward")
+    assert ledger._release(of_another, 1, "patient", [whole]).noise_multiplier == 4.0 / (2 * 19)
