@@ -95,6 +95,7 @@ def test_a_key_is_kept_where_its_owner_alone_reads_it(tmp_path):
     path = tmp_path / "keys" / "run"
     source = NoiseSource.kept(path, "run", create=True)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(path.parent).st_mode) == 0o700
     again = NoiseSource.kept(path, "run", create=False)
     assert again.commitment == source.commitment
     assert bytes.fromhex(path.read_text()).hex() not in source.commitment
