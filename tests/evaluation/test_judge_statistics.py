@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedloom.evaluation.judge_statistics import (
     Rating,
@@ -43,6 +44,7 @@ def test_every_order_of_up_to_three_and_balanced_ones_above():
     assert len(drawn) == 10 and all(sorted(order) == list(range(5)) for order in drawn)
     places = Counter((place, who) for order in drawn for place, who in enumerate(order))
     assert set(places.values()) == {2}  # each answer twice at each place
+    assert len(orders(4, 8, rng())) == 8 and len(orders(5, 3, rng())) == 5  # once around at least
     assert orders(5, 10, rng()) == drawn and orders(5, 10, np.random.default_rng(2)) != drawn
 
 
@@ -51,6 +53,16 @@ def test_the_bootstrap_holds_the_mean_and_narrows():
     assert found.mean == 0.5 and found.count == 100
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.5 / 10, abs=0.03)
     assert np.isnan(bootstrap([], rng()).mean)
+
+
+def test_the_bootstrap_is_scipys_with_the_bounds_added():
+    values = [0.2, 0.4, 0.9, 0.3, 0.3]
+    theirs = stats.bootstrap(
+        ([*values, 0.0, 1.0],), np.mean, n_resamples=2000, method="percentile", rng=rng()
+    ).confidence_interval
+    found = bootstrap(values, rng())
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert bootstrap([0.0, 1.0, 1.0], rng(), (0, 10)).high > 1.0  # of a scale: no share
 
 
 def test_few_or_equal_questions_do_not_look_certain():
@@ -85,6 +97,19 @@ def test_a_judge_that_likes_the_first_place():
     assert first_preference(ratings, rng()).mean == 1.0
     assert consistency(ratings, rng()).mean == 0.0
     assert length_preference(ratings, rng()).mean == pytest.approx(0.5)
+
+
+def test_a_bias_has_the_width_of_the_scale_for_a_bound():
+    ratings = rate(lambda model, place, q: 9 if place == 0 else 5, questions=2)
+    first, *_ = position_bias(ratings, rng(), (1, 10))
+    expected = bootstrap([8 / 3, 8 / 3], rng(), (-9, 9))
+    assert (first.low, first.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_lead_of_less_than_a_point_counts_in_whatever_order_ratings_come():
+    ratings = rate(lambda model, place, q: 5 - 0.2 * place)
+    for own in (ratings, ratings[::-1]):
+        assert first_preference(own, rng()).mean == 1.0
 
 
 def test_questions_with_lost_showings_do_not_unbalance_the_places():

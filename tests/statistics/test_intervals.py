@@ -54,7 +54,23 @@ def test_a_share(won, of, low, high):
 def test_a_tie_widens_a_share_and_nothing_has_none():
     half, none, one = share_interval(2.5, 9), share_interval(2, 9), share_interval(3, 9)
     assert ends(half) == (none.low, one.high) and half.estimate == 2.5 / 9
-    assert share_interval(0, 0).missing == "not estimable without rows"
+    nothing = Interval(None, None, None, 0, "rows", missing="not estimable without rows")
+    assert share_interval(0, 0) == mean_interval([], "rows") == nothing
+    assert sample_interval(sample(bounds=UNBOUNDED)) == rows_difference([], []) == nothing
+
+
+def test_the_end_of_a_share_at_its_bound_is_exact():
+    assert all(share_interval(units, units).high == 1.0 for units in range(1, 60))
+    assert all(share_interval(0, units).low == 0.0 for units in range(1, 60))
+
+
+def test_values_between_a_share_s_are_no_share():
+    """0.5 is a tie of a share; 0.2 makes it a mean in bounds, here with 0 and 1 added."""
+    ties, score = sample(0, 0.5, 1, 1, 1, 1), sample(0.2, 0.5, 1, 1, 1, 1)
+    assert sample_interval(ties) == share_interval(4.5, 6)
+    values = [0.2, 0.5, 1, 1, 1, 1, 0, 1]
+    half = stats.t.ppf(0.975, 7) * np.std(values, ddof=1) / math.sqrt(8)
+    assert sample_interval(score).low == pytest.approx(np.mean(values) - half)
 
 
 def test_a_mean_over_seeds():
@@ -91,6 +107,8 @@ def test_a_value_at_either_end_is_not_excluded():
     interval = Interval(1.0, 0.5, 1.5, 9, "seeds")
     outside = {value: interval.excludes(value) for value in (0.0, 0.4, 0.5, 1.0, 1.5, 1.6)}
     assert outside == {0.0: True, 0.4: True, 0.5: False, 1.0: False, 1.5: False, 1.6: True}
+    for half in (Interval(1.0, 0.5, None, 9, "seeds"), Interval(1.0, None, 1.5, 9, "seeds")):
+        assert not half.excludes(0.0) and not half.excludes(2.0)
 
 
 def test_no_interval_leaves_the_bounds():
@@ -130,6 +148,37 @@ def test_a_paired_difference_of_shares():
 def test_below_five_rows_there_is_no_p():
     found = change(sample(0, 0, 0, 0), sample(1, 1, 1, 1))
     assert (found.p, found.missing) == (None, "not estimable from 4 rows: needs at least 5")
+    assert change(sample(0, 0, 0, 0, 0), sample(1, 1, 1, 1, 1)).p < 0.05
+
+
+def test_a_difference_has_the_width_of_its_scale_for_a_bound():
+    """Of 1 to 10 it is -9 to 9: gaps of 9 and 0 with both added, mean 9 / 7, squares 243 - 81 / 7."""
+    low, high = (
+        Sample("", own, (1.0,) * 5, (), (1.0, 10.0)) for own in ((1.0,) * 5, (10.0, *(1.0,) * 4))
+    )
+    error = math.sqrt(7 / 6 * (243 - 81 / 7)) / 7
+    found = change(low, high)
+    assert ends(found) == pytest.approx(
+        [9 / 7 + sign * stats.t.ppf(0.975, 6) * error for sign in (-1, 1)]
+    )
+
+
+@pytest.mark.parametrize("values", [(0.0,) * 5, (1e6, 1e6, 1e6, 1e6, 1e6 + 1e-4)])
+def test_rows_that_are_alike_have_no_interval(values):
+    found = sample_interval(sample(*values, bounds=UNBOUNDED))
+    assert (found.low, found.high) == (None, None) and "all 5 rows give the same" in found.missing
+
+
+def test_small_values_that_differ_have_one():
+    found = sample_interval(sample(1e-12, 2e-12, 3e-12, 4e-12, 5e-12, bounds=UNBOUNDED))
+    assert ends(found) == pytest.approx((1.03676e-12, 4.96324e-12), rel=1e-4)
+
+
+def test_a_mean_over_two_groups_by_hand():
+    """Means 2 of 1, 3 and 4 of 2, 4, 6: variances 2/1 2/4 and 3/2 8/9, t with 5 - 2 is 3.182446."""
+    found = sample_interval(sample(1, 3, 2, 4, 6, groups=(1, 1, 0, 0, 0), bounds=UNBOUNDED))
+    assert found.estimate == 3.0 and found.units == 5
+    assert found.high - 3 == 3 - found.low == pytest.approx(3.182446 * math.sqrt(7 / 3), abs=1e-5)
 
 
 def test_a_row_is_one_unit_however_many_models_judged_it():
@@ -156,6 +205,22 @@ def test_a_loss_a_token_weighs_rows_by_their_tokens():
     assert Sample.from_record(own.to_record()) == own
     few = sample(2, 6, bounds=UNBOUNDED)
     assert sample_interval(few).missing == "not estimable from 2 rows: needs at least 5"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        sample(0, 1, 0.5),
+        sample(2, 6, weights=(1.0, 3.0), bounds=(0.0, math.inf)),
+        sample(0, 1, 1, groups=(0, 1, 1), bounds=UNBOUNDED),
+    ],
+)
+def test_a_record_of_rows_is_read_again(own):
+    record = own.to_record()
+    assert ("weights" in record, "groups" in record) == (own.weights[-1] != 1, bool(own.groups))
+    assert Sample.from_record(record) == own
+    ends = [end if math.isfinite(end) else None for end in own.bounds]  # as JSON has them
+    assert Sample.from_record({**record, "bounds": ends}) == own
 
 
 def test_an_area_under_the_curve():

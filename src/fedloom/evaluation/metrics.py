@@ -273,7 +273,7 @@ def feedback_metrics(
 
 def labelled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy and cross-entropy of ``(examples, classes)`` logits."""
-    correct = (logits.argmax(-1) == labels).double().mean()
+    correct = (logits.argmax(1) == labels).double().mean()
     return {"accuracy": float(correct), "loss": float(F.cross_entropy(logits.double(), labels))}
 
 
@@ -289,7 +289,7 @@ def choice_metrics(logps: Tensor, lengths: Tensor, right: Tensor) -> dict[str, f
         ``accuracy`` and ``loss``, the mean loss of a token of the right one.
     """
     losses = (-logps / lengths).double()
-    correct = (losses.argmin(-1) == right).double().mean()
+    correct = (losses.argmin(1) == right).double().mean()
     return {"accuracy": float(correct), "loss": float(losses.gather(1, right[:, None]).mean())}
 
 

@@ -62,7 +62,7 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Te
 def _score(logits: Logits, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     found = logits(states).float()
     own = found.detach()
-    correct = own.gather(-1, targets.unsqueeze(-1)).squeeze(-1) >= own.amax(-1)  # argmax is slow
+    correct = own.gather(1, targets.unsqueeze(1)).squeeze(1) >= own.amax(1)  # argmax is slow
     return -F.cross_entropy(found, targets, reduction="none"), correct
 
 
@@ -90,4 +90,4 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         (slopes,) = ctx.saved_tensors
-        return (grad.unsqueeze(-1) * slopes).to(slopes.dtype), None, None, None
+        return (grad.unsqueeze(1) * slopes).to(slopes.dtype), None, None, None

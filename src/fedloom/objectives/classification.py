@@ -26,7 +26,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Metrics
         logits: ``(examples, classes)``.
         labels: ``(examples,)`` int64 in [0, classes).
     """
-    accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+    accuracy = (logits.detach().argmax(1) == labels).float().mean()
     return F.cross_entropy(logits.float(), labels), {"accuracy": accuracy}
 
 

@@ -27,8 +27,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         teacher: ``(positions, width)`` logits or log-probabilities.
         temperature: T, above 0.
     """
-    wanted = (teacher.float() / temperature).log_softmax(-1)
-    given = (student.float() / temperature).log_softmax(-1)
+    wanted = (teacher.float() / temperature).log_softmax(1)
+    given = (student.float() / temperature).log_softmax(1)
     divergence = F.kl_div(given, wanted, reduction="batchmean", log_target=True)
     return temperature**2 * divergence
 
@@ -39,11 +39,11 @@ def divergences(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     Args are those of :func:`distillation_loss`; where widths differ, as a vocabulary may be padded, the
     entries that both have are compared.
     """
-    width = min(student.shape[-1], teacher.shape[-1])
-    wanted = (teacher[:, :width].float() / temperature).log_softmax(-1)
-    given = (student[:, :width].float() / temperature).log_softmax(-1)
+    width = min(student.shape[1], teacher.shape[1])
+    wanted = (teacher[:, :width].float() / temperature).log_softmax(1)
+    given = (student[:, :width].float() / temperature).log_softmax(1)
     divergence = F.kl_div(given, wanted, reduction="none", log_target=True)
-    return temperature**2 * divergence.sum(-1)
+    return temperature**2 * divergence.sum(1)
 
 
 def scored_logits(model: Model, batch: Batch, head: Head) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +102,7 @@ class Distillation(Objective):
         assert batch.teacher is not None, "examples to distil from carry a teacher's answers"
         logits, targets = scored_logits(model, batch, self.head)
         logits = logits[:, : batch.teacher.shape[1]]  # a vocabulary may be padded to another length
-        agreed = (logits.detach().argmax(-1) == batch.teacher.argmax(-1)).float().mean()
+        agreed = (logits.detach().argmax(1) == batch.teacher.argmax(1)).float().mean()
         loss = distillation_loss(logits, batch.teacher, self.temperature)
         metrics = {"divergence": loss.detach(), "agreement": agreed}
         if self.share < 1 and targets is not None:
@@ -134,6 +134,6 @@ class EnsembleDistillation(Objective):
         diverse = batch.teacher[:, 2:]
         logits = scored_logits(model, batch, self.head)[0][:, : diverse.shape[1]].float()
         apart = (disagreed * divergences(logits, diverse, 1.0)).mean()
-        agreed = (logits.detach().argmax(-1) == labels).float().mean()
+        agreed = (logits.detach().argmax(1) == labels).float().mean()
         loss = F.cross_entropy(logits, labels) + self.diversity * apart
         return loss, {"divergence": apart.detach(), "agreement": agreed}

@@ -11,7 +11,7 @@ from typing import Any
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values adjusted for their number (Holm 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, highest = [0.0] * len(p_values), 0.0
+    adjusted, highest = list(p_values), 0.0
     for rank, i in enumerate(order):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest

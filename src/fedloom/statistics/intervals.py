@@ -257,12 +257,11 @@ def _pooled(models: Sequence[Judged]) -> Sample:
             weights[name] = weights.get(name, 0.0) + sample.weights[place]
             if sample.groups:
                 groups[name] = sample.groups[place]
-    return Sample(
-        models[0][1].metric if models else "",
-        tuple(totals.values()),
-        tuple(weights.values()),
-        tuple(groups.values()),
-        models[0][1].bounds if models else UNBOUNDED,
+    return replace(
+        models[0][1] if models else Sample("", (), ()),
+        totals=tuple(totals.values()),
+        weights=tuple(weights.values()),
+        groups=tuple(groups.values()),
     )
 
 
@@ -290,12 +289,10 @@ def _ratio(sample: Sample, over: str) -> Interval:
     estimate, error = float(np.mean(estimates)), math.sqrt(sum(variances))
     if not bounded and units < LEAST:
         return Interval(estimate, None, None, units, over, missing=too_few(units, over))
-    if not bounded and error <= ALIKE * max(1e-300, abs(estimate)):
+    if not bounded and error <= ALIKE * abs(estimate):
         return Interval(estimate, None, None, units, over, missing=_alike(units, over))
     freedom = units - len(estimates) + (2 * len(estimates) if bounded else 0)
-    return _by_t(
-        estimate, float(np.mean(centres)), error, max(1, freedom), units, over, sample.bounds
-    )
+    return _by_t(estimate, float(np.mean(centres)), error, freedom, units, over, sample.bounds)
 
 
 def _by_t(
