@@ -64,14 +64,50 @@ def test_logits_in_bfloat16_are_summed_in_float32(chunk):
     assert slope.dtype == torch.bfloat16
 
 
-def test_no_more_logits_are_held_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(chunked_head, "CHUNK", 2 * WIDTH)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_the_likeliest_tokens_are_marked_so(chunk, trained):
+    layer, states, targets = parts(trained=trained)
+    likeliest = layer(states).argmax(1)
+    targets = torch.where(torch.arange(TOKENS) % 3 == 1, (likeliest + 1) % WIDTH, likeliest)
+    _, correct = token_logps(Predicting(states, layer, WIDTH, trained), targets)
+    assert correct.tolist() == [True, False, True, True, False, True, True]
+
+
+class Watched:
+    """An output layer that notes of how many states its logits were asked, and whether with a graph."""
+
+    def __init__(self, layer):
+        self.layer, self.sizes, self.graphs = layer, [], set()
+
+    def __call__(self, own):
+        found = self.layer(own)
+        self.sizes.append(len(own))
+        self.graphs.add((found.requires_grad, own.is_leaf))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("held", "sizes"), [(2 * WIDTH, [2, 2, 2, 1]), (1, [1] * 7), (7 * WIDTH, [7])]
+)
+def test_no_more_logits_are_held_than_a_chunk(monkeypatch, held, sizes):
+    monkeypatch.setattr(chunked_head, "CHUNK", held)
     layer, states, targets = parts()
-    sizes = []
-
-    def logits(own):
-        sizes.append(len(own))
-        return layer(own)
-
+    logits = Watched(layer)
     token_logps(Predicting(states, logits, WIDTH, False), targets)[0].sum().backward()
-    assert sizes == [2, 2, 2, 1]  # and none again in the backward pass
+    assert logits.sizes == sizes  # and none again in the backward pass
+    assert logits.graphs == {(True, True)}  # each chunk's graph ends at its own states
+    logits = Watched(parts(trained=True)[0])
+    for own in (states, states.detach()):
+        logits.sizes.clear()
+        token_logps(Predicting(own, logits, WIDTH, True), targets)[0].sum().backward()
+        again = sizes if len(sizes) > 1 else []  # one chunk is not computed twice
+        assert sorted(logits.sizes) == sorted(sizes + again)
+
+
+def test_no_graph_is_made_where_none_is_wanted():
+    layer, states, targets = parts()
+    logits = Watched(layer)
+    token_logps(Predicting(states.detach(), logits, WIDTH, False), targets)
+    with torch.no_grad():
+        token_logps(Predicting(states, logits, WIDTH, False), targets)
+    assert {graph for graph, _ in logits.graphs} == {False}

@@ -3,10 +3,18 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fedloom.data.batch import Predicting, Sequences
-from fedloom.objectives.logps import completion_logits, completion_logps, completion_token_logps
+from fedloom.objectives import logps
+from fedloom.objectives.logps import (
+    completion_logits,
+    completion_logits_in_parts,
+    completion_logps,
+    completion_rewards,
+    completion_token_logps,
+)
 
 VOCABULARY = 11
 
@@ -90,3 +98,41 @@ def test_tokens_beyond_those_that_are_graded_have_log_probs_without_a_gradient()
     found.sum().backward()
     moved = model.states.grad.abs().sum(1) > 0
     assert moved.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("model", [Toy, Read])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_logits_are_divided_by_the_temperature(model, temperature):
+    """Which is 1 where it is not said."""
+    own, whole = model(), sequences()
+    logits, tokens, mask = completion_logits(own, whole)
+    expected = (logits / temperature).log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(completion_token_logps(own, whole, temperature)[0][mask], expected)
+    if temperature == 1:
+        torch.testing.assert_close(completion_token_logps(own, whole)[0][mask], expected)
+
+
+@pytest.mark.parametrize(
+    ("held", "sizes"), [(1 << 24, [5]), (2 * VOCABULARY, [2, 2, 1]), (1, [1] * 5)]
+)
+def test_logits_in_parts_are_the_logits(monkeypatch, held, sizes):
+    monkeypatch.setattr(logps, "CHUNK", held)
+    whole = completion_logits(Toy(), sequences())[0]
+    parts = list(completion_logits_in_parts(Read(), sequences()))
+    assert [len(part) for part in parts] == sizes
+    torch.testing.assert_close(torch.cat(parts), 2 * whole)
+    (alone,) = completion_logits_in_parts(Toy(), sequences())
+    assert torch.equal(alone, whole)
+
+
+class Rewarding(Toy):
+    """Rewards beside the logits."""
+
+    def __call__(self, **asked):
+        return SimpleNamespace(logits=super().__call__(**asked).logits, rewards=torch.ones(2))
+
+
+def test_rewards_come_with_the_log_probs():
+    found, rewards = completion_rewards(Rewarding(), sequences())
+    torch.testing.assert_close(found, completion_logps(Toy(), sequences()))
+    assert rewards.tolist() == [1.0, 1.0]

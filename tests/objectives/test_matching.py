@@ -20,8 +20,9 @@ def test_a_step_by_hand():
 
 
 def test_means_are_of_each_class_and_the_same_rows_match():
-    rows, labels = torch.randn(6, 3), torch.tensor([2, 0, 2, 0, 0, 2])
+    rows, labels = torch.randn(6, 3), torch.tensor([2, 0, 2, 0, 3, 2])
     means, counts = class_means(rows, labels, 4)
-    assert counts.tolist() == [3, 0, 3, 0] and not means[1].any()
-    torch.testing.assert_close(means[0], rows[[1, 3, 4]].mean(0))
+    assert counts.tolist() == [2, 0, 3, 1] and not means[1].any()
+    torch.testing.assert_close(means[0], rows[[1, 3]].mean(0))
+    assert torch.equal(means[3], rows[4])
     assert matching_loss(means, class_means(rows.flip(0), labels.flip(0), 4)[0]).item() == pytest.approx(0, abs=1e-10)  # fmt: skip

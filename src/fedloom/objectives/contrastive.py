@@ -29,7 +29,7 @@ def contrastive_loss(
     """
     own = own.float()
     others = [shared, *previous]
-    similar = torch.stack([F.cosine_similarity(own, other.float(), dim=-1) for other in others], 1)
+    similar = torch.stack([F.cosine_similarity(own, other.float(), dim=1) for other in others], 1)
     return -F.log_softmax(similar / temperature, 1)[:, 0]
 
 
@@ -40,8 +40,8 @@ def text_means(states: Tensor, mask: Tensor) -> Tensor:
         states: ``(tokens, width)``, text by text.
         mask: ``(texts, length)`` bool: which tokens of each they are of; 0 where there are none.
     """
-    counts = mask.sum(-1)
+    counts = mask.sum(1)
     texts = torch.repeat_interleave(torch.arange(len(mask), device=states.device), counts)
-    sums = states.new_zeros(len(mask), states.shape[-1], dtype=torch.float32)
+    sums = states.new_zeros(len(mask), states.shape[1], dtype=torch.float32)
     sums = sums.index_add(0, texts, states.float())
-    return sums / counts.clamp(min=1).unsqueeze(-1)
+    return sums / counts.clamp(min=1).unsqueeze(1)

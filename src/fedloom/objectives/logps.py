@@ -108,7 +108,7 @@ def _scored(
     logits, targets, _ = _logits(output, sequences)
     if temperature != 1:
         logits = logits / temperature
-    correct = logits.detach().argmax(-1) == targets
+    correct = logits.detach().argmax(1) == targets
     scores = -F.cross_entropy(logits, targets, reduction="none")
     return scores, correct, getattr(output, "rewards", None)
 
@@ -156,4 +156,4 @@ def _spread(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _summed(scores: Tensor, sequences: Sequences) -> Tensor:
-    return _spread(scores, sequences.completion_mask[:, sequences.first_completion :]).sum(-1)
+    return _spread(scores, sequences.completion_mask[:, sequences.first_completion :]).sum(1)

@@ -57,4 +57,4 @@ def outcomes(margins: Tensor) -> Tensor:
 
 def completion_lengths(sequences: Sequences) -> Tensor:
     """Return ``(sequences,)`` float32: the number of completion tokens, at least 1."""
-    return sequences.completion_mask.sum(-1).clamp(min=1).float()
+    return sequences.completion_mask.sum(1).clamp(min=1).float()

@@ -93,4 +93,4 @@ class RPO(Objective):
 
 
 def _chosen_lengths(sequences: Sequences) -> Tensor:
-    return sequences.completion_mask.chunk(2)[0].sum(-1).clamp(min=1).float()
+    return sequences.completion_mask.chunk(2)[0].sum(1).clamp(min=1).float()

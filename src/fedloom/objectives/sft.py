@@ -35,7 +35,7 @@ def row_sft_loss(token_logps: Tensor, mask: Tensor) -> Tensor:
 
     Both ``(sequences, length)``.
     """
-    return -((token_logps * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+    return -((token_logps * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 class SFT(Objective):
