@@ -449,7 +449,11 @@ def test_tokens_of_a_teacher_with_a_smaller_vocabulary():
     alike = batch(4, teacher=torch.tensor([[0.5, 0.25, 0.25]]).expand(8, 3).log())
     assert own.loss(Model(), alike, None)[1]["agreement"] == 1
     assert own.weight(taught) == 8
+    beyond = batch(1, sequences([3]), teacher=TEACHER)  # a token that the teacher does not have
+    whole = Distillation("causal", 1.0, 1.0, labelled=True).loss(Model(), beyond, None)[0]
+    assert whole.item() == pytest.approx(APART)
     without = Distillation("causal", 1.0, 0.75, labelled=False)
+    assert (own.share, without.share) == (0.75, 1.0)
     assert without.loss(Model(), taught, None)[0].item() == pytest.approx(APART)
     (logits,) = logits_in_parts(Model(), taught, "causal")
     torch.testing.assert_close(logits, bits(-1, -2, -3, -3).expand(8, 4))
@@ -471,16 +475,16 @@ def test_classes_of_a_teacher():
 
 
 def test_what_an_ensemble_teaches():
-    """Labels 0, 1, 2, 2, 0, 0, 0 and 1; two of eight are disagreed about, with TEACHER's logits."""
-    labels = torch.tensor([[0.0], [1], [2], [2], [0], [0], [0], [1]])
+    """Labels 0, 1, 2, 2, 0, 0, 0 and 0; two of eight are disagreed about, with TEACHER's logits."""
+    labels = torch.tensor([[0.0], [1], [2], [2], [0], [0], [0], [0]])
     disagreed = torch.tensor([[0.0], [1], [0], [0], [0], [0], [0], [1]])
     taught = batch(4, teacher=torch.cat([labels, disagreed, TEACHER.expand(8, 3)], 1))
     own = EnsembleDistillation("causal", 0.5)
     loss, metrics = own.loss(Model(), taught, None)
-    tokens = -(4 * math.log(4 / 7) + 2 * math.log(2 / 7) + 2 * math.log(1 / 7)) / 8
+    tokens = -(5 * math.log(4 / 7) + math.log(2 / 7) + 2 * math.log(1 / 7)) / 8
     assert loss.item() == pytest.approx(tokens + 0.5 * APART / 4)
     assert metrics["divergence"].item() == pytest.approx(APART / 4)
-    assert metrics["agreement"].item() == 0.5 and own.weight(taught) == 8
+    assert metrics["agreement"].item() == 5 / 8 and own.weight(taught) == 8
     assert EnsembleDistillation("classification", 0.5).weight(taught) == 4
 
 

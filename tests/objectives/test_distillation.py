@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedloom.objectives.distillation import distillation_loss
+from fedloom.objectives.distillation import distillation_loss, divergences
 
 
 def logits(seed, width=6):
@@ -37,3 +37,17 @@ def test_the_square_of_the_temperature_keeps_the_gradients_size():
     limit = (limit - limit.mean(-1, keepdim=True)) / (student.shape[-1] * len(student))
     assert sizes == pytest.approx([float(limit.norm())] * 3, rel=0.15)
     assert sizes[2] == pytest.approx(float(limit.norm()), rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_loss_is_the_mean_of_the_positions_divergences(temperature):
+    """In whatever vocabulary both have, padded on either side."""
+    student, teacher = logits(3), logits(4)
+    found = divergences(student, teacher, temperature)
+    assert found.shape == (4,)
+    assert found.mean() == pytest.approx(distillation_loss(student, teacher, temperature).item())
+    alone = distillation_loss(student[2:3], teacher[2:3], temperature)
+    assert found[2].item() == pytest.approx(alone.item(), rel=1e-5)
+    padded = torch.cat([student, student], 1), torch.cat([teacher, teacher], 1)
+    for one, other in ((padded[0], teacher), (student, padded[1])):
+        torch.testing.assert_close(divergences(one, other, temperature), found)

@@ -50,6 +50,18 @@ def test_clipping_by_hand():
     assert logps.grad[0, 0] == 0 and logps.grad[1, 1] == 0  # what is clipped is not learnt from
 
 
+def test_what_stands_at_a_bound_or_has_no_advantage_is_not_clipped():
+    """Bounds 0.5 and 1.25; of ratios within them, and of an advantage of 0, nothing is clipped either."""
+    ratios = torch.tensor([[0.5, 1.25, 0.75, 1.125]] * 2 + [[0.25, 4.0, 1.0, 1.0]])
+    advantages = torch.tensor([-0.5, 0.5, 0.0])
+    losses, clipped = token_losses(ratios.log(), torch.zeros(3, 4), advantages, 0.5, 0.25)
+    assert not clipped.any() and losses[0].tolist() == pytest.approx([0.25, 0.625, 0.375, 0.5625])
+    _, clipped = token_losses(ratios[2:].log(), torch.zeros(1, 4), advantages[:1], 0.5, 0.25)
+    assert clipped.tolist() == [[True, False, False, False]]
+    _, clipped = token_losses(ratios[2:].log(), torch.zeros(1, 4), advantages[1:2], 0.5, 0.25)
+    assert clipped.tolist() == [[False, True, False, False]]
+
+
 def test_divergence_by_hand():
     found = divergence(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -3.0, -2.0]))
     assert found.tolist() == pytest.approx([0, math.exp(-1), math.e - 2])

@@ -57,3 +57,6 @@ def test_by_pair_it_is_dpo_with_sft_weight(monkeypatch):
     monkeypatch.setattr("fedloom.objectives.dpo.completion_logps", lambda model, sequences: model)
     expected = DPO(DPOSettings(sft_weight=1.0)).loss(LOGPS, batch(), None)[0]
     torch.testing.assert_close(RPO().for_rows().loss(LOGPS, batch(), None)[0], expected)
+    mean = torch.tensor(9.0)  # of other pairs too: it changes nothing
+    torch.testing.assert_close(RPO().for_rows().loss(LOGPS, batch(), mean)[0], expected)
+    torch.testing.assert_close(RPO().loss(LOGPS, batch(), None)[0], expected)
