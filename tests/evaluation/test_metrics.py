@@ -147,9 +147,10 @@ def test_selection_by_hand():
 
 
 def test_rewards_of_pairs_by_hand():
-    found = reward_metrics(t(3, 1, 2), t(1, 2, 1), (t(2, 3, 4), t(1, 5, 4)))
+    found = reward_metrics(t(3, 1, 2), t(1, 2, 1), (t(2, 6, 4), t(1, 5, 4)))
     assert found["reward_accuracy"] == pytest.approx(2 / 3)
-    assert found["longer_accuracy"] == 0.5 and found["reward_margin"] == pytest.approx(2 / 3)
+    assert found["longer_accuracy"] == pytest.approx(2.5 / 3)
+    assert found["reward_margin"] == pytest.approx(2 / 3)
     losses = [math.log1p(math.exp(-own)) for own in (2, -1, 1)]
     assert found["loss"] == pytest.approx(sum(losses) / 3)
 
