@@ -1,6 +1,6 @@
 """Mutation test: how many small faults in the code that computes results do the tests find?
 
-    .venv/bin/python benchmarks/mutants.py [--count 300] [--processes 2] [--minutes 60] [PATH ...]
+    .venv/bin/python benchmarks/mutants.py [--count 300] [--processes 2] [--minutes 60] [--default-only] [PATH ...]
 
 A mutant is one change of one place of a module: an operator, a comparison, a constant, a condition or a
 returned value. The same number is drawn of each part of STRATA by the hash of the commit, and each is
@@ -477,6 +477,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60, help="when to stop drawing")
     parser.add_argument(
+        "--default-only", action="store_true", help="do not try survivors by the slow tests"
+    )
+    parser.add_argument(
         "paths", nargs="*", help="modules, relative to the repository (default: all)"
     )
     asked = parser.parse_args()
@@ -509,7 +512,8 @@ def main() -> None:
         if time.monotonic() > end:
             outcomes.close()
             break
-    for mutant, survives in tried_slowly(survivors, tests, asked.processes):
+    slowly = tried_slowly(survivors, tests, asked.processes)
+    for mutant, survives in ((own, True) for own in survivors) if asked.default_only else slowly:
         counts[mutant.part][survives] += 1
         if survives:
             print(f"\nsurvived: {mutant.path}:{mutant.line}")

@@ -80,25 +80,11 @@ def reason_against(model: AdapterModel) -> str:
         return "logits do not follow from what the output layer reads"
     if model.device.type == "meta":  # cannot be asked: as most do
         return ""
-    model.tree_from = NEVER
-    reason = _tried(model)
-    if not reason:
-        model.tree_from = 0
-        model.tree_from = NEVER if _tried(model) else LEAST
-    return reason
-
-
-def _tried(model: AdapterModel) -> str:
-    """Return what a model says otherwise where prompts are read once; empty for nothing."""
-    share = _tiny(vocabulary(model.model.config, 64))
     flops, was_training = model.flops, model.model.training
+    model.tree_from = NEVER
     model.model.eval()
     try:
-        plain, shared = (
-            collate(share, np.arange(2), model.pad, model.device, groups=groups).sequences
-            for groups in (None, [np.array([0]), np.array([1])])
-        )
-        return _difference(model, plain, shared, share)
+        return _tried(model)
     except Exception as error:  # a model's code raises whatever it likes
         return f"it raises {type(error).__name__}: {first_line(error)}"
     finally:
@@ -106,9 +92,32 @@ def _tried(model: AdapterModel) -> str:
         model.model.train(was_training)
 
 
-def _difference(model: AdapterModel, plain: Sequences, shared: Sequences, share: TokenShare) -> str:
+def _tried(model: AdapterModel) -> str:
+    """Return what a model says otherwise where prompts are read once; empty for nothing.
+
+    Where that is nothing, attention answer by answer is tried too, and kept if it is right.
+    """
+    share = _tiny(vocabulary(model.model.config, 64))
+    plain, shared = (
+        collate(share, np.arange(2), model.pad, model.device, groups=groups).sequences
+        for groups in (None, [np.array([0]), np.array([1])])
+    )
+    known = _answers(model, plain)
+    reason = _difference(model, known, shared, share)
+    if not reason:
+        model.tree_from = 0
+        try:
+            model.tree_from = NEVER if _difference(model, known, shared, share) else LEAST
+        except Exception:  # then it is not offered
+            model.tree_from = NEVER
+    return reason
+
+
+def _difference(
+    model: AdapterModel, known: tuple[Tensor, Tensor], shared: Sequences, share: TokenShare
+) -> str:
     """Return what a model says otherwise of the same sequences in another reading; empty for nothing."""
-    logps, gradient = _answers(model, plain)
+    logps, gradient = known
     found, slope = _answers(model, shared)
     most, steepest = LOGPS, GRADIENTS
     if model.autocast is not None or next(model.model.parameters()).dtype != torch.float32:
