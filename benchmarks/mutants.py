@@ -1,6 +1,6 @@
 """Mutation test: how many small faults in the code that computes results do the tests find?
 
-    .venv/bin/python benchmarks/mutants.py [--count 300] [--processes 2] [--minutes 60] [--default-only] [PATH ...]
+    .venv/bin/python benchmarks/mutants.py [--count 300] [--minutes 60] [--default-only] [PATH ...]
 
 A mutant is one change of one place of a module: an operator, a comparison, a constant, a condition or a
 returned value. The same number is drawn of each part of STRATA by the hash of the commit, and each is
