@@ -425,7 +425,6 @@ def test_units_work_where_only_their_folder_can_be_written(bare):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_containers_work_with_a_root_that_cannot_be_written(bare, experiment, model_folder):
     user, home = image("USER"), image("WORKDIR")
     (made,) = [rest for first, rest in dockerfile() if rest.startswith("useradd")]

@@ -15,7 +15,7 @@ from fedloom.deployment.processes import free_port
 from fedloom.security.keys import make_key
 from machines import ENVIRONMENT, machines
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 
 class Life:

@@ -81,7 +81,6 @@ def test_commands_that_a_page_names_are_there(page):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_who_follows_the_page_gets_a_federation(tmp_path):
     (script,) = [block for block in blocks("sh") if "make .venv" in block]
     lines = script.splitlines()

@@ -423,7 +423,6 @@ class TestWhichProxy:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_client_takes_part_through_the_proxy_alone(experiment, environment):
     """A server behind a proxy of its own does not ask that one for its own machine.
 

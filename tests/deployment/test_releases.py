@@ -13,7 +13,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.settings.toml import write_toml
 from machines import machines
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ENVELOPES = "src/fedloom/wire/envelope.py", "src/fedloom/envelope.py"

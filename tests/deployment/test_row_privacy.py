@@ -270,7 +270,6 @@ class Site:
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
     """Of 4 rounds of 20 steps; another run on the same rows is then refused."""
     once = epsilon([Releases(6.0, 8 / 28, 80)], 1e-3).epsilon

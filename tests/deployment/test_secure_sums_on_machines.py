@@ -85,7 +85,6 @@ def run_id(folder, process, log):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize(
     ("event", "action"),
     [("answered", KEYS), ("asked", "train"), ("answered", "train"), ("answered", SIGNATURES)],
@@ -128,7 +127,6 @@ def test_a_client_that_is_killed_leaves_a_right_sum(four, table, federate, event
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_server_that_is_killed_in_a_sum_and_resumed_gives_the_same_bits(four, table, federate):
     experiment = summed(table)
     folder = four.begin(experiment, "resumed")

@@ -166,7 +166,6 @@ def long(experiment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, started, tmp_path):
     pytest.importorskip("ray", reason="the extra fedloom[ray] is not installed")
     run = started(long, "--workers", "2")

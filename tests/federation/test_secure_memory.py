@@ -73,7 +73,6 @@ def memory(process):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="memory is read as on Linux")
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_servers_memory_holds_no_update_of_a_client(experiment, tmp_path, secure):
