@@ -128,8 +128,7 @@ def load_examples(
     elif hold_out and not settings.is_private:
         train, test, dropped, warnings = _hold_out(train, settings, order, most)
         account = account.dropping(dropped)
-    texts = [] if settings.decontaminate == "off" else benchmark_texts(settings)
-    train, account, more = _uncontaminated(train, test, texts, settings, account)
+    train, account, more = _uncontaminated(train, test, _benchmarks(settings), settings, account)
     train, account = _mixed(train, settings, read, account, rng)
     return LoadedData(
         train,
@@ -192,6 +191,11 @@ def decontaminated(
         account=replace(account, trained=len(train)),
         warnings=(*loaded.warnings, *more),
     )
+
+
+def _benchmarks(settings: DataSettings) -> list[list[str]]:
+    """Return the texts of the benchmarks' rows, if they are looked for."""
+    return [] if settings.decontaminate == "off" else benchmark_texts(settings)
 
 
 def _uncontaminated(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.data.chat import RenderingError
-from fedloom.data.encode import TextEncoder
+from fedloom.data.encode import Encoded, TextEncoder
 from fedloom.data.examples import Choice, Example, Feedback, Labelled, Preference
 from fedloom.data.stored_rows import StoredRows, digests
 from fedloom.data.token_file import read_tokens, write_tokens
@@ -130,17 +130,9 @@ def _part(
         if isinstance(encoded, RenderingError):
             dropped.append(Untokenized(position, example.row, str(encoded), malformed=True))
             continue
-        if isinstance(example, Labelled):
-            prompt, completions = encoded.completions[0][:max_length], list[list[int]]([[]])
-            whole = (len(encoded.completions[0]), [0])
-            trained: list[list[bool]] = [[]]
-        else:
-            prompt, completions = encoded.prompt, encoded.completions
-            whole = (len(prompt), [len(completion) for completion in completions])
-            if prompt:
-                prompt, completions = truncate(prompt, completions, max_length, bos)
-            kept = zip(encoded.masks, completions, strict=True)
-            trained = [mask[: len(completion)] for mask, completion in kept]
+        prompt, completions, trained = _within(example, encoded, max_length, bos)
+        text = encoded.completions[0] if isinstance(example, Labelled) else encoded.prompt
+        answers = [[]] if isinstance(example, Labelled) else encoded.completions
         reason = _useless(example, prompt, completions, trained, keep_alike)
         if reason:
             dropped.append(Untokenized(position, example.row, reason))
@@ -150,13 +142,13 @@ def _part(
         labels.append(_label(example, ids))
         margins.append(_margin(example))
         escaped.append(encoded.escaped)
-        for completion, mask, length in zip(completions, trained, whole[1], strict=True):
+        for completion, mask, answer in zip(completions, trained, answers, strict=True):
             tokens += prompt
             tokens += completion
             counts += bytes(len(prompt)) + bytes(mask)
             lengths.append(len(prompt) + len(completion))
             prompts.append(len(prompt))
-            cut.append((whole[0] - len(prompt), length - len(completion)))
+            cut.append((len(text) - len(prompt), len(answer) - len(completion)))
     return TokenSet(
         width,
         np.array(index, np.int64),
@@ -171,6 +163,19 @@ def _part(
         tuple(dropped),
         margins=_known(margins),
     )
+
+
+def _within(
+    example: Example, encoded: Encoded, max_length: int, bos: int | None
+) -> tuple[list[int], list[list[int]], list[list[bool]]]:
+    """Return prompt, completions and masks cut to ``max_length``; a labelled text is a prompt."""
+    if isinstance(example, Labelled):
+        return encoded.completions[0][:max_length], [[]], [[]]
+    prompt, completions = encoded.prompt, encoded.completions
+    if prompt:
+        prompt, completions = truncate(prompt, completions, max_length, bos)
+    kept = zip(encoded.masks, completions, strict=True)
+    return prompt, completions, [mask[: len(completion)] for mask, completion in kept]
 
 
 def _useless(

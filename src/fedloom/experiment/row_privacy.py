@@ -30,6 +30,29 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{WHAT}: training.local_tokens would have the number of steps depend on which rows are "
             "drawn; give training.local_steps, local_examples or local_epochs"
         )
+    yield from _coupled(parts)
+    if "simulation" in parts and parts["simulation"].devices is not None:
+        yield (
+            f"{WHAT}: with [simulation.devices] a row decides by its length whether its client's answer "
+            "comes in time, without noise: leave one of the two out"
+        )
+    if "partition" in parts and parts["partition"].feedback == "spread":
+        yield (
+            f'{WHAT}: partition.feedback = "spread" puts the two answers of a pair at two clients, each '
+            "of which would hide its own answer alone; leave it out"
+        )
+    if "data" in parts:
+        yield from _drawn(parts["data"])
+    column = parts["privacy"].column
+    if column is not None and "data" in parts and parts["data"].streaming:
+        yield (
+            f"privacy.column = {column!r}: data.streaming = true keeps the rows' other columns in their "
+            "files; leave out one of the two"
+        )
+
+
+def _coupled(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which settings have a row's gradient depend on the other rows of its batch."""
     if "training" in parts and parts["training"].neftune_noise_alpha:
         yield (
             f"{WHAT}: training.neftune_noise_alpha draws from one stream for all rows of a batch, so "
@@ -54,24 +77,6 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{WHAT}: training.precision = {parts['training'].precision!r} rounds a row by what else is "
             'in its pass, beyond what the noise is made for: use "fp32"'
-        )
-    if "simulation" in parts and parts["simulation"].devices is not None:
-        yield (
-            f"{WHAT}: with [simulation.devices] a row decides by its length whether its client's answer "
-            "comes in time, without noise: leave one of the two out"
-        )
-    if "partition" in parts and parts["partition"].feedback == "spread":
-        yield (
-            f'{WHAT}: partition.feedback = "spread" puts the two answers of a pair at two clients, each '
-            "of which would hide its own answer alone; leave it out"
-        )
-    if "data" in parts:
-        yield from _drawn(parts["data"])
-    column = parts["privacy"].column
-    if column is not None and "data" in parts and parts["data"].streaming:
-        yield (
-            f"privacy.column = {column!r}: data.streaming = true keeps the rows' other columns in their "
-            "files; leave out one of the two"
         )
 
 

@@ -150,10 +150,7 @@ def partition_data(
     """
     loaded, files = _read(experiment, source, objective, own)
     by_files = own is None and bool(files)
-    classes = own.classes if own else None
-    if classes is None:
-        outputs = (objective or make_objective(experiment.objective)).outputs
-        classes = outputs or _classes(loaded.train, loaded.test)
+    classes = _known_classes(experiment, objective, own, loaded)
     limit = experiment.evaluation
     judged = list(few(loaded.test, limit.max_examples, _drawing(experiment)))
     loaded, public, public_account = _with_public(experiment, loaded, judged, classes)
@@ -713,6 +710,16 @@ def _near(
 
 def _shown_place(division: PartitionedData, client: int, row: Example) -> str:
     return placed(*division.place(client, row.row))
+
+
+def _known_classes(
+    experiment: Experiment, objective: Objective | None, own: OwnRows | None, loaded: LoadedData
+) -> tuple[str, ...]:
+    """Return the classes that the coordinator knows, the objective has, or the rows are of."""
+    if own is not None and own.classes is not None:
+        return own.classes
+    outputs = (objective or make_objective(experiment.objective)).outputs
+    return outputs or _classes(loaded.train, loaded.test)
 
 
 def _classes(*several: Sequence[Example]) -> tuple[str, ...]:
