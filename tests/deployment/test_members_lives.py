@@ -15,7 +15,7 @@ from fedloom.deployment.processes import free_port
 from fedloom.security.keys import make_key
 from machines import ENVIRONMENT, machines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 
 class Life:
@@ -262,6 +262,7 @@ def test_one_member_of_two_federations_is_a_member_of_each(life, experiment):
             ),
         )
         own.wait(log, "joined")
+        own.offer(models=[experiment().model.path])  # the guest's file is the first client's
         there = Life(other, experiment)
         there.connected("guest")
         there.play("guest")
