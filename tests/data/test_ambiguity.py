@@ -5,12 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from fedloom.data.ambiguity import without_ambiguous
+from fedloom.data.ambiguity import Claims
 from fedloom.data.examples import Feedback, Instruction, Preference
 from fedloom.data.loading import load_examples
 from fedloom.data.sources import DataSettings
 
 CALL = {"function": {"name": "clock", "arguments": {}}}
+
+
+def unambiguous(examples):
+    claims = Claims()
+    for example in examples:
+        claims.add(example)
+    kept, dropped = claims.unambiguous()
+    return [examples[place] for place in kept], dropped
 
 
 def chat(text, **more):
@@ -26,7 +34,7 @@ def test_pairs_that_are_marked_both_ways_go_with_all_their_rows():
         Preference(5, "p", "a", "c"),  # another answer
         Preference(6, "q", "a", "b"),  # twice the same way
     ]
-    kept, dropped = without_ambiguous(pairs)
+    kept, dropped = unambiguous(pairs)
     assert [pair.row for pair in kept] == [4, 5, 6]
     assert dropped == {"the same pair is marked both ways": 3}
 
@@ -40,7 +48,7 @@ def test_answers_that_differ_in_white_space_alone_are_alike():
             4, (), chat("a"), chat("a", tool_calls=[CALL])
         ),  # says the same, calls something
     ]
-    kept, dropped = without_ambiguous(pairs)
+    kept, dropped = unambiguous(pairs)
     assert [pair.row for pair in kept] == [2, 4]
     assert dropped == {"chosen and rejected differ in white space alone": 2}
 
@@ -54,19 +62,19 @@ def test_single_answers_with_both_labels_go():
         Feedback(5, "q", "a", True),
         Feedback(6, "p", "a", False, tools=({"function": {"name": "clock"}},)),
     ]
-    kept, dropped = without_ambiguous(rows)
+    kept, dropped = unambiguous(rows)
     assert [row.row for row in kept] == [3, 4, 5, 6]
     assert dropped == {"the same answer is desirable and undesirable": 2}
 
 
 def test_a_row_that_gives_both_labels_was_asked_for():
     rows = [Feedback(7, "p", "a", True), Feedback(7, "p", "a", False)]  # data.incomplete_pairs
-    assert without_ambiguous(rows) == (rows, {})
+    assert unambiguous(rows) == (rows, {})
 
 
 def test_other_kinds_are_left_alone():
     rows = [Instruction(1, "p", "a"), Instruction(2, "p", "a")]
-    assert without_ambiguous(rows) == (rows, {})
+    assert unambiguous(rows) == (rows, {})
 
 
 @pytest.mark.parametrize(("ambiguous", "rows"), [("drop", 7), ("keep", 9)])

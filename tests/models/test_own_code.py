@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import fedloom
-from fedloom.data.hub import read_hub
+from fedloom.data.hub import hub_rows
 from fedloom.errors import DataError, ModelError
 from fedloom.models.load import empty_backbone, load_backbone, load_tokenizer
 
@@ -81,7 +81,7 @@ def test_every_loader_is_told_so(model_folder, monkeypatch):
         load_backbone(path, pad_token_id=0, classes=names)
         empty_backbone(path, pad_token_id=0, classes=names)
     with pytest.raises(DataError):
-        next(read_hub("nobody/nothing", "train"))
+        hub_rows("nobody/nothing", "train")
     assert {value for _, value in told} == {False}
     assert {name for name, _ in told} == {
         "AutoConfig",

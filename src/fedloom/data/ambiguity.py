@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,20 +25,6 @@ OTHER, PAIR, SAME, ANSWER = range(4)
 
 SIZE = 16
 """Bytes of a digest."""
-
-
-def without_ambiguous(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
-    """Return the examples that say one thing, and how many others there were, by reason.
-
-    Args:
-        examples: Those of one file, of any kind; only pairs and single answers are looked at. A row that
-            alone gives both labels is a pair that data.incomplete_pairs has made of it, and stays.
-    """
-    claims = Claims()
-    for example in examples:
-        claims.add(example)
-    kept, dropped = claims.unambiguous()
-    return [examples[i] for i in kept.tolist()], dropped
 
 
 class Claims:

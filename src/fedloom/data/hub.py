@@ -8,21 +8,6 @@ from typing import Any
 from fedloom.errors import DataError, first_line
 
 
-def read_hub(
-    name: str,
-    split: str,
-    subset: str | None = None,
-    data_dir: str | None = None,
-    revision: str | None = None,
-) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a set on the Hub with their numbers from 1.
-
-    Raises:
-        DataError: It cannot be had.
-    """
-    return told(name, iter(enumerate(hub_rows(name, split, subset, data_dir, revision), 1)))
-
-
 def hub_rows(
     name: str,
     split: str,
