@@ -1,6 +1,6 @@
 """Federation tax: 8 clients x 4 rounds in simulation against the same optimizer steps in a bare loop.
 
-    .venv/bin/python benchmarks/federation_tax.py [--repeats 5] [--hidden 64] [--rows 640]
+    .venv/bin/python benchmarks/federation_tax.py [--repeats 5] [--hidden 64] [--rows 640] [--trl]
 
 Both sides train a small Llama with DPO on the same passes in the same order. The bare loop has its
 batches ready as tensors and does nothing but forward, backward, clipping and step, from the mean of the
@@ -8,10 +8,14 @@ round before. The simulation includes everything a round needs: laying out passe
 encoding, decoding, checks, averaging, records and a checkpoint on disk. Start-up, reference log-probs and
 evaluation are on neither side. Equality of the result is checked before speed is reported. One thread,
 order A B B A, CPU time of the process (its writes to disk too), which others on the machine disturb less
-than the clock; median of the ratios.
+than the clock; median of the ratios. With ``--trl`` the difference of the two sides, for each client and
+round, is compared with making TRL's ``DPOTrainer`` anew for a client (model and rows at hand); few rows
+(``--rows 100``) tell it best.
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import tempfile
@@ -111,22 +115,46 @@ def all_batches(parts, experiment) -> dict:
     return found
 
 
+def trainer_seconds(experiment, parts, rows: list) -> float:
+    """CPU seconds of making TRL's trainer for a client with these rows; the least of five."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(experiment.model.path)
+    columns = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in rows]
+    found = []
+    for _ in range(5):
+        model, data = copy.deepcopy(parts.model.model), Dataset.from_list(columns)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            settings = DPOConfig(
+                output_dir=folder, per_device_train_batch_size=8, report_to=[], use_cpu=True, bf16=False,
+                gradient_checkpointing=False, disable_tqdm=True,
+            )  # fmt: skip
+            start = time.process_time()
+            DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
+            found.append(time.process_time() - start)
+    return min(found)
+
+
 def main() -> None:
     """Compare, measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--rows", type=int, default=640)
+    parser.add_argument("--trl", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         experiment = make_experiment(Path(name) / "model", given.hidden, given.rows)
-        parts = assemble(experiment, partition_data(experiment))
+        data = partition_data(experiment)
+        parts = assemble(experiment, data)
         for client in parts.engine.sizes():
             parts.engine.add_reference(0, client)
         batches = all_batches(parts, experiment)
         steps = sum(map(len, batches.values()))
         print(f"{CLIENTS} clients, {ROUNDS} rounds, {steps} steps, width {given.hidden}")
-        ratios = []
+        ratios, fixed = [], []
         for repeat in range(given.repeats):
             times = {"bare": [], "simulation": []}
             for place, side in enumerate(("bare", "simulation", "simulation", "bare")):
@@ -139,8 +167,15 @@ def main() -> None:
                 times[side].append(seconds)
             assert all(torch.equal(bare[name], ours[name]) for name in bare), "results differ"
             ratios.append(sum(times["simulation"]) / sum(times["bare"]))
+            extra = (sum(times["simulation"]) - sum(times["bare"])) / 2
+            fixed.append(extra / (CLIENTS * ROUNDS))
             print(f"  repeat {repeat + 1}: bare {sum(times['bare']) / 2:.3f} s, simulation "
                   f"{sum(times['simulation']) / 2:.3f} s of CPU, ratio {ratios[-1]:.3f}")  # fmt: skip
+        if given.trl:
+            made = trainer_seconds(experiment, parts, list(data.train[0]))
+            own = statistics.median(fixed)
+            print(f"a client and round beyond its steps: {1000 * own:.1f} ms; making DPOTrainer for "
+                  f"{len(data.train[0])} rows: {1000 * made:.0f} ms, {made / own:.0f} times")  # fmt: skip
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
     print(f"federation tax {statistics.median(ratios):.3f} ({spread}); results equal bit for bit")
 
