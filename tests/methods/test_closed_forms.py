@@ -130,3 +130,15 @@ def test_fedmoe_counts_the_held_experts():
     method.held = 2
     form = method.traffic({"w": torch.zeros(6, 2, 3)})
     assert (form.down, form.up) == (48, 48)
+
+
+def test_fedamole_counts_the_mean_number_of_experts():
+    """Half of four at a client: down 24 bytes and which of four of two layers it holds; up also embeddings
+    of rank 3, one of the rows and two of experts a layer.
+    """
+    method = method_of("fedamole", clients_per_expert=1)
+    method.server.ranks = {0: 3, 1: 3}
+    method.layers, method.experts, method.rank = ("a", "b"), 4, 3
+    form = method.traffic({"w": torch.zeros(6)})
+    shares = 4 * 2 * 2 * method._sends_shares
+    assert (form.down, form.up) == (24 + 2 * 4, 24 + 4 * 3 * 2 * (1 + 2) + shares)

@@ -15,6 +15,7 @@ from fedloom.methods.fedmap import (
     fitted_precision,
     omegas,
 )
+from fedloom.tensors import join_parts
 from fedloom.wire.messages import Payload, Reply
 
 THREE = {0: 1, 1: 3, 2: 4}
@@ -107,3 +108,22 @@ def test_a_client_is_judged_by_its_own_adapter():
     client.store = {}
     method.load(client, Payload(sent))
     assert seen == [own, sent]
+
+
+def test_a_client_tells_minus_its_loss():
+    def steps(rate, before_step):
+        yield from ()
+        return SimpleNamespace(metrics={})
+
+    weight = torch.zeros(1)
+    model = SimpleNamespace(
+        device=weight.device, write=lambda tensors: None, read=lambda: {"w": weight}
+    )
+    client = SimpleNamespace(
+        model=model, share=[0, 0], store={}, loss=lambda batches: 0.25, training_steps=steps
+    )
+    sent = join_parts(adapter={"w": weight}, precision={"w": torch.tensor(4.0)})
+    told = FedMAP(FedMAPSettings())._train(client, Payload(sent, {"learning_rate": 0.1}))
+    with pytest.raises(StopIteration) as stop:
+        next(told)
+    assert stop.value.value.numbers == {"examples": 2, "log_likelihood": -0.25}

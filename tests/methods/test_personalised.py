@@ -213,6 +213,21 @@ def test_fdlora_s_penalty_is_of_the_mean_size_of_both_weights(penalty, weights):
     assert all(spec.holds(-1.5) and not spec.holds(-1.51) for spec in method.mixed)
 
 
+def test_fdlora_begins_with_each_adapter_and_their_sum():
+    """Shared 1, private 2: whatever the bound."""
+    held, tried = {}, []
+    model = SimpleNamespace(write=held.update, read=lambda: dict(held))
+    store = {PRIVATE: {"w": torch.tensor([2.0])}}
+
+    def loss(batches):
+        tried.append(held["w"].item())
+        return 0.0
+
+    client = SimpleNamespace(store=store, model=model, loss=loss, share=[0])
+    FDLoRA(FDLoRASettings(budget=3, bound=3))._mix(client, Payload({"w": torch.tensor([1.0])}))
+    assert tried == [1.0, 2.0, 3.0]
+
+
 def test_stacked_adapters_have_the_weighted_sum_of_products():
     torch.manual_seed(0)
     adapters = [

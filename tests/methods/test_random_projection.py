@@ -1,5 +1,7 @@
 """The random subspace: its estimator, its function by hand, and real rounds in it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,21 @@ def test_the_closed_form_with_codecs_is_of_what_travels(experiment):
     sent = parts.method.sent_shapes(parts.initial)
     plain = parts.method.traffic(parts.initial)
     assert compressed(plain, sent, own.wire).up == plain.up == 4 * 64
+
+
+def test_the_function_counts_once_before_the_first_step_and_twice_a_step(experiment, federate):
+    """And once as it is loaded: two steps have six."""
+    own = experiment(
+        method={"name": "random_projection", "dimension": 50},
+        training={"local_steps": 2},
+        federation={"rounds": 1},
+    )
+
+    def counting(each, parts):
+        parts.method.function_flops = lambda adapter: each
+
+    flops = []
+    for each in (0.0, 1e6):
+        found = federate(own, partial(counting, each))
+        flops.append([c.flops for c in found.costs(0, 0) if c.phase == "train"])
+    assert [b - a for a, b in zip(*flops, strict=True)] == [6e6]

@@ -88,6 +88,8 @@ def test_a_rank_that_cannot_be_divided_is_told(experiment):
         SettingsError, match=r"adapter.rank = 2 is that of all heads together, .*set it to 4"
     ):
         experiment(method={"name": "ravan"}, adapter={"rank": 2})
+    with pytest.raises(SettingsError, match=r"adapter.rank = 10 .*set it to 8$"):
+        experiment(method={"name": "ravan"}, adapter={"rank": 10})
     with pytest.raises(SettingsError, match="it has fixed factors of its own"):
         experiment(method={"name": "ravan", "heads": 2}, adapter={"start": "somewhere"})
     assert Ravan(RavanSettings()).heads == CLIENTS == 4

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fedloom.aggregation.rules import AggregationSettings
 from fedloom.federation.protocol import SummedReplies
 from fedloom.methods.contract import averaging
 from fedloom.methods.contract.averaging import note_averaging_error, weights_of
+from fedloom.methods.fedavg import FedAvg, FedAvgSettings
 from fedloom.wire.messages import Payload, Reply
 
 A, B = "x.lora_A.weight", "x.lora_B.weight"
@@ -48,3 +50,12 @@ def test_it_is_not_computed_where_that_takes_more_than_two_seconds(monkeypatch, 
 def test_nothing_is_noted_of_sums_and_of_adapters_without_factors():
     assert noted(replies(1.0, 3.0, w=torch.ones(1))) == {}
     assert noted(SummedReplies.__new__(SummedReplies)) == {}
+
+
+def test_a_method_notes_it_where_it_asks_for_that_alone():
+    method = FedAvg(FedAvgSettings())
+    method.aggregation = AggregationSettings()
+    for options, keys in (({}, []), ({"noted": True}, ["aggregation_error"])):
+        cohort = SimpleNamespace(notes={})
+        method.averaged(replies(1.0, 3.0), cohort, {}, **options)
+        assert list(cohort.notes) == keys
