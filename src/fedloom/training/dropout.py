@@ -28,7 +28,7 @@ class DropoutStream:
         """Draw from this stream and train; afterwards the process's own generators stand as before."""
         with torch.random.fork_rng(devices=self.devices):
             if self.seed is not None:
-                # torch.manual_seed writes down where it was called for each kind of device that is not there
+                # torch.manual_seed notes the call stack for every kind of device that is absent
                 torch.default_generator.manual_seed(self.seed)
                 if self.devices:
                     torch.cuda.manual_seed_all(self.seed)
