@@ -28,10 +28,11 @@ class DropoutStream:
         """Draw from this stream and train; afterwards the process's own generators stand as before."""
         with torch.random.fork_rng(devices=self.devices):
             if self.seed is not None:
-                # torch.manual_seed notes the call stack for every kind of device that is absent
-                torch.default_generator.manual_seed(self.seed)
-                if self.devices:
-                    torch.cuda.manual_seed_all(self.seed)
+                if self.model.device.type == "cpu":
+                    # torch.manual_seed notes the call stack for every kind of device that is absent
+                    torch.default_generator.manual_seed(self.seed)
+                else:
+                    torch.manual_seed(self.seed)
                 self.seed = None
             else:
                 torch.set_rng_state(self.states[0])
