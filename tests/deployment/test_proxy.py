@@ -25,10 +25,10 @@ from machines import machines
 
 SERVER = "fed.test"
 OPENED = b"HTTP/1.1 200 Connection established\r\nVia: 1.1 test\r\n\r\n"
-USER, PASSWORD = "dr@site", "s3/cr:t %x"
-ENCODED = "dr%40site:s3%2Fcr%3At%20%25x"
+USER, PASSWORD = "dr@site", "s3sam7/cr:t %x"
+ENCODED = "dr%40site:s3sam7%2Fcr%3At%20%25x"
 BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-SECRETS = (PASSWORD, ENCODED.partition(":")[2], "s3", BASIC)
+SECRETS = (PASSWORD, ENCODED.partition(":")[2], "s3sam7", BASIC)
 
 
 class ForwardProxy:
@@ -398,7 +398,7 @@ class TestWhichProxy:
         [
             (f"https://{ENCODED}@proxy.test:3128", "'https://***@proxy.test:3128': proxies are"),
             (f"socks5://{ENCODED}@proxy.test:1080", "'socks5://***@proxy.test:1080': proxies are"),
-            ("http://dr:s3/cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
+            ("http://dr:s3sam7/cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
             ("http://dr:s3#cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
             ("http://dr:1#s3@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
             ("http:/dr:s3@proxy.test:3128", "'***@proxy.test:3128': it is not a URL"),
