@@ -30,7 +30,7 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{WHAT}: training.local_tokens would have the number of steps depend on which rows are "
             "drawn; give training.local_steps, local_examples or local_epochs"
         )
-    yield from _coupled(parts)
+    yield from _coupling_contradictions(parts)
     if "simulation" in parts and parts["simulation"].devices is not None:
         yield (
             f"{WHAT}: with [simulation.devices] a row decides by its length whether its client's answer "
@@ -51,7 +51,7 @@ def row_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _coupled(parts: Mapping[str, Any]) -> Iterator[str]:
+def _coupling_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
     """Yield which settings have a row's gradient depend on the other rows of its batch."""
     if "training" in parts and parts["training"].neftune_noise_alpha:
         yield (
