@@ -398,7 +398,10 @@ class TestWhichProxy:
         [
             (f"https://{ENCODED}@proxy.test:3128", "'https://***@proxy.test:3128': proxies are"),
             (f"socks5://{ENCODED}@proxy.test:1080", "'socks5://***@proxy.test:1080': proxies are"),
-            ("http://dr:s3sam7/cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
+            (
+                "http://dr:s3sam7/cr@proxy.test:3128",
+                "'http://***@proxy.test:3128': it is not a URL",
+            ),
             ("http://dr:s3#cr@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
             ("http://dr:1#s3@proxy.test:3128", "'http://***@proxy.test:3128': it is not a URL"),
             ("http:/dr:s3@proxy.test:3128", "'***@proxy.test:3128': it is not a URL"),
