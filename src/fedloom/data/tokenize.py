@@ -130,9 +130,12 @@ def _part(
         if isinstance(encoded, RenderingError):
             dropped.append(Untokenized(position, example.row, str(encoded), malformed=True))
             continue
-        prompt, completions, trained = _within(example, encoded, max_length, bos)
-        text = encoded.completions[0] if isinstance(example, Labelled) else encoded.prompt
-        answers = [[]] if isinstance(example, Labelled) else encoded.completions
+        text, answers = _whole(example, encoded)
+        prompt, completions = text[:max_length], answers
+        if text and not isinstance(example, Labelled):
+            prompt, completions = truncate(text, answers, max_length, bos)
+        kept = zip(encoded.masks, completions, strict=True)
+        trained = [mask[: len(completion)] for mask, completion in kept]
         reason = _useless(example, prompt, completions, trained, keep_alike)
         if reason:
             dropped.append(Untokenized(position, example.row, reason))
@@ -165,17 +168,11 @@ def _part(
     )
 
 
-def _within(
-    example: Example, encoded: Encoded, max_length: int, bos: int | None
-) -> tuple[list[int], list[list[int]], list[list[bool]]]:
-    """Return prompt, completions and masks cut to ``max_length``; a labelled text is a prompt."""
+def _whole(example: Example, encoded: Encoded) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens of prompt and answers before any is cut; a labelled text is a prompt alone."""
     if isinstance(example, Labelled):
-        return encoded.completions[0][:max_length], [[]], [[]]
-    prompt, completions = encoded.prompt, encoded.completions
-    if prompt:
-        prompt, completions = truncate(prompt, completions, max_length, bos)
-    kept = zip(encoded.masks, completions, strict=True)
-    return prompt, completions, [mask[: len(completion)] for mask, completion in kept]
+        return encoded.completions[0], [[]]
+    return encoded.prompt, encoded.completions
 
 
 def _useless(
