@@ -512,8 +512,10 @@ def main() -> None:
         if time.monotonic() > end:
             outcomes.close()
             break
-    slowly = tried_slowly(survivors, tests, asked.processes)
-    for mutant, survives in ((own, True) for own in survivors) if asked.default_only else slowly:
+    last: Iterator[tuple[Mutant, bool]] = ((own, True) for own in survivors)
+    if not asked.default_only:
+        last = tried_slowly(survivors, tests, asked.processes)
+    for mutant, survives in last:
         counts[mutant.part][survives] += 1
         if survives:
             print(f"\nsurvived: {mutant.path}:{mutant.line}")
