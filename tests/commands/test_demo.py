@@ -28,6 +28,6 @@ def test_preferences_are_learnt_and_a_split_by_domain_is_harder(tmp_path):
     iid = accuracies(tmp_path, "iid", "partition.kind=iid", *column)
     by_domain = accuracies(tmp_path, "domain", "partition.kind=column", *column)
     assert iid[0] == by_domain[0] == 0.5
-    assert iid[-1] > iid[0] + 0.3  # measured: 0.97
-    assert by_domain[-1] > by_domain[0] + 0.05  # measured: 0.60
+    assert iid[-1] > iid[0] + 0.3  # measured: 0.91
+    assert by_domain[-1] > by_domain[0] + 0.05  # measured: 0.71
     assert iid[-1] > by_domain[-1] + 0.15
