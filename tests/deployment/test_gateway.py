@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.deployment import gateway_client, handshake
+from fedloom.deployment import gateway, gateway_client, handshake
 from fedloom.deployment.flower_fleet import Upstream
 from fedloom.deployment.gateway import Gateway, GatewaySettings, source
 from fedloom.deployment.gateway_client import GatewayClient, ProtocolMismatch, RunIsOver
@@ -365,6 +365,31 @@ class TestBounds:
         assert until(lambda: "too many connections a second" in reasons())
         time.sleep(1.1)
         assert site.client().register().number == 0
+
+    def test_strangers_of_many_addresses_share_a_rate_and_known_addresses_have_their_own(
+        self, bounded, connected
+    ):
+        site = bounded(unknown_per_second=1, unknown_burst=3, handshake_seconds=60)
+        assert site.client().register().number == 0  # from 127.0.0.1, which is known from now on
+        strangers = [connected(site.port, f"127.0.0.{last}") for last in range(2, 7)]
+        assert until(lambda: site.gateway.counts.of("refusals") == {"rate": 3})
+        assert [facts["peer"] for event, facts in site.notes if event == "refused_client"] == [
+            f"127.0.0.{last}" for last in (4, 5, 6)
+        ]
+        assert site.gateway.open_connections()[1] == 2
+        for connection in strangers[2:]:
+            assert connection.recv(1) == b""
+        for _ in range(5):
+            assert site.client().register().number == 0
+        time.sleep(1.1)
+        connected(site.port, "127.0.0.7")
+        assert until(lambda: site.gateway.open_connections()[1] == 3)
+
+    def test_the_address_unused_for_longest_is_forgotten_first(self, site, monkeypatch):
+        monkeypatch.setattr(gateway, "KNOWN", 2)
+        for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1", "192.0.2.3"):
+            site.gateway._remember(address)
+        assert list(site.gateway._known) == ["192.0.2.1", "192.0.2.3"]
 
     def test_one_client_has_its_share_of_connections(self, bounded):
         site = bounded(connections_per_client=6)

@@ -147,6 +147,7 @@ def site():
     with machines(1) as own:
         (own.server / "settings.toml").write_text(  # so that each question here is heard
             "[gateway]\nhandshakes_per_second = 1e4\nhandshake_burst = 100000\n"
+            "unknown_per_second = 1e4\nunknown_burst = 100000\n"
         )
         own.start_server()
         own.call("keys", "new", "stranger.key")

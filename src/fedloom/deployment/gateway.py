@@ -63,6 +63,9 @@ BODIES = 2
 
 NOT_YET = "the server is starting, or has just admitted this client: it is tried again"
 
+KNOWN = 65536
+"""Addresses of admitted clients that are remembered; the one unused for longest is forgotten."""
+
 SETTLING = 10.0
 """Seconds within which an admitted client must read the answer."""
 
@@ -90,6 +93,11 @@ class GatewaySettings(Settings):
     """Handshakes per second and address, on average; further connections are closed at once."""
     handshake_burst: int = Field(default=100, ge=1)
     """Handshakes per address in a burst."""
+    unknown_per_second: float = Field(default=50.0, gt=0)
+    """Handshakes per second, on average, from all addresses together at which no client has been admitted
+    since the server started; further connections from such addresses are closed at once."""
+    unknown_burst: int = Field(default=1000, ge=1)
+    """Handshakes from such addresses in a burst."""
     connections_per_client: int = Field(default=16, ge=6)
     """Most open connections of one client. It has two for Flower's calls and one for its run, and for a
     while others that broke without notice."""
@@ -234,6 +242,10 @@ class Gateway:
         self._handshakes = RateLimits(
             self.settings.handshakes_per_second, self.settings.handshake_burst
         )
+        self._unknown = TokenBucket(
+            self.settings.unknown_per_second, self.settings.unknown_burst, time.monotonic()
+        )
+        self._known: dict[str, None] = {}  # addresses of admitted clients, the last one last
         self._requests: dict[int, TokenBucket] = {}
         self._turns: dict[int, threading.BoundedSemaphore] = {}
         self._connections: dict[int, _Admitted] = {}
@@ -358,6 +370,12 @@ class Gateway:
                     self._shed()
                 return  # no more connections are waiting
             now, address = time.monotonic(), source(host)
+            if address not in self._known and not self._unknown.take(now):
+                connection.close()
+                self._noted(
+                    "connects", address, "too many connections of unknown addresses", "rate"
+                )
+                continue
             if not self._handshakes.allows(address, now):
                 connection.close()
                 self._noted("connects", address, "too many connections a second", "rate")
@@ -490,6 +508,7 @@ class Gateway:
                 if full
                 else f"client {number} has {mine} connections open already"
             )
+        self._remember(own.address)
         self._forget(own)
         own.connection.setblocking(True)
         notice_absence(own.connection)
@@ -501,6 +520,13 @@ class Gateway:
         threading.Thread(
             target=self._serve_client, args=(own.connection, claim, admitted), daemon=True
         ).start()
+
+    def _remember(self, address: str) -> None:
+        """Remember the address of an admitted client: the rate of unknown ones is not its own."""
+        self._known.pop(address, None)
+        self._known[address] = None
+        if len(self._known) > KNOWN:
+            del self._known[next(iter(self._known))]
 
     def _forget(self, own: _Unproven) -> None:
         """Stop watching a connection."""
