@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -26,7 +26,9 @@ class Recorder(ModuleType):
 
         def call(*arguments, **options):
             self.calls.append((name, arguments, options))
-            return self
+            return SimpleNamespace(
+                id="a", info=SimpleNamespace(run_id="a"), log=self.log, finish=self.finish
+            )
 
         return call
 
@@ -74,6 +76,61 @@ def test_mlflow_neither_tags_user_path_and_repository_nor_reports_its_use(tmp_pa
     assert tags.pop("mlflow.source.name") == "fedloom"
     hidden = {f"mlflow.source.git.{own}" for own in ("commit", "branch", "repoURL")}
     assert tags.keys() == {"mlflow.user", *hidden} and not any(tags.values())
+
+
+class Service(Recorder):
+    """Gives each run that it begins an id of its own, and has those of ``kept``."""
+
+    class exceptions:  # as mlflow has it
+        class MlflowException(Exception):
+            """A run is not there."""
+
+    def __init__(self, name, kept=()):
+        super().__init__(name)
+        self.kept, self.begun = [*kept], []
+
+    def init(self, *, id=None, resume=None, **options):
+        assert (id is None) == (resume is None) and resume in (None, "allow")
+        return self.start_run(run_id=id)
+
+    def start_run(self, run_id=None, **options):
+        if run_id is not None and self.__name__ == "mlflow" and run_id not in self.kept:
+            raise self.exceptions.MlflowException(run_id)
+        own = run_id or f"own-{len(self.begun)}"
+        self.begun.append(own)
+        self.id, self.info = own, SimpleNamespace(run_id=own)
+        return self
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_resumed_run_goes_on_with_the_run_that_a_service_has(name, tmp_path, monkeypatch):
+    service = Service(name, kept=["own-0"])
+    monkeypatch.setitem(sys.modules, name, service)
+    open_trackers([name], tmp_path, "run", {})
+    open_trackers([name], tmp_path, "run", {}, resumed=True)
+    assert service.begun == ["own-0", "own-0"]
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {name: "own-0"}
+    open_trackers([name], tmp_path, "run", {})
+    assert service.begun[2:] == ["own-2"]  # a run begun anew has nothing to do with the earlier one
+
+
+def test_a_run_that_mlflow_has_no_more_is_begun_anew(tmp_path, monkeypatch):
+    service = Service("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    (tmp_path / "trackers.json").write_text('{"mlflow": "gone", "wandb": "other"}')
+    open_trackers(["mlflow"], tmp_path, "run", {}, resumed=True)
+    assert service.begun == ["own-0"]
+    kept = json.loads((tmp_path / "trackers.json").read_text())
+    assert kept == {"mlflow": "own-0", "wandb": "other"}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"wandb": 3}', None])
+def test_an_id_that_cannot_be_read_is_none(content, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", service := Service("wandb"))
+    if content is not None:
+        (tmp_path / "trackers.json").write_text(content)
+    open_trackers(["wandb"], tmp_path, "run", {}, resumed=True)
+    assert service.begun == ["own-0"]
 
 
 @pytest.mark.parametrize(("resumed", "said"), [(False, "never"), (True, "allow")])

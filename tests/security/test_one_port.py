@@ -190,7 +190,6 @@ def flwr(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_flowers_command_line_gets_no_answer(flwr, site, words):
     done = flwr(*words, "{link}")
@@ -257,7 +256,6 @@ def answered(port, request, authority=None):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_no_path_answers_over_http(site):
     table = []
     for tls in (site.server / "ca.pem", None):
@@ -276,7 +274,6 @@ def test_no_path_answers_over_http(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_no_method_answers_over_grpc(site):
     credentials = grpc.ssl_channel_credentials((site.server / "ca.pem").read_bytes())
     address = f"localhost:{site.port}"
@@ -295,7 +292,6 @@ def test_no_method_answers_over_grpc(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
     for path in PATHS:
         connection, _ = client_of(site).open("fleet")
@@ -310,7 +306,6 @@ def test_a_client_that_is_let_in_reaches_its_calls_and_nothing_else(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_client_is_no_other_node_than_its_own(site):
     """The gateway signs for the node of whoever has proven its key, whatever the body says."""
     for stranger, status in ((0, 200), (1, 401)):
@@ -327,7 +322,6 @@ def test_a_client_is_no_other_node_than_its_own(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize(
     ("line", "headers", "status"),
     [
@@ -365,7 +359,6 @@ def test_what_a_client_that_is_let_in_may_not_say(site, line, headers, status):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_flowers_server_cannot_be_reached_from_outside(site):
     """Nor by another user of its own machine."""
     listening = []
@@ -379,7 +372,6 @@ def test_flowers_server_cannot_be_reached_from_outside(site):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_of_the_servers_machine_gets_no_answer(site):
     private = int(re.search(r"flower = (\d+)", (site.server / "server.toml").read_text())[1])

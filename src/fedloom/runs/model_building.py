@@ -87,7 +87,7 @@ def model_folder(path: str, stage: Callable[[str], None] = lambda text: None) ->
         texts, recipe = sum_texts(generator(0, "sums"), SUM_TEXTS), SUMS
     else:
         texts = pretraining_texts(generator(0, "tiny"), TINY_TEXTS)
-    stage("preparing the tiny model (made once, a few seconds)")
+    stage("preparing the tiny model (made once, up to a minute)")
     try:
         return str(tiny_model(cache_folder(), texts, recipe))
     except OSError as error:

@@ -9,6 +9,8 @@ setting from a server.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,8 @@ from typing import Any, Protocol
 from fedloom.accounting.costs import REPEATED
 from fedloom.errors import SettingsError
 from fedloom.federation.records import RoundRecord
+from fedloom.storage.files import write_atomically
+from fedloom.storage.run_folder import TRACKED
 
 
 class Tracker(Protocol):
@@ -59,9 +63,10 @@ class WeightsAndBiases:
     def __init__(
         self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
     ) -> None:
-        """Start a run."""
+        """Start a run, or go on with the earlier one where the run is resumed."""
         import wandb
 
+        earlier = earlier_id(folder, "wandb") if resumed else None
         numbers_only = wandb.Settings(
             console="off",
             disable_git=True,
@@ -76,7 +81,9 @@ class WeightsAndBiases:
             dir=str(folder),
             config=dict(settings),
             settings=numbers_only,
+            **({"id": earlier, "resume": "allow"} if earlier else {}),
         )
+        keep_id(folder, "wandb", self._run.id)
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
         """Log one step."""
@@ -103,12 +110,18 @@ class MLflow:
     def __init__(
         self, folder: Path, name: str, settings: Mapping[str, Any], *, resumed: bool = False
     ) -> None:
-        """Start a run."""
+        """Start a run, or go on with the earlier one where the run is resumed and the store has it."""
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it is read when mlflow is imported
         import mlflow
 
         self._mlflow: Any = mlflow
-        mlflow.start_run(run_name=name, tags=dict(MLFLOW_TAGS), log_system_metrics=False)
+        run: Any = None
+        if earlier := earlier_id(folder, "mlflow") if resumed else None:
+            with contextlib.suppress(mlflow.exceptions.MlflowException):
+                run = mlflow.start_run(run_id=earlier, log_system_metrics=False)
+        if run is None:
+            run = mlflow.start_run(run_name=name, tags=dict(MLFLOW_TAGS), log_system_metrics=False)
+        keep_id(folder, "mlflow", run.info.run_id)
         mlflow.log_dict(dict(settings), "experiment.json")
 
     def log(self, numbers: Mapping[str, float], round: int) -> None:
@@ -146,6 +159,26 @@ class Trackio:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def earlier_id(folder: Path, tracker: str) -> str | None:
+    """Return the id that a tracker's service gave a run before; ``None`` where none can be read."""
+    try:
+        found = json.loads((folder / TRACKED).read_text()).get(tracker)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def keep_id(folder: Path, tracker: str, given: str) -> None:
+    """Write the id that a tracker's service gave a run beside those of other trackers.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    others = {name: earlier_id(folder, name) for name in TRACKERS if name != tracker}
+    table = {**{name: own for name, own in others.items() if own}, tracker: given}
+    write_atomically(folder / TRACKED, json.dumps(table, indent=2).encode(), mode=0o644)
 
 
 TRACKERS: dict[str, Any] = {

@@ -59,6 +59,8 @@ ANSWERED = "answered.json"
 JUDGEMENTS = "judgements.jsonl"
 AUDIT = "audit.json"
 """What a privacy audit of a run found: everything that its page shows."""
+TRACKED = "trackers.json"
+"""The ids that services of ``[output] trackers`` gave a run, by which a resumed run goes on with them."""
 LOCK = ".lock"
 """The lock file of the one process that may write to a folder."""
 BLOCK = 1 << 20
