@@ -2,14 +2,15 @@
 
     .venv/bin/python benchmarks/flower_simulation.py [--clients 100] [--sampled 100] [--rounds 2]
 
-Both train a Llama of 2.6M parameters (4 blocks of width 128) with LoRA of rank 8 on all linear layers by
-SFT, two steps of four rows a client, with the same rows in the same order from the same adapter; the mean
-is weighted by rows. Before AdamW is timed, both end with the same adapter but for rounding by SGD.
+Both train a Llama of 4 blocks (``--width 128``: 2.6M parameters; 576: 23M) with LoRA of rank 8 on all
+linear layers by SFT, two steps of four rows a client, with the same rows in the same order from the same
+adapter; the mean is weighted by rows. Before AdamW is timed, both end with the same adapter but for
+rounding by SGD.
 
 Flower has its best settings for this machine: one actor a core, a model that each actor loads once, one
 thread each. fedloom is run one client after another (``--ways one``), with two workers (``workers``) and
-in lockstep (``cohort``). Rounds are timed from the start of the first to the last aggregation, the whole
-from the start of the process to its end, in the order A B B A.
+in lockstep (``cohort``), and with both (``both``). Rounds are timed from the start of the first to the
+last aggregation, the whole from the start of the process to its end, in the order A B B A.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from fedloom.runs.partitioning import partition_data
 from fedloom.data.batching import epoch_batches
 import numpy as np
 
-table, rows, rounds, steps, batch = json.loads(sys.argv[1])
+table, rows, rounds, steps, batch, width = json.loads(sys.argv[1])
 texts = builtin_examples("instructions", rows, np.random.default_rng(0))
 with open("rows.jsonl", "w") as file:
     for own in texts:
@@ -63,7 +64,8 @@ tokenizer = PreTrainedTokenizerFast(
 )
 torch.manual_seed(0)
 config = LlamaConfig(
-    vocab_size=8000, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=2,
+    vocab_size=8000, hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=4,
+    num_attention_heads=width // 64,
     num_key_value_heads=1, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )
 LlamaForCausalLM(config).save_pretrained("backbone")
@@ -202,7 +204,9 @@ class Comparison:
             "output": {"verify": False},
         }  # fmt: skip
         rows = ROWS * given.clients + 10
-        self._python(INPUTS, json.dumps([self.table, rows, given.rounds, STEPS, BATCH]))
+        self._python(
+            INPUTS, json.dumps([self.table, rows, given.rounds, STEPS, BATCH, given.width])
+        )
         (folder / "compared_app.py").write_text(APP)
         (folder / "experiment.json").write_text(json.dumps(self.table))
 
@@ -239,11 +243,11 @@ class Comparison:
 
         number = sum(1 for _ in self.folder.glob("run-*"))
         run = self.folder / f"run-{number}"
-        changes = {"one": "", "workers": "workers=2", "cohort": ""}[way]
+        changes = "workers=2" if way in ("workers", "both") else ""
         table = {**self.table, "output": {"folder": str(run), "verify": False}}
         own = {"optimizer": optimizer, "learning_rate": RATES[optimizer]}
         table["training"] = {**self.table["training"], **own}
-        if way == "cohort":
+        if way in ("cohort", "both"):
             table["simulation"] = {"cohort": "auto"}
         text = json.dumps(json.dumps(table))
         code = f"import json, fedloom\nfedloom.run(json.loads({text}), {changes})"
@@ -273,7 +277,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--sampled", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=["one", "workers", "cohort"])
+    parser.add_argument("--ways", nargs="+", default=["one", "workers", "cohort", "both"])
+    parser.add_argument("--width", type=int, default=128, help="a multiple of 64")
     parser.add_argument("--limit", type=float, default=900, help="seconds of one side's run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
