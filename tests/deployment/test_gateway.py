@@ -385,6 +385,16 @@ class TestBounds:
         connected(site.port, "127.0.0.7")
         assert until(lambda: site.gateway.open_connections()[1] == 3)
 
+    def test_one_address_does_not_use_up_the_rate_that_unknown_ones_share(self, bounded, connected):
+        site = bounded(
+            handshakes_per_second=0.01, handshake_burst=2, unknown_per_second=0.01, unknown_burst=3
+        )
+        for _ in range(6):
+            connected(site.port, "127.0.0.2")
+        assert until(lambda: site.gateway.counts.of("refusals") == {"rate": 4})
+        connected(site.port, "127.0.0.3")
+        assert until(lambda: site.gateway.open_connections()[1] == 3)
+
     def test_the_address_unused_for_longest_is_forgotten_first(self, site, monkeypatch):
         monkeypatch.setattr(gateway, "KNOWN", 2)
         for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1", "192.0.2.3"):

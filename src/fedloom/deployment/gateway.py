@@ -370,15 +370,14 @@ class Gateway:
                     self._shed()
                 return  # no more connections are waiting
             now, address = time.monotonic(), source(host)
-            if address not in self._known and not self._unknown.take(now):
-                connection.close()
-                self._noted(
-                    "connects", address, "too many connections of unknown addresses", "rate"
-                )
-                continue
+            crowd = ""
             if not self._handshakes.allows(address, now):
+                crowd = "too many connections a second"
+            elif address not in self._known and not self._unknown.take(now):
+                crowd = "too many connections a second from unknown addresses"
+            if crowd:
                 connection.close()
-                self._noted("connects", address, "too many connections a second", "rate")
+                self._noted("connects", address, crowd, "rate")
                 continue
             self._make_room(address)
             connection.setblocking(False)
