@@ -7,6 +7,7 @@ import pytest
 from fedloom.aggregation.group_scores import (
     fairness,
     group_dro,
+    mean_score,
     reverse_softmax,
     running_mean,
     softmax,
@@ -46,3 +47,8 @@ def test_groups_that_are_new_or_without_a_score():
 
 def test_a_score_of_zero_is_fair_as_any():
     assert fairness([0.0, 1.0]) == pytest.approx(0.5)  # mean 0.5, deviation 0.5
+
+
+def test_a_groups_score_is_the_mean_of_those_there_are():
+    assert mean_score([1.0, None, 4.0]) == 2.5 and mean_score([0.0]) == 0.0
+    assert mean_score([None, None]) is None and mean_score([]) is None

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedloom.errors import SettingsError
-from fedloom.methods.bases.client_groups import groups_of
+from fedloom.methods.bases.client_groups import groups_of, warm_up_rounds
 from fedloom.methods.bases.selectors import stepped, validation_rows
-from fedloom.methods.fedbiscuit import CHOSEN, warm_up_rounds
+from fedloom.methods.fedbiscuit import CHOSEN
 from fedloom.tensors import part_of
 from linear_bench import A, B, play, target_of
 

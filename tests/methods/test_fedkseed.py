@@ -12,13 +12,7 @@ from fedloom.errors import MessageError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort
-from fedloom.methods.fedkseed import (
-    COUNTS,
-    MAGNITUDES,
-    FedKSeed,
-    FedKSeedSettings,
-    probabilities,
-)
+from fedloom.methods.fedkseed import COUNTS, MAGNITUDES, FedKSeed, FedKSeedSettings
 from fedloom.randomness import portable_normals
 from fedloom.tensors import State
 from fedloom.training import zeroth_order
@@ -36,6 +30,7 @@ from fedloom.training.zeroth_order import (
     direction,
     flattened,
     moved,
+    probabilities,
     unflattened,
 )
 from fedloom.wire.messages import Payload, Reply, decode, encode

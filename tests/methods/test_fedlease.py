@@ -11,7 +11,7 @@ from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
-from fedloom.methods.bases.client_groups import groups_of
+from fedloom.methods.bases.client_groups import groups_of, warm_up_rounds
 from fedloom.methods.bases.expert_groups import (
     OthersHeld,
     factors_of,
@@ -21,7 +21,7 @@ from fedloom.methods.bases.expert_groups import (
     single,
 )
 from fedloom.methods.contract.client import carried_out
-from fedloom.methods.fedlease import TRIAL, FedLEASE, FedLEASESettings, warm_up_rounds
+from fedloom.methods.fedlease import TRIAL, FedLEASE, FedLEASESettings
 from fedloom.models.experts import ExpertModel, attach_experts
 from fedloom.models.load import load_backbone
 from fedloom.tensors import join_parts, tensor_bytes

@@ -13,9 +13,9 @@ from fedloom.methods.bases.client_groups import (
     nearest_groups,
     numbers_of,
 )
-from fedloom.methods.bases.rank_parts import LEAF, PartHooks, rank_part
+from fedloom.methods.bases.rank_parts import LEAF, PartHooks, part_of_round, rank_part
 from fedloom.methods.contract.client import carried_out
-from fedloom.methods.hilora import HiLoRA, HiLoRASettings, part_of_round
+from fedloom.methods.hilora import HiLoRA, HiLoRASettings
 from fedloom.tensors import State, part_of
 from fedloom.training.results import LocalResult
 from fedloom.training.settings import ALONE, Part
@@ -115,7 +115,10 @@ def test_clients_without_a_group_have_a_mean_of_their_own():
 
 def parts_of(rounds, **shares):
     settings = HiLoRASettings(**shares)
-    return [part_of_round(settings, number, rounds) for number in range(1, rounds + 1)]
+    return [
+        part_of_round(settings.root_share, settings.group_share, number, rounds)
+        for number in range(1, rounds + 1)
+    ]
 
 
 def test_the_last_round_is_the_leaves_and_of_three_each_part_has_one():

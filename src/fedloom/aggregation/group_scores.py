@@ -11,7 +11,7 @@ A score is a mean reward, the higher the better; where there are no rewards, a l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 DECAY = 0.8
 """Of the running mean of a score."""
@@ -20,6 +20,12 @@ DECAY = 0.8
 def running_mean(before: float | None, now: float, decay: float = DECAY) -> float:
     """Return decay before + (1 - decay) now; ``now`` where there is nothing before."""
     return now if before is None else decay * before + (1 - decay) * now
+
+
+def mean_score(scores: Iterable[float | None]) -> float | None:
+    """Return the mean of the scores that there are, ``None`` where there is none."""
+    found = [score for score in scores if score is not None]
+    return math.fsum(found) / len(found) if found else None
 
 
 def reverse_softmax(scores: Sequence[float], temperature: float) -> list[float]:

@@ -114,6 +114,11 @@ class AggregationSettings(Settings):
         """Whether the rule needs both factors of LoRA."""
         return self.merging is not None and self.merging.of_products
 
+    @property
+    def needed(self) -> int:
+        """Clients that the rule needs at least, 0 where it takes any number."""
+        return 2 * self.bad + NEEDED[self.rule] if self.rule in NEEDED else 0
+
     def contradictions(self, cohort: int) -> list[str]:
         """Return what in these settings cannot both be meant, with so many clients in a round."""
         found = []
@@ -121,9 +126,29 @@ class AggregationSettings(Settings):
             found.append(f"aggregation.bad is a setting of {', '.join(NEEDED)}, not {self.rule}")
         if (self.max_norm is None) == (self.rule == "clipped_mean"):
             found.append('aggregation.max_norm and aggregation.rule = "clipped_mean" go together')
-        if self.rule in NEEDED and cohort < 2 * self.bad + NEEDED[self.rule]:
+        if cohort < self.needed:
             found.append(
                 f"aggregation.rule = {self.rule!r} with aggregation.bad = {self.bad} needs "
-                f"{2 * self.bad + NEEDED[self.rule]} clients in a round, there are {cohort}"
+                f"{self.needed} clients in a round, there are {cohort}"
             )
         return found
+
+    def contradictions_of_groups(
+        self, setting: str, groups: int, clients: int, cohort: int
+    ) -> list[str]:
+        """Return what is wrong with a mean in each of some groups of one size.
+
+        Args:
+            setting: Name of what gives their number.
+            groups: That number.
+            clients: In all.
+            cohort: In a round; of fewer than all, a group may have none.
+        """
+        if not self.needed or (cohort == clients and clients // groups >= self.needed):
+            return []
+        return [
+            f"aggregation.rule = {self.rule!r} with aggregation.bad = {self.bad} needs {self.needed} "
+            f"clients of each of {setting} = {groups} groups in every round: have all of "
+            f"{self.needed * groups} clients or more take part in each, or use a rule that goes with any "
+            'number, such as "geometric_median"'
+        ]

@@ -30,9 +30,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedloom.aggregation.group_scores import (
-    DECAY,
     fairness,
     group_dro,
+    mean_score,
     reverse_softmax,
     running_mean,
     softmax,
@@ -167,7 +167,10 @@ class APPA(Method):
         replies = yield training_exchange(cohort, state.tensors)
         adapters = [reply.payload.tensors for reply in replies]
         scores, rewarded = self._scores(replies)
-        kept = dict(state.numbers) | _running(scores, state)
+        kept = dict(state.numbers)
+        for client, score in scores.items():
+            name = _name(SCORE, client)
+            kept[name] = running_mean(kept.get(name), score)
         members = self._members(replies)
         weights = self._weights(members, scores, kept, rewarded=rewarded)
         cohort.details[WEIGHTS] = {
@@ -203,12 +206,11 @@ class APPA(Method):
         rewarded = any("reward" in own for own in reported.values())
         name, sign = ("reward", 1.0) if rewarded else ("loss", -1.0)
         lowest, highest = self.settings.lowest, self.settings.highest
-        found = {
+        return {
             client: min(max(sign * own[name], lowest), highest)
             for client, own in reported.items()
             if name in own
-        }
-        return found, rewarded
+        }, rewarded
 
     def _weights(
         self,
@@ -221,12 +223,11 @@ class APPA(Method):
         """Return the weight of each group; ``kept`` gets the logits of group_dro."""
         own = self.settings
         running = {r.client: kept.get(_name(SCORE, r.client)) for g in members.values() for r in g}
-        found = [_of_group(running, group) for group in members.values()]
+        found = [mean_score(running[r.client] for r in group) for group in members.values()]
         known = [score for score in found if score is not None]
         if not known or own.combine == "mean":
             return dict.fromkeys(members, 1 / len(members))
-        # a group that never reported counts as the others do
-        middle = math.fsum(known) / len(known)
+        middle = math.fsum(known) / len(known)  # what a group that never reported counts as
         means = [middle if score is None else score for score in found]
         if own.combine == "worst":
             weights = worst_group(means)
@@ -236,7 +237,7 @@ class APPA(Method):
             weights = reverse_softmax(means, math.inf if even else own.temperature)
         else:
             names = [_name(LOGIT, first) for first in members]
-            now = [_of_group(scores, group) for group in members.values()]
+            now = [mean_score(scores.get(r.client) for r in g) for g in members.values()]
             away = [v for name, v in kept.items() if name.startswith(LOGIT) and name not in names]
             logits = group_dro([kept.get(name) for name in names], now, own.rate, away)
             kept |= dict(zip(names, logits, strict=True))
@@ -247,18 +248,3 @@ class APPA(Method):
 
 def _name(kind: str, client: int) -> str:
     return f"{kind}{client:06d}"
-
-
-def _running(scores: Mapping[int, float], state: State) -> dict[str, float]:
-    """Return the running means of those that report a score, by name."""
-    names = {client: _name(SCORE, client) for client in scores}
-    return {
-        name: running_mean(state.numbers.get(name), scores[client], DECAY)
-        for client, name in names.items()
-    }
-
-
-def _of_group(scores: Mapping[int, float | None], own: Sequence[Reply]) -> float | None:
-    """Return the mean of the scores of a group's clients, ``None`` where none has one."""
-    found = [score for reply in own if (score := scores.get(reply.client)) is not None]
-    return math.fsum(found) / len(found) if found else None

@@ -19,7 +19,6 @@ adapters come out of it alike, and groups are as good as drawn.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -30,21 +29,24 @@ import torch
 from pydantic import Field
 
 from fedloom.aggregation.clusters import balanced_groups
-from fedloom.aggregation.rules import NEEDED
 from fedloom.federation.informed_selection import LEAST_ROWS
 from fedloom.federation.protocol import Cohort, Replies, Round
-from fedloom.methods.bases.client_groups import groups_of, numbers_of
+from fedloom.methods.bases.client_groups import (
+    group_requests,
+    groups_of,
+    numbers_of,
+    warm_up_rounds,
+)
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
-from fedloom.methods.bases.selectors import Step, stepped, validation_rows
+from fedloom.methods.bases.selectors import Step, losses_of, stepped, validation_rows
 from fedloom.methods.contract.client import Client, Handler, Trainings
 from fedloom.methods.contract.experiment_view import ExperimentView
 from fedloom.methods.contract.method import ADAPTERS_ALONE, Method
-from fedloom.methods.contract.row_losses import summary
 from fedloom.methods.declaration import EACH_ANSWER, TOGETHER, Absence, Declaration, no
 from fedloom.randomness import generator
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, part_of
-from fedloom.wire.messages import Exchange, Payload, encode
+from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import NumberSpec, Schema, score
 
 MOST = 64
@@ -125,27 +127,13 @@ class FedBiscuit(Method):
                 f"warmed up in one round each at least, and then groups train: use {count + 1} rounds or "
                 "more, or fewer selectors"
             )
-        if rule is None or rule.rule not in NEEDED:
-            return
-        needed = 2 * rule.bad + NEEDED[rule.rule]
-        whole = federation.cohort_size == federation.clients
-        if not whole or federation.clients // count < needed:
-            yield (
-                f"aggregation.rule = {rule.rule!r} with aggregation.bad = {rule.bad} needs {needed} "
-                f"clients of each of method.selectors = {count} groups in every round: have all of "
-                f"{needed * count} clients or more take part in each, or use a rule that goes with any "
-                'number, such as "geometric_median"'
-            )
+        if rule is not None:
+            setting, drawn = "method.selectors", federation.cohort_size
+            yield from rule.contradictions_of_groups(setting, count, federation.clients, drawn)
 
     def initial_state(self, adapter: Tensors) -> State:
         """Return so many times the same adapter."""
-        return State(
-            {
-                n: t
-                for u in range(self.settings.selectors)
-                for n, t in join_parts(**{_name(u): adapter}).items()
-            }
-        )
+        return State(join_parts(**{_name(u): adapter for u in range(self.settings.selectors)}))
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Warm an adapter up; or form groups, if they are due, and train each group's."""
@@ -207,20 +195,14 @@ class FedBiscuit(Method):
         self, groups: Mapping[int, int], replies: Replies, cohort: Cohort, *, anew: bool
     ) -> dict[int, int]:
         """Return the groups, anew of those that answered, or with newcomers; others keep theirs."""
-        losses = {
-            reply.client: [
-                reply.payload.numbers[_loss(number)] for number in range(self.settings.selectors)
-            ]
-            for reply in replies
-        }
+        names = [_loss(number) for number in range(self.settings.selectors)]
+        losses = {reply.client: [reply.payload.numbers[n] for n in names] for reply in replies}
         if not anew:
             return {**groups, **{client: int(np.argmin(own)) for client, own in losses.items()}}
-        seed = self.server.seed
-        order = sorted(
-            losses, key=lambda client: generator(seed, "groups", client, cohort.round).random()
-        )
+        seed, round = self.server.seed, cohort.round
+        drawn = {client: generator(seed, "groups", client, round).random() for client in losses}
         kept = {client: own for client, own in groups.items() if client in cohort.presence.members}
-        return {**kept, **balanced_groups(losses, order)}
+        return {**kept, **balanced_groups(losses, sorted(drawn, key=drawn.__getitem__))}
 
     def _training(
         self, state: State, cohort: Cohort, of: Mapping[int, int], *, grouped: bool
@@ -228,30 +210,24 @@ class FedBiscuit(Method):
         """Return the exchange in which each client trains the adapter that is named for it."""
         adapter = part_of(state.tensors, _name(0))
         request = Schema.of(adapter, (LEARNING_RATE, INDEX))
-        sent = {}
-        for number in sorted(set(of.values())):
+        reply = Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported)
+
+        def sent(number: int) -> Payload:
             index = float(number) if grouped else -1.0
             numbers = {LEARNING_RATE.name: cohort.learning_rate, INDEX.name: index}
-            sent[number] = encode(Payload(part_of(state.tensors, _name(number)), numbers), request)
-        reply = Schema.of(adapter, TRAIN_REPLY_NUMBERS, cohort.reported)
-        requests = {client: sent[number] for client, number in of.items()}
-        return Exchange("train", cohort.round, request, reply, requests)
+            return Payload(part_of(state.tensors, _name(number)), numbers)
+
+        return Exchange("train", cohort.round, request, reply, group_requests(of, sent, request))
 
     def _rows(self, client: Client) -> np.ndarray:
         """Return the rows that a client chooses by; none where there is nothing to choose."""
         own = self.settings
-        if own.selectors == 1:
-            return np.zeros(0, np.int64)
-        return validation_rows(client, own.validation_share, own.validation_rows)
+        most = own.validation_rows if own.selectors > 1 else 0
+        return validation_rows(client, own.validation_share, most)
 
     def _score(self, client: Client, payload: Payload) -> Payload:
-        rows, whole = self._rows(client), client.share
-        client.share = whole.take(rows) if len(rows) else whole
-        losses = []
-        for number in range(self.settings.selectors):
-            client.model.write(part_of(payload.tensors, _name(number)))
-            losses.append(summary(*client.row_losses(len(client.share)))["loss"])
-        client.share = whole
+        adapters = [part_of(payload.tensors, _name(u)) for u in range(self.settings.selectors)]
+        losses = losses_of(client, adapters, self._rows(client))
         client.store[CHOSEN] = {CHOSEN: torch.tensor([int(np.argmin(losses))])}
         return Payload(numbers={_loss(number): own for number, own in enumerate(losses)})
 
@@ -261,15 +237,9 @@ class FedBiscuit(Method):
         client.model.write(payload.tensors)
         result = yield from client.training_steps(payload.numbers["learning_rate"])
         trained_on, client.share = len(client.share), whole
-        index = int(payload.numbers[INDEX.name])
-        if index >= 0:
+        if (index := int(payload.numbers[INDEX.name])) >= 0:
             client.store[CHOSEN] = {CHOSEN: torch.tensor([index])}
         return Payload(client.model.read(), {"examples": trained_on}, result.metrics)
-
-
-def warm_up_rounds(share: float, rounds: int, selectors: int) -> int:
-    """Return the rounds of the warm-up, one of each adapter at least."""
-    return max(selectors, math.floor(share * rounds + 0.5))
 
 
 def _name(number: int) -> str:

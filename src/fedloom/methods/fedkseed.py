@@ -25,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -48,6 +47,7 @@ from fedloom.training.zeroth_order import (
     Floats,
     ZerothOrder,
     moved,
+    probabilities,
     unflattened,
 )
 from fedloom.wire.messages import Exchange, Payload, Reply
@@ -243,11 +243,3 @@ class FedKSeed(Method):
         rate = payload.numbers["learning_rate"]
         result = yield from client.training_steps(rate, coordinates=own, driver=own)
         return Payload(own.history, {"examples": len(client.share)}, result.metrics)
-
-
-def probabilities(magnitudes: Tensor) -> NDArray[np.float64]:
-    """Return ``(K,)`` softmax of the mean |g| of each seed, brought to [0, 1]."""
-    means = magnitudes.double().numpy()
-    spread = np.ptp(means)
-    whole = np.exp((means - means.min()) / spread if spread else np.zeros_like(means))
-    return np.asarray(whole / whole.sum())

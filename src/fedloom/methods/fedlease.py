@@ -14,22 +14,26 @@ group whose members' B are nearest on average.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
-from fedloom.aggregation.clusters import average_linkage, cosine_distances, silhouette_groups
 from fedloom.aggregation.means import weighted_mean
 from fedloom.federation.protocol import Cohort, Round
-from fedloom.methods.bases.client_groups import groups_of, numbers_of
+from fedloom.methods.bases.client_groups import (
+    group_requests,
+    groups_of,
+    numbers_of,
+    warm_up_rounds,
+)
 from fedloom.methods.bases.client_mixtures import OwnMixture
 from fedloom.methods.bases.expert_groups import (
     OthersHeld,
-    alone_of,
     factors_of,
+    first_experts,
+    formed,
     kept_alone,
     mixture,
     nearest,
@@ -51,12 +55,11 @@ from fedloom.methods.declaration import (
     Declaration,
     no,
 )
-from fedloom.models.expert_layers import ROUTER
 from fedloom.models.experts import ExpertModel
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, join_parts, tensor_bytes
 from fedloom.training.settings import ALONE, Part
-from fedloom.wire.messages import Exchange, Payload, Reply, encode
+from fedloom.wire.messages import Exchange, Payload, Reply
 from fedloom.wire.schema import NumberSpec, Schema
 
 TRIAL = NumberSpec("trial", 0.0, 1.0)
@@ -152,8 +155,8 @@ class FedLEASE(OwnMixture):
             replies = yield self._alone(cohort, cohort.clients, trial=False)
             return State({**tensors, **kept_alone(replies)})
         if not groups:
-            groups = self._formed(tensors)
-            tensors = self._experts(tensors, groups)
+            groups = formed(tensors, self.settings.groups, self.most)
+            tensors = first_experts(tensors, groups, self.drawn) | without_down(tensors)
             self._warn(cohort, known, members)
         unknown = tuple(client for client in cohort.clients if client not in groups)
         if unknown:
@@ -204,36 +207,13 @@ class FedLEASE(OwnMixture):
         request, sent = Schema((), (LEARNING_RATE, TRIAL)), Payload(numbers=numbers)
         return Exchange.broadcast("alone", cohort.round, clients, sent, request, reply)
 
-    def _formed(self, tensors: Tensors) -> dict[int, int]:
-        """Return the groups of all that answered in the warm-up."""
-        factors = factors_of(tensors)
-        apart, fixed = cosine_distances(factors), min(self.settings.groups, len(factors))
-        labels = average_linkage(apart, fixed) if fixed else silhouette_groups(apart, self.most)
-        return dict(zip(sorted(factors), labels, strict=True))
-
-    def _experts(self, tensors: Tensors, groups: Mapping[int, int]) -> Tensors:
-        """Return the state with experts and routers, and of what clients trained alone B."""
-        found: Tensors = {}
-        count = len(set(groups.values()))
-        for group in range(count):
-            members = [client for client, own in groups.items() if own == group]
-            adapters = [alone_of(tensors, own_expert(self.drawn), client) for client in members]
-            expert = weighted_mean(adapters, [1.0] * len(members))
-            router = {n: t[: 2 * count - 1] for n, t in self.drawn.items() if n.endswith(ROUTER)}
-            found |= join_parts(**{f"expert/{group:03d}": {**expert, **router}})
-        return found | without_down(tensors)
-
     def _mixtures(self, tensors: Tensors, cohort: Cohort, of: Mapping[int, int]) -> Exchange:
         """Return the exchange in which clients train their group's expert and router."""
         numbers = {LEARNING_RATE.name: cohort.learning_rate}
         like = mixture(tensors, 0)
         request = Schema.of(like, (LEARNING_RATE,))
-        sent = {
-            group: encode(Payload(mixture(tensors, group), numbers), request)
-            for group in sorted(set(of.values()))
-        }
         reply = Schema.of(trained_part(like), TRAIN_REPLY_NUMBERS, cohort.reported)
-        requests = {client: sent[group] for client, group in of.items()}
+        requests = group_requests(of, lambda g: Payload(mixture(tensors, g), numbers), request)
         return Exchange("train", cohort.round, request, reply, requests)
 
     def _means(self, replies: Sequence[Reply], of: Mapping[int, int]) -> Tensors:
@@ -267,8 +247,3 @@ class FedLEASE(OwnMixture):
         client.store[ADAPTER] = client.model.read()
         sent = trained_part(client.store[ADAPTER])
         return Payload(sent, {"examples": len(client.share)}, result.metrics)
-
-
-def warm_up_rounds(share: float, rounds: int) -> int:
-    """Return the rounds in which clients train alone, one at least."""
-    return max(1, math.floor(share * rounds + 0.5))

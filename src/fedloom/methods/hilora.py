@@ -18,7 +18,6 @@ leaf alone, as the table of groups is not sent to all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -48,6 +47,7 @@ from fedloom.methods.bases.rank_parts import (
     PartHooks,
     adapter_of,
     part_exchange,
+    part_of_round,
     rank_part,
     whole_of,
 )
@@ -118,15 +118,15 @@ class HiLoRA(Method):
         """Yield also shares and a rank that leave no part for someone."""
         yield from super().check(view)
         yield from optimizer_anew(view, "trains other parts in later rounds")
-        own, federation = view.method, view.federation
+        own, rounds = view.method, view.federation.rounds if view.federation else 0
         if own.root_share + own.group_share >= 1:
             yield (
                 f"method.root_share = {own.root_share:g} and method.group_share = {own.group_share:g} "
                 "leave no round for the clients' leaves: let them be below 1 together"
             )
-        elif federation and part_of_round(own, federation.rounds, federation.rounds) < 2:
+        elif rounds and part_of_round(own.root_share, own.group_share, rounds, rounds) < 2:
             yield (
-                f"federation.rounds = {federation.rounds} leaves no round for the clients' leaves: set "
+                f"federation.rounds = {rounds} leaves no round for the clients' leaves: set "
                 "it to 3 or more, for a round of each part at least"
             )
         if view.adapter is not None and view.adapter.rank < 3:
@@ -152,7 +152,8 @@ class HiLoRA(Method):
 
     def round(self, state: State, cohort: Cohort) -> Round:
         """Train the round's part; form groups before the first that is theirs."""
-        part = part_of_round(self.settings, cohort.round, self.server.rounds)
+        own, rounds = self.settings, self.server.rounds
+        part = part_of_round(own.root_share, own.group_share, cohort.round, rounds)
         groups = groups_of(state)
         tensors, root = dict(state.tensors), part_of(state.tensors, ROOT)
         if part and not groups:
@@ -242,18 +243,3 @@ class HiLoRA(Method):
         )
         client.model.flops += result.steps * hooks.flops(start)
         return result
-
-
-def part_of_round(settings: HiLoRASettings, round: int, rounds: int) -> int:
-    """Return which part is trained in a round: 0, 1 or 2, and 2 in the last of several.
-
-    Args:
-        settings: Both shares below 1 together.
-        round: From 1.
-        rounds: In all; each part has one at least of three or more, and of two the group has none.
-    """
-    own = settings.root_share, settings.root_share + settings.group_share
-    root, both = (math.floor(share * rounds + 0.5) for share in own)
-    root = max(1, min(root, rounds - 2))
-    both = max(root, min(max(root + 1, both), rounds - 1))
-    return (round > root) + (round > both)

@@ -176,3 +176,11 @@ def put(whole: Floats, tensors: Mapping[str, nn.Parameter]) -> None:
     with torch.no_grad():
         for name, tensor in unflattened(whole, tensors).items():
             tensors[name].copy_(tensor)
+
+
+def probabilities(magnitudes: Tensor) -> NDArray[np.float64]:
+    """Return ``(K,)`` softmax of the mean |g| of each seed, brought to [0, 1]."""
+    means = magnitudes.double().numpy()
+    spread = np.ptp(means)
+    whole = np.exp((means - means.min()) / spread if spread else np.zeros_like(means))
+    return np.asarray(whole / whole.sum())

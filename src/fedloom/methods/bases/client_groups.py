@@ -1,11 +1,13 @@
-"""Groups of clients, formed on the server from the spans of what clients' B moved by, by client id.
+"""Groups of clients: who is in which, what each is sent, and forming them from how clients' B moved.
 
-The state has, for each layer and client, a running mean of the movement, each scaled to length 1.
+For the latter the state has, for each layer and client, a running mean of the movement, each scaled to
+length 1; groups follow from the spans of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +19,8 @@ from fedloom.aggregation.clusters import (
 )
 from fedloom.aggregation.lora import B, only_factors, stacked
 from fedloom.tensors import State, Tensors, by_client, of_clients
-from fedloom.wire.messages import Reply
+from fedloom.wire.messages import Payload, Reply, encode
+from fedloom.wire.schema import Schema
 
 MOVED, OF = "moved/", "group_of/"
 """Before a layer's B and a client's id: how it moved. Before an id: its group."""
@@ -35,6 +38,39 @@ def groups_of(state: State) -> dict[int, int]:
 def numbers_of(groups: Mapping[int, int]) -> dict[str, float]:
     """Return the numbers of a state that hold the groups."""
     return {f"{OF}{client:06d}": float(group) for client, group in sorted(groups.items())}
+
+
+def warm_up_rounds(share: float, rounds: int, least: int = 1) -> int:
+    """Return the rounds before there are groups: a share of all, rounded, and so many at least."""
+    return max(least, math.floor(share * rounds + 0.5))
+
+
+def group_requests(
+    groups: Mapping[int, int], payload: Callable[[int], Payload], schema: Schema
+) -> dict[int, bytes]:
+    """Return each client's request; those of one group are sent the same, which is encoded once.
+
+    Args:
+        groups: The group of each client that is asked.
+        payload: Returns what a group is sent.
+        schema: Of that.
+    """
+    sent = {group: encode(payload(group), schema) for group in sorted(set(groups.values()))}
+    return {client: sent[group] for client, group in groups.items()}
+
+
+def nearest_group(distances: Mapping[int, float], groups: Mapping[int, int]) -> int:
+    """Return the group whose members are nearest on average, of equally near ones the first.
+
+    Args:
+        distances: To each client that is in a group, others aside.
+        groups: The group of each, at least one.
+    """
+    means = {
+        group: float(np.mean([distances[k] for k in groups if groups[k] == group]))
+        for group in sorted(set(groups.values()))
+    }
+    return min(means, key=lambda group: (means[group], group))
 
 
 def movements(tensors: Tensors, before: Tensors, replies: Iterable[Reply]) -> Tensors:
@@ -67,15 +103,10 @@ def nearest_groups(
     tensors: Tensors, groups: Mapping[int, int], clients: Collection[int]
 ) -> dict[int, int]:
     """Return the group of each of some clients whose members are nearest on average."""
-    moves, found = _by_client(tensors), {}
+    moves = _by_client(tensors)
     known = {client: moves[client] for client in {*groups, *clients}}
-    for client, distances in subspace_distances_of(known, clients).items():
-        means = {
-            group: float(np.mean([distances[k] for k in groups if groups[k] == group]))
-            for group in sorted(set(groups.values()))
-        }
-        found[client] = min(means, key=lambda group: (means[group], group))
-    return found
+    distances = subspace_distances_of(known, clients)
+    return {client: nearest_group(own, groups) for client, own in distances.items()}
 
 
 def group_means(replies: Sequence[Reply], groups: Mapping[int, int]) -> dict[int, Tensors]:

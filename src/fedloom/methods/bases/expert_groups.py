@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedloom.aggregation.clusters import cosine_distances
+from fedloom.aggregation.clusters import average_linkage, cosine_distances, silhouette_groups
+from fedloom.aggregation.means import weighted_mean
+from fedloom.methods.bases.client_groups import nearest_group
 from fedloom.models.expert_layers import ROUTER
 from fedloom.models.experts import ExpertModel
-from fedloom.tensors import Tensors, by_client, part_of
+from fedloom.tensors import Tensors, by_client, join_parts, part_of
 from fedloom.wire.messages import Reply
 
 ALONE, EXPERT = "alone", "expert"
@@ -81,21 +82,50 @@ def factors_of(tensors: Tensors) -> dict[int, list[Tensor]]:
     return found
 
 
+def formed(tensors: Tensors, fixed: int, most: int) -> dict[int, int]:
+    """Return the groups of all that trained alone, from the distances of their B.
+
+    Args:
+        tensors: Of the state.
+        fixed: Number of groups; 0: that of the best silhouette.
+        most: Groups at most, where it is not fixed.
+    """
+    factors = factors_of(tensors)
+    apart, count = cosine_distances(factors), min(fixed, len(factors))
+    labels = average_linkage(apart, count) if count else silhouette_groups(apart, most)
+    return dict(zip(sorted(factors), labels, strict=True))
+
+
+def first_experts(tensors: Tensors, groups: Mapping[int, int], drawn: Tensors) -> Tensors:
+    """Return each group's expert, the mean of what its members trained alone, and the drawn router.
+
+    Args:
+        tensors: Of the state.
+        groups: The group of each client that trained alone, from 0 on without a gap.
+        drawn: A mixture of as many experts as there may be, as it is initialised.
+    """
+    found: Tensors = {}
+    count = len(set(groups.values()))
+    router = {n: t[: 2 * count - 1] for n, t in drawn.items() if n.endswith(ROUTER)}
+    for group in range(count):
+        members = [client for client, own in groups.items() if own == group]
+        adapters = [alone_of(tensors, own_expert(drawn), client) for client in members]
+        expert = weighted_mean(adapters, [1.0] * len(members))
+        found |= join_parts(**{f"{EXPERT}/{group:03d}": {**expert, **router}})
+    return found
+
+
 def nearest(
     tensors: Tensors, groups: Mapping[int, int], clients: Collection[int]
 ) -> dict[int, int]:
     """Return the group of each of some clients whose members' B are nearest on average."""
     factors = factors_of(tensors)
     places, distances = sorted(factors), cosine_distances(factors)
-    found = {}
-    for client in clients:
-        own = dict(zip(places, distances[places.index(client)].tolist(), strict=True))
-        means = {
-            group: float(np.mean([own[k] for k in groups if groups[k] == group]))
-            for group in sorted(set(groups.values()))
-        }
-        found[client] = min(means, key=lambda group: (means[group], group))
-    return found
+    rows = {client: distances[places.index(client)].tolist() for client in clients}
+    return {
+        client: nearest_group(dict(zip(places, own, strict=True)), groups)
+        for client, own in rows.items()
+    }
 
 
 class OthersHeld:

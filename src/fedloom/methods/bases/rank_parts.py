@@ -5,6 +5,7 @@ W + s B A with A = [A_0; A_1; A_2] and B = [B_0, B_1, B_2] is W + s (B_0 A_0 + B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,12 +21,13 @@ from fedloom.aggregation.lora import (
     without_factors,
 )
 from fedloom.federation.protocol import Cohort
+from fedloom.methods.bases.client_groups import group_requests
 from fedloom.methods.bases.masked_ranks import MaskedRanks
 from fedloom.methods.bases.parameter_averaging import LEARNING_RATE, TRAIN_REPLY_NUMBERS
 from fedloom.methods.contract.client import Client
 from fedloom.tensors import Tensors, join_parts, part_of
 from fedloom.training.results import StepHook
-from fedloom.wire.messages import Exchange, Payload, encode
+from fedloom.wire.messages import Exchange, Payload
 from fedloom.wire.schema import NumberSpec, Schema
 
 COUNT = 3
@@ -94,17 +96,31 @@ def part_exchange(
     sent = {} if part == 2 else {**(own if part else root), **other}
     if action == "probe":
         sent = {name: tensor for name, tensor in root.items() if B in name}
-    parts = {}
-    for group in sorted({groups.get(client, -1) for client in clients}):
-        own = part_of(tensors, f"{GROUP}/{group:03d}")
-        numbers = {LEARNING_RATE.name: cohort.learning_rate, PART.name: float(part)}
-        payload = Payload(
-            {**common, **join_parts(group=own)}, {**numbers, INDEX_NUMBER.name: float(group)}
-        )
-        parts[group] = encode(payload, request)
-    requests = {client: parts[groups.get(client, -1)] for client in clients}
+    numbers = {LEARNING_RATE.name: cohort.learning_rate, PART.name: float(part)}
+
+    def payload(group: int) -> Payload:
+        own = join_parts(group=part_of(tensors, f"{GROUP}/{group:03d}"))
+        return Payload({**common, **own}, {**numbers, INDEX_NUMBER.name: float(group)})
+
+    asked = {client: groups.get(client, -1) for client in clients}
+    requests = group_requests(asked, payload, request)
     reply = Schema.of(sent, TRAIN_REPLY_NUMBERS, cohort.reported)
     return Exchange(action, cohort.round, request, reply, requests)
+
+
+def part_of_round(root_share: float, group_share: float, round: int, rounds: int) -> int:
+    """Return which part is trained in a round: 0, 1 or 2, and 2 in the last of several.
+
+    Args:
+        root_share: Of the rounds, for the first part.
+        group_share: Likewise for the second; both below 1 together.
+        round: From 1.
+        rounds: In all; each part has one at least of three or more, and of two the second has none.
+    """
+    root, both = (math.floor(s * rounds + 0.5) for s in (root_share, root_share + group_share))
+    root = max(1, min(root, rounds - 2))
+    both = max(root, min(max(root + 1, both), rounds - 1))
+    return (round > root) + (round > both)
 
 
 class PartHooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedloom.federation.informed_selection import LEAST_ROWS
 from fedloom.methods.contract.client import Client
+from fedloom.methods.contract.row_losses import summary
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
 
@@ -41,7 +43,7 @@ def validation_rows(client: Client, share: float, most: int) -> NDArray[np.int64
     Args:
         client: Whose rows.
         share: Of its rows, above 0 and below 1.
-        most: Rows, :data:`LEAST_ROWS` or more.
+        most: Rows, :data:`LEAST_ROWS` or more; or 0 for none.
     """
     count = len(client.share)
     if count < 2 * LEAST_ROWS:
@@ -49,3 +51,14 @@ def validation_rows(client: Client, share: float, most: int) -> NDArray[np.int64
     wanted = min(max(LEAST_ROWS, round(share * count)), most)
     rng = generator(client.seed, "validation rows", client.id)
     return np.sort(rng.choice(count, size=wanted, replace=False)).astype(np.int64)
+
+
+def losses_of(client: Client, adapters: Iterable[Tensors], rows: NDArray[np.int64]) -> list[float]:
+    """Return the mean loss of each adapter on some rows of a client, on all where none are named."""
+    whole, found = client.share, []
+    client.share = whole.take(rows) if len(rows) else whole
+    for adapter in adapters:
+        client.model.write(adapter)
+        found.append(summary(*client.row_losses(len(client.share)))["loss"])
+    client.share = whole
+    return found
