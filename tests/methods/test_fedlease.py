@@ -161,7 +161,7 @@ def test_a_round_after_the_warm_up_is_what_is_counted(lease):
 def test_the_warm_up_goes_on_until_three_are_known(lease):
     """Nobody answers in it: without clients there are no groups, and no round would train."""
     everybody = set(range(6))
-    state, asked = drive(lease(), [set(), {1}, {1, 2}, {1, 4}, everybody])
+    state, asked = drive(lease(rounds=8), [set(), {1}, {1, 2}, {1, 4}, everybody])
     actions = [(cohort.round, exchange.action) for cohort, exchange in asked]
     assert actions == [
         (1, "alone"),
@@ -178,6 +178,23 @@ def test_the_warm_up_goes_on_until_three_are_known(lease):
     ]
     assert trials == [0, 0, 0, 0, 1]  # whole trainings, but in a round that trains a mixture too
     assert asked[-2][1].requests.keys() == {0, 3, 5} and groups_of(state).keys() == everybody
+
+
+def test_a_client_that_never_answers_does_not_keep_the_others_from_groups(lease):
+    """Of six rounds three are waited; then there are groups of the two that are known."""
+    state, asked = drive(lease(rounds=6), [{0, 1}] * 6, members=3)
+    actions = [(cohort.round, exchange.action) for cohort, exchange in asked]
+    both = [(number, action) for number in (4, 5, 6) for action in ("alone", "train")]
+    assert actions == [(1, "alone"), (2, "alone"), (3, "alone"), *both]
+    assert groups_of(state).keys() == {0, 1}
+    tried = [e.requests.keys() for c, e in asked if c.round > 3 and e.action == "alone"]
+    assert tried == [{2}] * 3  # on trial, in case it comes
+    assert "formed of the 2 of 3 clients that answered" in asked[3][0].warnings[0]
+
+
+def test_a_warm_up_without_an_answer_goes_on(lease):
+    state, asked = drive(lease(rounds=4), [set(), set(), set(), {0}], members=3)
+    assert [exchange.action for _, exchange in asked] == ["alone"] * 4 and not groups_of(state)
 
 
 @pytest.mark.parametrize(

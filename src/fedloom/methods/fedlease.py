@@ -7,9 +7,9 @@ average linkage, of the number with the best silhouette; the mean of a group's a
 Then a client trains its group's expert and a router over all experts (``models/routed_experts.py``), the
 others being frozen, and the server takes means of both within each group.
 
-Ours: of the warm-up each client's last answer counts, and it goes on while fewer than three are known;
-there may be one group; a client that is first there when groups exist trains on trial, and joins the
-group whose members' B are nearest on average.
+Ours: of the warm-up each client's last answer counts, and it goes on while fewer than three are known,
+in the second half of the rounds while none is; there may be one group; a client that is first there when
+groups exist trains on trial, and joins the group whose members' B are nearest on average.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ TRIAL = NumberSpec("trial", 0.0, 1.0)
 """Number of a request: whether a training alone is on trial, before that of a mixture in one round."""
 
 LEAST_KNOWN = 3
-"""Clients whose adapters groups are formed of at least, or all members where they are fewer: of two, and
-of none, a silhouette says nothing."""
+"""Clients whose adapters groups are formed of at least in the first half of the rounds, or all members
+where they are fewer: of two, and of none, a silhouette says nothing."""
 
 
 class FedLEASESettings(NamedSettings):
@@ -76,7 +76,7 @@ class FedLEASESettings(NamedSettings):
     name: Literal["fedlease"] = "fedlease"
     warm_up_share: float = Field(default=0.2, ge=0, le=1)
     """Share of the rounds in which clients train alone, one round at least (published: 5 of 25), and as
-    many more as it takes until three clients have answered."""
+    many more as it takes until three clients have answered, in the second half of the rounds one."""
     groups: int = Field(default=0, ge=0)
     """Number of groups; 0: of the best silhouette, from 1 to ``adapter.experts``."""
 
@@ -150,8 +150,9 @@ class FedLEASE(OwnMixture):
         groups, tensors = groups_of(state), dict(state.tensors)
         warm = warm_up_rounds(self.settings.warm_up_share, self.server.rounds)
         known, members = len(factors_of(tensors)), len(cohort.presence.members)
-        least = min(LEAST_KNOWN, max(1, members))
-        if not groups and (cohort.round <= warm or known < least):
+        early = cohort.round <= self.server.rounds // 2  # later, groups of the few that are known
+        least = min(LEAST_KNOWN, members) if early else 1
+        if not groups and (cohort.round <= warm or known < max(1, least)):
             replies = yield self._alone(cohort, cohort.clients, trial=False)
             return State({**tensors, **kept_alone(replies)})
         if not groups:
