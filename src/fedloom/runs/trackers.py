@@ -66,7 +66,7 @@ class WeightsAndBiases:
         """Start a run, or go on with the earlier one where the run is resumed."""
         import wandb
 
-        earlier = earlier_id(folder, "wandb") if resumed else None
+        earlier = kept_ids(folder).get("wandb") if resumed else None
         numbers_only = wandb.Settings(
             console="off",
             disable_git=True,
@@ -116,7 +116,7 @@ class MLflow:
 
         self._mlflow: Any = mlflow
         run: Any = None
-        if earlier := earlier_id(folder, "mlflow") if resumed else None:
+        if earlier := kept_ids(folder).get("mlflow") if resumed else None:
             with contextlib.suppress(mlflow.exceptions.MlflowException):
                 run = mlflow.start_run(run_id=earlier, log_system_metrics=False)
         if run is None:
@@ -161,13 +161,13 @@ class Trackio:
         self._run.finish()
 
 
-def earlier_id(folder: Path, tracker: str) -> str | None:
-    """Return the id that a tracker's service gave a run before; ``None`` where none can be read."""
+def kept_ids(folder: Path) -> dict[str, str]:
+    """Return the ids that services gave a run before, by tracker; none where they cannot be read."""
     try:
-        found = json.loads((folder / TRACKED).read_text()).get(tracker)
+        found = json.loads((folder / TRACKED).read_text()).items()
     except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+        return {}
+    return {tracker: given for tracker, given in found if isinstance(given, str)}
 
 
 def keep_id(folder: Path, tracker: str, given: str) -> None:
@@ -176,8 +176,7 @@ def keep_id(folder: Path, tracker: str, given: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    others = {name: earlier_id(folder, name) for name in TRACKERS if name != tracker}
-    table = {**{name: own for name, own in others.items() if own}, tracker: given}
+    table = {**kept_ids(folder), tracker: given}
     write_atomically(folder / TRACKED, json.dumps(table, indent=2).encode(), mode=0o644)
 
 
