@@ -30,6 +30,8 @@ TOLERANCE = 1e-4
 """Largest difference of two adapters trained by SGD, as a share of how far they moved. (Adam divides
 gradients near 0 by their own size, so that rounding alone moves two apart by some hundredths.)"""
 
+WAYS = ["one", "workers", "cohort", "both"]
+
 COMMANDS = Path(sys.executable).parent
 
 INPUTS = """
@@ -277,7 +279,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--sampled", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=["one", "workers", "cohort", "both"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--width", type=int, default=128, help="a multiple of 64")
     parser.add_argument("--limit", type=float, default=900, help="seconds of one side's run")
     given = parser.parse_args()
