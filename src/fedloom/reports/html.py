@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from fedloom.statistics.intervals import Interval
 
 def fill(template: str, **content: Any) -> str:
     """Return a template of ``templates/`` as HTML; whatever is filled in is escaped, and visible."""
+    return str(_environment().get_template(template).render(**content))
+
+
+@cache
+def _environment() -> Any:
+    """Return what compiles templates, once: a page has several, and each takes some 20 ms."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -49,7 +56,7 @@ def fill(template: str, **content: Any) -> str:
         "words": lambda name: str(name).replace("_", " "),
     }
     environment.globals |= {"definitions": entries, "intervals": INTERVALS}
-    return environment.get_template(template).render(**content)
+    return environment
 
 
 def write_page(page: str, target: Path) -> Path:
