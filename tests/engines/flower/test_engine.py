@@ -105,6 +105,39 @@ def test_a_run_begins_as_soon_as_newcomers_and_all_others_are_there(there, monke
     assert engine.sizes() == {0: 10, 1: 11}
 
 
+def test_who_answers_ends_the_wait_and_who_was_not_asked_does_not(there, monkeypatch):
+    """Answers are looked for half of the time; without any, a wait is as long as it ever was."""
+    clock, told = SimpleNamespace(now=0.0, answer=0.0), []
+    monkeypatch.setattr("fedloom.engines.flower.engine.LOOK", 1.0)
+    monkeypatch.setattr(
+        "fedloom.engines.flower.engine.time",
+        SimpleNamespace(
+            monotonic=lambda: clock.now,
+            sleep=lambda seconds: setattr(clock, "now", clock.now + seconds),
+        ),
+    )
+    engine, _ = there([0])
+    looked = []
+
+    def receive(ids):
+        looked.append(round(clock.now, 1))
+        clock.now += 0.1
+        return [("id-0", "an answer")] if clock.now > clock.answer else []
+
+    engine.transport.receive = receive
+    engine.run_clients.register = lambda *said: told.append(said)
+    for pending, answer, ends, looks in (
+        (False, 9.0, 1.0, []),
+        (True, 9.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8]),
+        (True, 0.25, 0.3, [0.0, 0.2]),
+    ):
+        clock.now, clock.answer, looked[:] = 0.0, answer, []
+        engine._registering = {"id-0": (20, "asked")} if pending else {}
+        engine._pause()
+        assert clock.now == pytest.approx(ends) and looked == looks
+    assert told == [(20, "an answer", "asked")]
+
+
 @pytest.mark.parametrize(("require", "needed"), [("all", 3), (2, 2), (0.5, 2), (1, 1), (0.01, 1)])
 def test_a_run_begins_without_nobody_that_is_required(there, require, needed):
     engine, _ = there([0], require=require)

@@ -566,12 +566,30 @@ class FlowerEngine:
             notice.look(partial("waiting for {}".format, who))
             if time.monotonic() > start + patience:
                 break
-            time.sleep(LOOK)
+            self._pause()
         if ready < needed:
             raise RoundFailed(
                 f"{ready} of {len(clients)} clients were ready within federation.patience = "
                 f"{patience:g} seconds, {setting} asks for {needed}. Missing: {who}"
             )
+
+    def _pause(self) -> None:
+        """Wait until a client that was asked whether it is ready has answered, at most :data:`LOOK`.
+
+        Half of the time is spent looking, however many were asked.
+        """
+        now = time.monotonic()
+        end = now + LOOK
+        while self._registering and now < end:
+            began, pending = now, len(self._registering)
+            for _ in self._arrivals({}):
+                pass
+            if len(self._registering) != pending:
+                return
+            now = time.monotonic()
+            time.sleep(min(now - began, LOOK))
+            now = time.monotonic()
+        time.sleep(max(0.0, end - now))
 
 
 class _Notice:
