@@ -1,5 +1,6 @@
 """One thread, no network, a private cache, and a random model small enough for every test."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 from filelock import FileLock
 
+from fedloom.accounting.garbage import without_collection
 from tiers import sort_into_tiers
 
 PLUGINS = ("federation", "judge_server", "loopback", "machines")
@@ -21,11 +23,21 @@ def pytest_configure(config):
     """Load torch and the fixtures, but not in the process that only hands tests to workers."""
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
-    import torch
+    with without_collection():
+        import torch
 
-    torch.set_num_threads(1)
-    for name in PLUGINS:
-        config.pluginmanager.import_plugin(name)
+        torch.set_num_threads(1)
+        for name in PLUGINS:
+            config.pluginmanager.import_plugin(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Look for no garbage in what is imported and collected, which stays: neither now nor during tests."""
+    with without_collection():
+        outcome = yield
+    gc.freeze()
+    return outcome
 
 
 @pytest.hookimpl(tryfirst=True)
