@@ -18,7 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.deployment.administration import ask
+from fedloom.deployment.folders import ServerFolder
 from fedloom.deployment.processes import free_port
+from fedloom.security.certificates import make_authority
+from fedloom.security.client_registry import read_public
+from fedloom.security.keys import make_key
 from fedloom.storage.files import lock_owner
 from loopback import BUILTIN, builtin, client_file
 
@@ -125,7 +130,7 @@ class Machines:
         self.server = folder / "server"
         self.port, self.metrics = free_port(), free_port()
         self.processes = {}
-        self.call("certs", "--home", self.server, "--host", network.address)
+        make_authority(self.server, [*dict.fromkeys((network.address, "localhost", "127.0.0.1"))])
         for client in range(clients):
             self.allow(client)
         self.offer()
@@ -148,8 +153,12 @@ class Machines:
         return done
 
     def allow(self, client):
-        self.call("keys", "new", f"{client}.key")
-        self.call("members", "allow", f"client-{client}", f"{client}.pub", "--home", self.server)
+        public = make_key(self.folder / f"{client}.key")
+        ServerFolder(self.server).members().allow(f"client-{client}", read_public(public))
+
+    def status(self):
+        """Return what ``fedloom status --json`` prints: tests ask often, and a process takes a second."""
+        return ask(ServerFolder(self.server), "status")
 
     def start(self, name, *arguments):
         """Start a process that stays, and wait until it says that it is there."""

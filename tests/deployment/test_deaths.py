@@ -56,7 +56,7 @@ class Site:
         return below
 
     def status(self):
-        return json.loads(self.own.call("status", "--json", "--home", self.own.server).stdout)
+        return self.own.status()
 
     def until(self, condition, seconds=30):
         end = time.monotonic() + seconds

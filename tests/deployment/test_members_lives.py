@@ -30,8 +30,7 @@ class Life:
         return self.own.call("members", *words, "--home", self.own.server).stdout
 
     def status(self):
-        shown = self.own.call("status", "--json", "--home", self.own.server).stdout
-        return {member["name"]: member for member in json.loads(shown)["members"]}
+        return {member["name"]: member for member in self.own.status()["members"]}
 
     def connected(self, *names, seconds=45):
         """Wait until these members are there, and no others."""
