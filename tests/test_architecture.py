@@ -74,6 +74,10 @@ def stands_in(path, places):
     return any(name.startswith(p) if p.endswith("/") else name == p for p in places)
 
 
+STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+"""What an import may stand in: no expression has one."""
+
+
 def imported(tree, when_loaded=False):
     """The outermost packages that a file imports; ``when_loaded``: only those its own import costs."""
     found, nodes = set(), [tree]
@@ -88,13 +92,20 @@ def imported(tree, when_loaded=False):
         elif when_loaded and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             nodes += node.orelse
             continue
-        nodes += ast.iter_child_nodes(node)
+        nodes += [own for own in ast.iter_child_nodes(node) if isinstance(own, STATEMENTS)]
     return found
 
 
 @cache
 def tree_of(file):
     return ast.parse(file.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees():
+    """Are not kept for longer: Python would look for garbage among millions of objects in later tests."""
+    yield
+    tree_of.cache_clear()
 
 
 @cache

@@ -6,6 +6,7 @@ old word are listed with the reason.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedloom"
@@ -92,16 +93,22 @@ def defined(tree):
                 yield name, node.lineno
 
 
-def words(name):
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+@cache
+def old_words(name):
+    """The old words in a name, each once."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return sorted({word.lower() for word in words} & TERMS.keys())
 
 
 def found(folder, pattern="**/*.py"):
     for path in sorted(folder.glob(pattern)):
         if path.relative_to(folder).parts[0] in LATER:
             continue
-        for name, line in defined(ast.parse(path.read_text())):
-            for word in sorted(set(words(name)) & TERMS.keys()):
+        text = path.read_text()
+        if not any(map(old_words, re.findall(r"\w+", text))):
+            continue  # no name in it can have one
+        for name, line in defined(ast.parse(text)):
+            for word in old_words(name):
                 yield name, path.name, line, word
 
 
