@@ -25,7 +25,7 @@ check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 
 slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
 	$(PYTEST) $(WORKERS) -m "slow and not full and not serial"
-	$(PYTEST) -m "slow and not full and serial"
+	$(PYTEST) -m "slow and not full and serial" $$(grep -rl "mark.serial" --include="test_*.py" tests)
 
 full: SHELL := /bin/bash
 full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to two hours; its log is kept

@@ -83,7 +83,6 @@ def left(folder):
     return weights, states, totals, [json.loads(line)["round"] for line in lines]
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("count", tries(2, 20))
 def test_two_processes_on_one_folder_at_random_moments(experiment, begin, tmp_path, count):
     """Starts, resumes and kills; who is refused says so, and the totals are those of a run left alone."""
@@ -128,7 +127,6 @@ def test_two_processes_on_one_folder_at_random_moments(experiment, begin, tmp_pa
           f"{sum('is being written' in said for said in told)} refused at work, of {len(told)}")  # fmt: skip
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("count", tries(1, 5))
 def test_two_comparisons_in_one_folder_at_random_moments(table, begin, tmp_path, count):
     table["data"]["builtin_rows"] = 30

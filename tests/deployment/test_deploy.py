@@ -396,7 +396,6 @@ def start_container(own, kind, words=None, name=None):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_units_work_where_only_their_folder_can_be_written(bare):
     unit = Unit("client")
     bare.call(unit.steps[0])

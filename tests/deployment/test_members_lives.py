@@ -15,7 +15,7 @@ from fedloom.deployment.processes import free_port
 from fedloom.security.keys import make_key
 from machines import ENVIRONMENT, machines
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 
 class Life:
@@ -269,6 +269,7 @@ def test_one_member_of_two_federations_is_a_member_of_each(life, experiment):
         own.kill("guest", signal.SIGTERM)
 
 
+@pytest.mark.serial
 def test_two_hundred_new_keys_are_in_force_within_ten_seconds():
     with machines(0) as own:
         keys = own.folder / "keys"

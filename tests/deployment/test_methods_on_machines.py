@@ -35,7 +35,6 @@ def read(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("method", sampled(FEDERATED, 3))
 def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path):
     table = {
@@ -73,7 +72,6 @@ def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path)
 
 
 @pytest.mark.full
-@pytest.mark.serial
 @pytest.mark.parametrize("method", sorted(ASYNCHRONOUS))
 def test_a_simulation_of_its_records_has_the_bits_of_an_asynchronous_run(three, method, tmp_path):
     table = {

@@ -80,7 +80,6 @@ def test_commands_that_a_page_names_are_there(page):
         assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= options, words
 
 
-@pytest.mark.serial
 @pytest.mark.slow
 def test_who_follows_the_page_gets_a_federation(tmp_path):
     (script,) = [block for block in blocks("sh") if "make .venv" in block]

@@ -269,7 +269,6 @@ class Site:
         return sum(path.read_bytes().count(b"\n") for path in steps)
 
 
-@pytest.mark.serial
 @pytest.mark.slow
 def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
     """Of 4 rounds of 20 steps; another run on the same rows is then refused."""
@@ -310,7 +309,7 @@ def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
         assert promise["epsilon"] == pytest.approx(
             epsilon([Releases(6.0, 8 / 28, 80)], 1e-3, "rdp").epsilon
         )
-        hurried = {**table["federation"], "patience": 40.0}
+        hurried = {**table["federation"], "patience": 25.0}
         refused = site.run({**table, "federation": hurried}, "second")
         assert refused.returncode and SPENT in refused.stdout + refused.stderr
         said = own.call("client", "budget", "--home", own.folder / "c0").stdout

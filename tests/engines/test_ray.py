@@ -191,7 +191,6 @@ def test_a_killed_actor_changes_no_bit_and_ctrl_c_leaves_nothing(long, started, 
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 def test_a_killed_node_changes_no_bit(long, started, tmp_path):
     pytest.importorskip("ray", reason="the extra fedloom[ray] is not installed")
     with short_folder() as folder:

@@ -265,7 +265,7 @@ def test_processes_give_the_bits_of_one(experiment, tmp_path, name):
 @pytest.mark.slow
 def test_ctrl_c_leaves_no_process_and_the_run_goes_on(experiment, tmp_path):
     settings = experiment(
-        federation={"rounds": 30},
+        federation={"rounds": 12},
         output={"folder": str(tmp_path / "run")},
         training={"local_steps": 4},
     )
@@ -291,7 +291,7 @@ def test_ctrl_c_leaves_no_process_and_the_run_goes_on(experiment, tmp_path):
     _, alive = psutil.wait_procs(started, 15)
     assert not alive
     settings = experiment(
-        federation={"rounds": 30},
+        federation={"rounds": 12},
         output={"folder": str(tmp_path / "whole")},
         training={"local_steps": 4},
     )
