@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedloom
+from fedloom.accounting.garbage import without_collection
 
 PACKAGE = Path(fedloom.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -103,9 +104,10 @@ def tree_of(file):
 
 @pytest.fixture(scope="module", autouse=True)
 def trees():
-    """Are not kept for longer: Python would look for garbage among millions of objects in later tests."""
-    yield
-    tree_of.cache_clear()
+    """Are not kept for longer: Python would look for garbage among millions of objects, here and later."""
+    with without_collection():
+        yield
+        tree_of.cache_clear()
 
 
 @cache

@@ -355,6 +355,7 @@ QUICK = {
     "storage/test_run_folders.py::test_a_damaged_record_stops_a_resume_and_is_named": 0,
     "storage/test_run_folders.py::test_a_run_made_with_objects_is_resumed_with_the_same": 0,
     "storage/test_run_folders.py::test_lines_beyond_the_checkpoint_are_cut_off_and_the_totals_are_those_of_a_whole_run": 0,  # 5 s
+    "test_by_hand.py::test_the_package_equals_the_page": 0,
     "test_docs.py::test_commands_on_a_page_exist_with_their_options": 7,
     "test_examples.py::test_example": 0,  # 5 s, and 33 s to train the tiny model
     "test_mutants.py::test_every_part_has_modules_and_every_module_tests": 0,

@@ -105,7 +105,7 @@ def test_a_run_begins_within_ten_seconds_and_status_answers_within_two(
 
 def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_path):
     settings = experiment(
-        federation={"clients": 2, "rounds": 24, "patience": 60},
+        federation={"clients": 2, "rounds": 12, "patience": 60},
         training={"local_steps": 15},  # a run that outlasts the start of what stops it
         output={"folder": str(tmp_path / "here")},
     )
@@ -116,7 +116,7 @@ def test_a_run_can_be_stopped_and_resumed(federation_of_two, experiment, tmp_pat
     folder = own.folder / "runs" / "long"
     words = ("run", path, "--engine", "flower", "--home", own.server)
     log = own.start("long", *words, "--set", f"output.folder={folder}")
-    own.wait(log, "round 2/24")
+    own.wait(log, "round 2/12")
     assert "stopped 1 run" in own.call("stop", "--home", own.server).stdout
     assert own.processes.pop("long").wait(30) == 1
     assert "--resume" in log.read_text()
