@@ -24,7 +24,7 @@ check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 	$(PYTEST) $(WORKERS)
 
 slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
-	$(PYTEST) $(WORKERS) -m "slow and not full and not serial"
+	$(PYTEST) $(WORKERS) --no-loadscope-reorder -m "slow and not full and not serial"
 	$(PYTEST) -m "slow and not full and serial" $$(grep -rl "mark.serial" --include="test_*.py" tests)
 
 full: SHELL := /bin/bash

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from fedloom.accounting.garbage import without_collection
-from tiers import sort_into_tiers
+from tiers import sort_into_tiers, spread_over_workers
 
 PLUGINS = ("federation", "judge_server", "loopback", "machines")
 
@@ -44,6 +44,7 @@ def pytest_collection(session):
 def pytest_collection_modifyitems(items):
     """Put tests that take long into the tier of their time, before any are deselected."""
     sort_into_tiers(items)
+    spread_over_workers(items)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from tiers import QUICK, SLOW, spaced
+from tiers import LONG, QUICK, SLOW, spaced, spread
 
 
 def test_every_name_is_that_of_a_test():
@@ -13,7 +13,7 @@ def test_every_name_is_that_of_a_test():
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         return {own.name for own in tree.body if isinstance(own, ast.FunctionDef)}
 
-    names = [name.partition("::")[::2] for name in (*QUICK, *SLOW)]
+    names = [name.partition("::")[::2] for name in (*QUICK, *SLOW, *LONG)]
     wrong = [name for name in names if name[1] and name[1] not in tests_of(name[0])]
     assert not wrong and all(tests_of(file) for file, _ in names)
 
@@ -22,6 +22,14 @@ def test_cases_that_stay_are_spaced_evenly():
     assert spaced(9, 3) == {0, 3, 6}
     assert spaced(2, 5) == {0, 1}
     assert spaced(7, 0) == set()
+
+
+def test_long_files_are_begun_among_the_others_and_none_last():
+    assert spread(list("AabBcdef"), "AB") == list("AabBcdef")
+    assert spread(list("abcdefAB"), "AB") == list("AabBcdef")
+    assert spread(list("abA"), "A") == list("Aab")
+    assert spread(list("aAB"), "AB") == list("AaB")  # too few others
+    assert spread(list("ab"), "") == list("ab")
 
 
 def test_what_became_full_is_not_run_as_slow_too():

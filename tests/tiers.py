@@ -521,6 +521,51 @@ SLOW = {
 """How many cases of a slow test, or of a file's slow tests, stay so, drawn by the commit's hash; the others
 are of the full suite."""
 
+LONG = (
+    "deployment/test_deploy.py",
+    "deployment/test_members_lives.py",
+    "deployment/test_methods_on_machines.py",
+    "deployment/test_page.py",
+    "deployment/test_proxy.py",
+    "deployment/test_releases.py",
+    "deployment/test_row_privacy.py",
+    "deployment/test_secure_sums_on_machines.py",
+    "deployment/test_stuck.py",
+    "engines/test_ray.py",
+    "engines/test_workers.py",
+    "federation/test_secure_memory.py",
+    "recipes/test_recipes.py",
+    "runs/test_comparison.py",
+    "runs/test_ledger_kills.py",
+    "security/test_one_port.py",
+    "test_examples.py",
+    "test_guides.py",
+    "test_two_writers.py",
+)
+"""Files whose slow tests take a minute or more, few as they are, and wait for processes meanwhile: they are
+begun one after the other among the others, and none of them last, when a worker would be left alone with it."""
+
+
+def spread(files, long):
+    """Return files in an order with the long ones evenly among the first of the others."""
+    apart, others = (
+        [own for own in files if (own in long) == is_long] for is_long in (True, False)
+    )
+    step, found = max(1, len(others) // (len(apart) + 1)), []
+    for place, own in enumerate(others):
+        if place % step == 0 and apart:
+            found.append(apart.pop(0))
+        found.append(own)
+    return found + apart
+
+
+def spread_over_workers(items):
+    """Put the files of tests into the order in which workers take them."""
+    files = defaultdict(list)
+    for item in items:
+        files[item.nodeid.partition("::")[0].removeprefix("tests/")].append(item)
+    items[:] = [item for file in spread(list(files), LONG) for item in files[file]]
+
 
 def sort_into_tiers(items):
     """Mark the cases of the tests that are named above: first who is slow, then which of these are full."""
