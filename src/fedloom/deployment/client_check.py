@@ -216,6 +216,10 @@ def _demanded(policy: PrivacyPolicySettings) -> str:
             )
         return text
     if policy.require == "client":
+        if policy.distributed_noise:
+            return (
+                "rows or clients must be hidden by noise, of which this client adds a share itself"
+            )
         return "rows or clients must be hidden by noise, at least by the coordinator's word"
     return "none is demanded ([policy.privacy])"
 
@@ -482,9 +486,8 @@ def _leaves(experiment: Experiment) -> RenderableType:
             "in masked integers, of which the server reads the sum over clients and nothing else."
         )
         work = "How many rows there are, and the time, memory, tokens and compute of the work."
-        return _table(
-            [("numbers", work), ("masked", f"The {what}, losses and accuracies, {masked}")]
-        )
+        beside = ", with noise," if experiment.privacy.distributes else ", losses and accuracies,"
+        return _table([("numbers", work), ("masked", f"The {what}{beside} {masked}")])
     facts = [("numbers", ALWAYS_SHOWN["numbers"])]
     for name in sorted(reveals):
         said = ALWAYS_SHOWN.get(name) or (_said(name) if name in REVEALING else "")
@@ -510,10 +513,12 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
             else "the experiment's seed, which all parties know"
         )
         yield "noise", f"{', '.join(noise)}, drawn from {source}"
-    elif experiment.privacy.unit != "row":
+    elif experiment.privacy.unit != "row" and not experiment.privacy.distributes:
         yield "noise", "none is added to what leaves this machine"
     if experiment.privacy.unit == "row":
         yield "privacy", _hidden(experiment.privacy)
+    if experiment.privacy.distributes:
+        yield "privacy", _shared(experiment.privacy)
     if experiment.privacy.secure_aggregation:
         yield "sums", f"{SUMS}; {_sums(own.policy.privacy)}"
     policy = own.policy
@@ -530,11 +535,24 @@ def _protection(experiment: Experiment, own: OwnFile) -> Iterable[tuple[str, str
 
 def _hidden(asked: PrivacySettings) -> str:
     """Return how the steps of a client hide its rows, in words."""
+    return f"noise in this client's own steps hides {_unit(asked.column)}: {_noise_of(asked)}"
+
+
+def _shared(asked: PrivacySettings) -> str:
+    """Return what a client adds to sums of updates, in words."""
+    return (
+        "this client clips its update and adds its share of the noise that hides each client in a sum, "
+        f"even if {asked.colluding} of the others tell theirs: {_noise_of(asked)}"
+    )
+
+
+def _noise_of(asked: PrivacySettings) -> str:
+    """Return how much noise there is, and where it comes from, in words."""
     noise = f"noise multiplier {asked.noise_multiplier}"
     if asked.target_epsilon is not None:
         noise = f"epsilon {asked.target_epsilon:g} at delta {asked.delta:g} for the whole run"
     source = "the experiment's seed: it hides nothing" if asked.seeded else "a key of this machine"
-    return f"noise in this client's own steps hides {_unit(asked.column)}: {noise}, drawn from {source}"
+    return f"{noise}, drawn from {source}"
 
 
 def _unit(column: str | None) -> str:

@@ -61,6 +61,10 @@ class PrivacyPolicySettings(Settings):
     """Rows with the same value in this column (a patient) are one unit, of runs and of the budget: a run
     with another privacy.column is refused. Default: each row is a unit."""
 
+    distributed_noise: bool = False
+    """With require = "client": whether noise that hides clients must be added by the clients, each a
+    share before its update is masked (privacy.noise = "distributed"); runs in which the coordinator adds
+    it are refused."""
     secure_aggregation: bool = False
     """Whether a run must be one of privacy.secure_aggregation, so that the server sees sums of updates
     and none of this client by itself; others are refused."""
@@ -88,6 +92,11 @@ class PrivacyPolicySettings(Settings):
             yield (
                 'policy.privacy.require = "client" lets in runs whose noise the coordinator adds, which '
                 'no budget here can count: use "row", or leave out max_epsilon and delta'
+            )
+        if self.distributed_noise and self.require != "client":
+            yield (
+                "policy.privacy.distributed_noise says who adds the noise that hides clients: it goes "
+                'with policy.privacy.require = "client"'
             )
         if self.peers and self.trust_first_use:
             yield "policy.privacy: give peers or trust_first_use, not both"

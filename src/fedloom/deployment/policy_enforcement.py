@@ -127,6 +127,12 @@ MOST = {
 PRIVATE = "unit delta clip noise_multiplier target_epsilon accountant column seeded"
 """Of ``[privacy]``, what a client's own steps hide its rows by."""
 
+SHARED = (
+    "unit delta clip noise_multiplier target_epsilon seeded noise colluding min_separation "
+    "max_participations sum_bits sum_rounding"
+)
+"""Of ``[privacy]``, what a client's share of the noise on a sum follows from."""
+
 DECIDED = _names(
     {
         "model": "path revision",
@@ -137,7 +143,8 @@ DECIDED = _names(
         "public": "source kind ambiguous control_tokens",
         "partition": "kind column alpha minimum sizes feedback",
         "training": "device threads",
-        "privacy": f"{PRIVATE} secure_aggregation",
+        "privacy": f"{PRIVATE} secure_aggregation noise colluding min_separation max_participations "
+        "sum_bits sum_rounding",
     }
 )
 """Settings that the functions of this file compare with the client's file, or take in some cases
@@ -174,8 +181,7 @@ LEFT = _names(
         "aggregation": "rule bad max_norm density scale space",
         "admission": "max_value max_change on_excess max_examples offences pause",
         "privacy": "profile clip_quantile clip_learning_rate clip_count_noise mechanism "
-        "min_separation max_participations bands amplification units_per_pass sum_bits sum_bound "
-        "sum_rounding",
+        "bands amplification units_per_pass sum_bound",
         "evaluation": "samples",
         "output": "folder trackers",
         "simulation": "devices cohort replay",
@@ -437,6 +443,12 @@ class _Examiner:
         if not demanded.demands_rows:
             if demanded.require == "client" and asked.unit is None:
                 self.refuse(line, "privacy.unit is missing: the experiment adds no noise at all")
+            if demanded.distributed_noise and asked.unit == "client" and not asked.distributes:
+                reason = (
+                    'privacy.noise is "central": the server would see this client\'s update before it '
+                    'adds noise, and here it must be "distributed"'
+                )
+                self.refuse("policy.privacy.distributed_noise", reason)
             if demanded.require is None:
                 return
         elif asked.unit != "row":
@@ -471,9 +483,13 @@ class _Examiner:
             self.refuse("policy.privacy.peers", reason)
 
     def _privacy(self) -> PrivacySettings:
-        """Return how this client's own steps hide its rows; noise elsewhere is the server's affair."""
+        """Return what this client hides by: its own steps, or its share of a sum's noise.
+
+        Noise elsewhere is the server's affair.
+        """
         asked = self.asked.privacy
         names = PRIVATE.split() if asked.unit == "row" else []
+        names += SHARED.split() if asked.distributes else []
         names += ["secure_aggregation"] * asked.secure_aggregation
         return PrivacySettings(**{name: getattr(asked, name) for name in names})
 

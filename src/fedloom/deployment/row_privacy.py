@@ -76,7 +76,7 @@ class ClientPrivacy:
         try:
             yield
         except SettingsError as error:
-            if self._experiment.privacy.unit != "row":
+            if self._experiment.privacy.unit is None:
                 raise
             raise ReportedError(Sentence.HIDING) from error
 

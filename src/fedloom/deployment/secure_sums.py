@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,17 +20,32 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedloom.deployment.folders import ClientFolder, StoredRecord
 from fedloom.deployment.policy import PolicySettings
 from fedloom.engines.in_process import SimulationEngine
-from fedloom.errors import IdentityError, MessageError, PolicyError, Refusal, SumRefused
-from fedloom.federation.secure_exchange import KEYS, PROTOCOL, SecureClients, grid_of, session_of
+from fedloom.errors import (
+    IdentityError,
+    MessageError,
+    OutputError,
+    PolicyError,
+    Refusal,
+    SumRefused,
+)
+from fedloom.federation.noisy_sums import width_of
+from fedloom.federation.secure_exchange import KEYS, PROTOCOL, SecureClients, session_of
 from fedloom.privacy.secure_aggregation.graph import LEAST
 from fedloom.security.keys import public_line
 from fedloom.security.signing_keys import certificate, fingerprint, is_certified, signing_secret
 from fedloom.wire.envelope import Peer, RequestHeader, SigningKey, SumHeader
-from fedloom.wire.messages import Exchange, Masking
+from fedloom.wire.messages import AddedNoise, Exchange, Masking
 from fedloom.wire.schema import Schema
 
 FILE = "peers.toml"
 """File in a client's folder: keys that were trusted at their first use."""
+
+COUNTED = "noisy_sums.txt"
+"""File in the folder of a run: a line for each sum to which this client has added noise."""
+
+MOST_REPEATED = 2
+"""Sums a round, on average, that a client takes part in where it adds noise: rounds may be repeated after
+a kill."""
 
 LINE = "policy.privacy.peers"
 
@@ -53,6 +69,9 @@ class SecureSums:
         client: Its number in the run.
         member: Its number as a member.
         policy: Whose keys it trusts, and bounds.
+        noise: What it adds to its answers by the experiment, whatever the server says; ``None``: nothing.
+        seeded: Whether that is drawn from the experiment's seed.
+        rounds: Of the run.
     """
 
     folder: ClientFolder
@@ -62,12 +81,16 @@ class SecureSums:
     client: int
     member: int
     policy: PolicySettings
+    noise: AddedNoise | None = None
+    seeded: bool = False
+    rounds: int = 1
     _certified: set[tuple[object, ...]] = field(default_factory=set)
     _summed: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def clients(self, seed: int) -> SecureClients:
         """Return this client for the engine, without keys of others yet."""
-        return SecureClients({self.client: signing_secret(self.key, self.run)}, seed)
+        own = {self.client: signing_secret(self.key, self.run)}
+        return SecureClients(own, seed, seeded=self.seeded)
 
     def signing(self) -> SigningKey:
         """Return what the server passes on to the other clients."""
@@ -110,9 +133,10 @@ class SecureSums:
             summed.stochastic,
             contents,
             beside,
+            self.noise,
         )
         try:
-            grid_of(masking).heaviest  # noqa: B018 (it checks)
+            width_of(masking)
         except ValueError as error:
             raise SumRefused(str(error)) from None
         return masking
@@ -162,6 +186,31 @@ class SecureSums:
         number = self._summed.setdefault((*moment, header.action, header.payload), masking.number)
         if number != masking.number:
             raise SumRefused("a server asks for the same work in a second sum", "replayed")
+        if self.noise is not None:
+            self._count(f"{len(header.began)} {header.round} {masking.number}")
+
+    def _count(self, sum: str) -> None:
+        """Write down a sum before its noise is drawn; each shows this client's rows once more.
+
+        Raises:
+            SumRefused: There were twice as many as the run has rounds: no kills explain that.
+            OutputError: It cannot be written.
+        """
+        path = self.folder.run(self.run) / COUNTED
+        try:
+            before = path.read_text("ascii").splitlines() if path.exists() else []
+            if len(before) >= MOST_REPEATED * self.rounds:
+                raise SumRefused(
+                    f"this client has added its noise to {len(before)} sums of this run, which has "
+                    f"{self.rounds} rounds: each more would cost privacy that nobody accounts for"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="ascii") as file:
+                file.write(sum + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
     @staticmethod
     def _shares(summed: SumHeader) -> bytes:

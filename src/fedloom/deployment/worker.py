@@ -59,6 +59,7 @@ from fedloom.models.load import silence_transformers
 from fedloom.models.request_limits import Allowance
 from fedloom.models.saved_adapter import holds_adapter
 from fedloom.runs.assembly import RunComponents, assemble
+from fedloom.runs.client_privacy import added_noise
 from fedloom.runs.code_digests import plugin_digests
 from fedloom.runs.initial_adapter import SENT, Start, digest_of_tensors, own_models
 from fedloom.runs.model_cards import ModelCards
@@ -303,8 +304,19 @@ class Worker:
         )
         if experiment.privacy.secure_aggregation:
             member, server = self.registration.number, self.registration.gateway
+            with privacy.failing():
+                noise = added_noise(experiment)
             self.run.sums = SecureSums(
-                self.client_folder, server, self.key, header.run, number, member, own.policy
+                self.client_folder,
+                server,
+                self.key,
+                header.run,
+                number,
+                member,
+                own.policy,
+                noise,
+                experiment.privacy.seeded,
+                experiment.federation.rounds,
             )
             parts.local.secure = self.run.sums.clients(experiment.federation.seed)
         return self.run

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedloom.methods import METHODS
+from fedloom.privacy.distributed_noise import least_survivors
+from fedloom.privacy.secure_aggregation.graph import LEAST
 
 WHAT = 'privacy.unit = "client"'
 
@@ -39,9 +41,12 @@ def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
 def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
     """Yield what draws clients in another way than is accounted for, and a delta that is too large."""
     federation, delta = parts["federation"], parts["privacy"].delta
-    separates = parts["privacy"].separates
-    coins = "draws each client by a coin of its own"
-    draws = "draws clients by how often and when each was drawn" if separates else coins
+    privacy = parts["privacy"]
+    separates, draws = privacy.separates, "draws each client by a coin of its own"
+    if separates:
+        draws = "draws clients by how often and when each was drawn"
+    elif privacy.distributes:
+        draws = "draws as many clients for each sum, all alike"
     if "selection" in parts and parts["selection"].name != "uniform":
         yield f"{WHAT} {draws}: leave out selection.name = {parts['selection'].name!r}"
     for key in ("replacements", "extra"):
@@ -52,11 +57,27 @@ def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
             )
     if separates:
         yield from _rounds_of_clients(parts)
+    if privacy.distributes:
+        yield from _shares_of_noise(parts)
     if delta is not None and delta >= 1 / federation.clients:
         yield (
             f"privacy.delta = {delta:g} is not below 1 / federation.clients = "
             f"{1 / federation.clients:.2g}: a mechanism may then show a client whole; give a tenth of "
             "that, or less"
+        )
+
+
+def _shares_of_noise(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield too many clients whose noise is not counted on."""
+    federation, colluding = parts["federation"], parts["privacy"].colluding
+    unseen = set(parts["clients"].newcomers) if "clients" in parts else set()
+    drawn = min(federation.cohort_size, federation.clients - len(unseen))
+    least = least_survivors(drawn)
+    if drawn >= LEAST and colluding >= least:
+        yield (
+            f"privacy.colluding = {colluding}: of {drawn} clients a round {least} may be all that are "
+            f"left of a sum, and all of these might tell their noise: give {least - 1} at most, or draw "
+            "more clients for a round"
         )
 
 

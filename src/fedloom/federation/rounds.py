@@ -42,7 +42,7 @@ from fedloom.federation.selection import (
 )
 from fedloom.federation.selection_contract import Observation, Told
 from fedloom.federation.streaming_mean import EXAMPLES, StreamingMean
-from fedloom.privacy.private_mean import PrivateMean
+from fedloom.privacy.private_mean import AccountedMean
 from fedloom.security.audit_log import Record, no_op_recorder
 from fedloom.tensors import State
 from fedloom.wire.messages import Answer, Exchange, Payload, StoredTensors, encode
@@ -105,7 +105,7 @@ class Server:
     selection: Selection = field(default_factory=lambda: Uniform(UniformSettings()))
     losses: Callable[[State, int, Collection[int], int], Exchange] | None = None
     measured: bool = False
-    private: PrivateMean | None = None
+    private: AccountedMean | None = None
     secure: SecureAggregation | None = None
     compression: Compression | None = None
     best: BestRound | None = None

@@ -16,20 +16,30 @@ import json
 import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
 
 from fedloom.errors import MessageError, PluginError, RoundFailed, SumRefused
+from fedloom.federation.noisy_sums import (
+    grid_of,
+    is_possible,
+    noisy_means,
+    noisy_words,
+    shares_of,
+    width_of,
+)
 from fedloom.federation.protocol import Total
+from fedloom.privacy.distributed_mean import DistributedMean
+from fedloom.privacy.distributed_noise import least_survivors
+from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.secure_aggregation import primitives
 from fedloom.privacy.secure_aggregation import protocol_messages as messages
 from fedloom.privacy.secure_aggregation.client import ClientSession
-from fedloom.privacy.secure_aggregation.graph import LEAST, threshold_of
+from fedloom.privacy.secure_aggregation.graph import LEAST
 from fedloom.privacy.secure_aggregation.masks import Words, packed, packed_bytes, unpacked
 from fedloom.privacy.secure_aggregation.primitives import Context
-from fedloom.privacy.secure_aggregation.quantisation import Grid
 from fedloom.privacy.secure_aggregation.server import ServerSession
 from fedloom.privacy.settings import PrivacySettings
 from fedloom.randomness import generator
@@ -60,6 +70,12 @@ MESSAGE, MASKED = "message", "masked"
 EXAMPLES = "examples"
 """The number of an answer that is its weight."""
 
+ALL_ALIKE = ("",)
+"""What the names of tensors begin with, where the mean of all is over clients alike."""
+
+SEEDED = "noise of clients"
+"""Names the run in the derivation of noise from a seed."""
+
 Stages = Generator[Exchange, Mapping[int, str], Total]
 """Yields exchanges, is sent who is left out of each and why, and returns the sum."""
 
@@ -74,15 +90,12 @@ def session_of(run: str, segment: int) -> str:
     return f"{run} {segment}"
 
 
-def grid_of(masking: Masking) -> Grid:
-    """Return how values become integers."""
-    return Grid(masking.bits, masking.bound, masking.clients, masking.rows)
-
-
 def elements_of(masking: Masking) -> int:
     """Return the integers of a masked answer: weight, reports, and the tensors' elements."""
     contents, reports = masking.contents, 1 + len(masking.contents.metrics)
     tensors = sum(spec.elements for spec in contents.tensors)
+    if masking.noise is not None:
+        return 1 + tensors
     return 1 + reports * (1 + grid_of(masking).digits) + tensors
 
 
@@ -92,6 +105,7 @@ def digest_of(exchange: Exchange, masking: Masking, request: bytes) -> bytes:
         (exchange.action, exchange.round, masking.run, masking.number),
         (masking.bits, masking.bound, masking.clients, masking.rows, masking.stochastic),
         (masking.contents.digest, exchange.alike, exchange.replies_are_changes),
+        *([] if masking.noise is None else [astuple(masking.noise)]),
     )
     whole = hashlib.sha256(json.dumps(facts).encode())
     whole.update(request)
@@ -147,22 +161,25 @@ class SecureClients:
         seed: The experiment's, from which the rounding is drawn.
         registry: The public ones of all clients; of these alone, where it is empty.
         given: Keys of clients whose work another process has handed on.
+        seeded: Whether noise that clients add is drawn from the seed, too: reproducible, not private.
     """
 
     identities: Mapping[int, bytes]
     seed: int
     registry: dict[int, bytes] = field(default_factory=dict)
     given: dict[int, ClientKeys] = field(default_factory=dict)
+    seeded: bool = False
     _context: Context | None = None
     _secrets: dict[int, bytes] = field(default_factory=dict)
     _sessions: dict[int, ClientSession] = field(default_factory=dict)
     _ended: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def fresh(cls, clients: Collection[int], seed: int) -> SecureClients:
+    def fresh(cls, clients: Collection[int], seed: int, *, seeded: bool = False) -> SecureClients:
         """Return clients with identities from the operating system's randomness."""
         primitives.require_cryptography()
-        return cls({client: os.urandom(primitives.KEY_BYTES) for client in clients}, seed)
+        identities = {client: os.urandom(primitives.KEY_BYTES) for client in clients}
+        return cls(identities, seed, seeded=seeded)
 
     def keys_of(self, exchange: Exchange, client: int) -> ClientKeys:
         """Return a client's keys for an exchange; its secret is drawn when it is first asked."""
@@ -218,24 +235,47 @@ class SecureClients:
         with _refusing():
             session = self._session(exchange, client)
         request = exchange.requests[client]
-        words = self._words(exchange, client, reply)
+        words = self._words(exchange, session, reply)
         digest = digest_of(exchange, masking, request)
         with _refusing():
             session.mask(masking.messages.get(client, b""), digest, words)
-        width = grid_of(masking).width
+        width = width_of(masking)
         words &= np.uint32(2**width - 1)
         return encode(_payload(MASKED, packed(words, width)), exchange.reply_schema)
 
-    def _words(self, exchange: Exchange, client: int, reply: Payload) -> Words:
+    def _words(self, exchange: Exchange, session: ClientSession, reply: Payload) -> Words:
         """Return an answer as integers."""
-        masking = _masking(exchange)
-        grid, contents = grid_of(masking), masking.contents
-        tensors = fitting_tensors(reply, contents)
-        weight = grid.weight(reply.numbers.get(EXAMPLES, 1.0))
+        masking, client = _masking(exchange), session.client
+        tensors = fitting_tensors(reply, masking.contents)
         rng = None
         if masking.stochastic:
             purpose = f"rounding of masked answers {masking.number}"
             rng = generator(self.seed, purpose, client, exchange.round)
+        shares = shares_of(masking)
+        if shares is not None:
+            origins = _origins(exchange, exchange.requests[client])
+            moment = exchange.round, masking.number, client
+            return noisy_words(shares, tensors, origins, rng, self._noise(session), moment)
+        return self._plain_words(exchange, client, reply, tensors, rng)
+
+    def _noise(self, session: ClientSession) -> NoiseSource:
+        """Return where a client's noise in one sum comes from: its secret of this sum, or the seed."""
+        if self.seeded:
+            return NoiseSource.seeded(self.seed, SEEDED)
+        return NoiseSource(session.noise_key, session.context.run)
+
+    @staticmethod
+    def _plain_words(
+        exchange: Exchange,
+        client: int,
+        reply: Payload,
+        tensors: Tensors,
+        rng: np.random.Generator | None,
+    ) -> Words:
+        """Return an answer as integers without noise, with its weight and what the client reports."""
+        masking = _masking(exchange)
+        grid, contents = grid_of(masking), masking.contents
+        weight = grid.weight(reply.numbers.get(EXAMPLES, 1.0))
         words = np.zeros(elements_of(masking), dtype=np.uint32)
         sizes = sum(spec.elements for spec in contents.tensors)
         place, cut = len(words) - sizes, 0
@@ -275,8 +315,9 @@ class SecureClients:
             raise MessageError(
                 "a server asks for a sum again that this client has ended", "replayed"
             )
-        keys = self.keys_of(exchange, client)
-        own = ClientSession(context, client, keys.identity, keys.registry, keys.secret)
+        keys, masking = self.keys_of(exchange, client), _masking(exchange)
+        least = LEAST if masking.noise is None else least_survivors(masking.clients)
+        own = ClientSession(context, client, keys.identity, keys.registry, keys.secret, least)
         self._sessions[client] = own
         return own
 
@@ -311,16 +352,22 @@ class SecureAggregation:
         bits: Of a value.
         bound: Largest absolute value.
         stochastic: Whether values are rounded at random.
+        private: What accounts for the noise that clients add, where they add some.
     """
 
     run: str
     bits: int
     bound: float
     stochastic: bool
+    private: DistributedMean | None = None
 
     @classmethod
     def of(
-        cls, privacy: PrivacySettings, run: str | None, segment: int = 0
+        cls,
+        privacy: PrivacySettings,
+        run: str | None,
+        segment: int = 0,
+        private: DistributedMean | None = None,
     ) -> SecureAggregation | None:
         """Return that of a run, ``None`` where the server may see single updates.
 
@@ -328,11 +375,13 @@ class SecureAggregation:
             privacy: Settings.
             run: Id of the run.
             segment: How many times it has been started or resumed, where clients keep it in memory.
+            private: What accounts for the noise that clients add.
         """
         if not privacy.secure_aggregation:
             return None
-        stochastic = privacy.sum_rounding == "stochastic"
-        return cls(session_of(run or "", segment), privacy.sum_bits, privacy.sum_bound, stochastic)
+        stochastic, bound = privacy.sum_rounding == "stochastic", privacy.sum_bound
+        session = session_of(run or "", segment)
+        return cls(session, privacy.sum_bits, bound, stochastic, private)
 
     def stages(
         self,
@@ -363,30 +412,82 @@ class SecureAggregation:
                 f"{len(clients)} can be asked"
             )
         masking = self._masking_of(exchange, number, [rows[client] for client in clients], largest)
+        _require_room(exchange, masking)
         context = Context(self.run, exchange.round, number)
-        most = threshold_of(len(clients))  # of those asked: of fewer, nothing is revealed
-        session = ServerSession(context, elements_of(masking), registry, least=max(LEAST, most))
+        fewest = least_survivors(len(clients))  # of those asked: of fewer, nothing is revealed
+        session = ServerSession(context, elements_of(masking), registry, least=fewest)
         plain = replace(exchange, masking=masking)
         left = yield _stage(plain, KEYS, dict.fromkeys(clients, b""), session.take_keys)
         keys = session.keys()
         there = [client for client in clients if client not in left]
         yield _stage(plain, SHARES, dict.fromkeys(there, keys), session.take_shares)
         yield _answers(plain, session.shares(), session)
+        digest = digest_of(exchange, masking, next(iter(exchange.requests.values())))
+        if (kept := self._kept(plain)) is not None:
+            return kept  # the masks of this time stay on
         survivors = session.survivors
         listed = dict.fromkeys(survivors, session.survivors_list())
         left = yield _stage(plain, SIGNATURES, listed, session.take_signature)
         signed = [client for client in survivors if client not in left]
         signatures = dict.fromkeys(signed, session.signatures())
+        self._spend(plain, survivors)
         yield _stage(plain, REVEALED, signatures, session.take_revealed)
-        digest = digest_of(exchange, masking, next(iter(exchange.requests.values())))
         words = session.unmasked(digest)
-        words &= np.uint32(2 ** grid_of(masking).width - 1)
+        words &= np.uint32(2 ** width_of(masking) - 1)
+        if self.private is not None:
+            return self._released(self.private, plain, survivors, words)
         return _total(plain, survivors, words)
+
+    def _kept(self, exchange: Exchange) -> Total | None:
+        """Return what a sum of this work said before a kill, if it is accounted for and on the disk."""
+        if self.private is None:
+            return None
+        found = self.private.kept(exchange.round, _work_of(exchange))
+        if found is None:
+            return None
+        means, clients = found
+        ordered = {spec.name: means[spec.name] for spec in _masking(exchange).contents.tensors}
+        return Total(clients, ordered, ALL_ALIKE, {}, 0.0)
+
+    def _spend(self, exchange: Exchange, survivors: tuple[int, ...]) -> None:
+        """Account for a sum before the masks are taken off.
+
+        Raises:
+            PrivacyError: The budget would be passed.
+        """
+        shares = shares_of(_masking(exchange))
+        if self.private is None or shares is None:
+            return
+        part = self.private.part  # asked again in another, it has other noise
+        named = hashlib.sha256(_work_of(exchange) + part + repr(survivors).encode()).digest()
+        self.private.spend(exchange.round, named, shares, survivors)
+
+    @staticmethod
+    def _released(
+        private: DistributedMean, exchange: Exchange, survivors: tuple[int, ...], words: Words
+    ) -> Total:
+        """Return what a sum with noise says, once it is on the disk.
+
+        Raises:
+            RoundFailed: No answers of the clients could have this sum.
+            OutputError: It cannot be written.
+        """
+        masking = _masking(exchange)
+        shares = shares_of(masking)
+        assert shares is not None, "noise is accounted for where clients add some"
+        if not is_possible(shares, len(survivors), words):
+            raise _impossible(exchange)
+        origins = _origins(exchange, next(iter(exchange.requests.values())))
+        expected = private.plan.expected
+        means = noisy_means(shares, words, masking.contents, origins, expected)
+        private.keep(exchange.round, _work_of(exchange), means, survivors)
+        return Total(survivors, means, ALL_ALIKE, {}, 0.0)
 
     def _masking_of(
         self, exchange: Exchange, number: int, rows: list[int], largest: int | None
     ) -> Masking:
         weighed = EXAMPLES in {spec.name for spec in exchange.reply_schema.numbers}
+        weighed = weighed and self.private is None
         most = max(rows) if weighed else 1
         return Masking(
             self.run,
@@ -397,7 +498,29 @@ class SecureAggregation:
             most if largest is None else min(most, largest),
             self.stochastic,
             exchange.reply_schema,
+            noise=None if self.private is None else self.private.noise,
         )
+
+
+def _require_room(exchange: Exchange, masking: Masking) -> None:
+    """Check that what clients are to add fits, and that some of them are relied on.
+
+    Raises:
+        RoundFailed: It does not, as fewer clients are there than the run was planned for.
+    """
+    shares = shares_of(masking)
+    if shares is None:
+        return
+    try:
+        shares.width  # noqa: B018 (it checks)
+    except ValueError as error:
+        raise RoundFailed(f"round {exchange.round}: {error}") from None
+
+
+def _work_of(exchange: Exchange) -> bytes:
+    """Return what names the work of a sum, in whichever part of the run it is asked for."""
+    request = next(iter(exchange.requests.values()))
+    return digest_of(exchange, replace(_masking(exchange), run=""), request)
 
 
 def _require_summable(exchange: Exchange) -> None:
@@ -447,7 +570,7 @@ def _stage(
 def _answers(exchange: Exchange, shares: Mapping[int, bytes], session: ServerSession) -> Exchange:
     """Return the exchange itself, with masked answers that go into the session's sum as they come."""
     masking = _masking(exchange)
-    count, width = session.elements, grid_of(masking).width
+    count, width = session.elements, width_of(masking)
 
     def take(client: int, payload: Payload) -> None:
         session.take_masked(client, unpacked(payload.tensors[MASKED].numpy(), count, width))
@@ -477,11 +600,15 @@ def _require_possible(exchange: Exchange, clients: tuple[int, ...], words: Words
         possible = possible and int(sums.max(initial=0)) <= own * 2 * grid.half
         place += spec.elements
     if not possible:
-        raise RoundFailed(
-            f"round {exchange.round}: secure aggregation: no updates have this sum: a client was sent "
-            "another model or other settings than the others, or sent numbers that it must not; the sum "
-            "is not used"
-        )
+        raise _impossible(exchange)
+
+
+def _impossible(exchange: Exchange) -> RoundFailed:
+    return RoundFailed(
+        f"round {exchange.round}: secure aggregation: no updates have this sum: a client was sent "
+        "another model or other settings than the others, or sent numbers that it must not; the sum "
+        "is not used"
+    )
 
 
 def _total(exchange: Exchange, clients: tuple[int, ...], words: Words) -> Total:

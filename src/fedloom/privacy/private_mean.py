@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedloom.errors import PluginError, PrivacyError, SettingsError
@@ -28,12 +28,14 @@ from fedloom.privacy.client_level import (
     update_multiplier,
 )
 from fedloom.privacy.correlation import Banded, Correlation, Participation, Tree
+from fedloom.privacy.distributed_noise import NoiseShares
 from fedloom.privacy.ledger import Entries, PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.noise_chain import NoiseChain
 from fedloom.privacy.participations import Participations
 from fedloom.privacy.settings import Mechanism, PrivacySettings
 from fedloom.tensors import Tensors
+from fedloom.wire.messages import AddedNoise
 
 SERVER = -1
 """The party of noise that the server draws."""
@@ -69,6 +71,8 @@ class ClientLevelPlan:
         mechanism: How the noise of rounds is correlated, by its name.
         correlation: The same, with the rounds of a client, where these are bounded by the draw; ``None``
             where clients are drawn by coins.
+        shares: What each client adds of a round in which all that are drawn are there, for a change of
+            one number, where clients add the noise; ``None`` where the server does.
     """
 
     noise_multiplier: float
@@ -85,6 +89,7 @@ class ClientLevelPlan:
     count_noise: float
     mechanism: Mechanism = "independent"
     correlation: Correlation | None = None
+    shares: NoiseShares | None = None
 
     @classmethod
     def of(
@@ -103,6 +108,7 @@ class ClientLevelPlan:
         """
         assert settings.delta is not None, "the section asks for it with a unit"
         sampling, correlation = 1.0, _correlation(settings, members, cohort, rounds)
+        accountant: Accountant = "rdp" if settings.distributes else settings.accountant
         z = settings.noise_multiplier
         if z is None:
             assert settings.target_epsilon is not None, "one of both is given"
@@ -112,7 +118,7 @@ class ClientLevelPlan:
                 settings.delta,
                 sampling,
                 rounds if correlation is None else 1,
-                settings.accountant,
+                accountant,
             )
         if correlation is not None and correlation.rounded and z > MOST_BANDED_NOISE:
             raise SettingsError(
@@ -130,12 +136,13 @@ class ClientLevelPlan:
             rounds,
             settings.delta,
             settings.target_epsilon,
-            settings.accountant,
+            accountant,
             settings.clip_quantile,
             settings.clip_learning_rate,
             settings.clip_count_noise or cohort / 20,
             settings.mechanism,
             correlation,
+            _shares(settings, z, cohort),
         )
         try:
             plan.sum_multiplier  # noqa: B018
@@ -191,13 +198,42 @@ class ClientLevelPlan:
 
         Where a draw of fixed size bounds a client's rounds, another would be drawn in the place of one
         that is not there. The client's changes are hidden, and not that it was drawn. A change of zero
-        is within the clip and counts as +1/2, where another may count as -1/2.
+        is within the clip and counts as +1/2, where another may count as -1/2. Where clients add the
+        noise, the server sees who does.
         """
-        return NEIGHBOURS if self.correlation is None else ZERO_OUT
+        return NEIGHBOURS if self.correlation is None and self.shares is None else ZERO_OUT
+
+    @property
+    def added_noise(self) -> AddedNoise:
+        """What clients add themselves.
+
+        Raises:
+            ValueError: The server adds the noise.
+        """
+        if self.shares is None:
+            raise ValueError("the server adds the noise")
+        return AddedNoise(self.noise_multiplier, self.clip, self.shares.colluding)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What records and the ledger say of noise and draws, where the draw bounds a client's rounds."""
+        """What records and the ledger say of who adds noise, and of draws that bound rounds."""
+        return {**self._of_shares, **self._of_draws}
+
+    @property
+    def _of_shares(self) -> dict[str, Any]:
+        own = self.shares
+        if own is None:
+            return {}
+        return {
+            "noise": "distributed",
+            "colluding": own.colluding,
+            "asked": own.clients,
+            "least": own.least,
+            "relied_on": own.honest,
+        }
+
+    @property
+    def _of_draws(self) -> dict[str, Any]:
         own = self.correlation
         if own is None:
             return {}
@@ -229,12 +265,28 @@ class ClientLevelPlan:
     def noise_of_rounds(self) -> tuple[float, float]:
         """Standard deviations over z C of the noise that rounds add, and that the sum of all has.
 
-        The first is the root of the mean square over all rounds.
+        The first is the root of the mean square over all rounds. Where clients add the noise, both are of
+        rounds in which nobody drops out.
         """
+        more = self.shares.all_there if self.shares is not None else 1.0
         if self.correlation is None:
-            return 1.0, math.sqrt(self.rounds)
+            return more, more * math.sqrt(self.rounds)
         single, whole = self.correlation.variances()
-        return math.sqrt(float(single.mean())), math.sqrt(float(whole[-1]))
+        return more * math.sqrt(float(single.mean())), more * math.sqrt(float(whole[-1]))
+
+    def require_room(self, numbers: int) -> None:
+        """Check that what clients are to add fits, for changes of so many numbers.
+
+        Raises:
+            SettingsError: It does not, or nobody's noise is relied on.
+        """
+        if self.shares is None:
+            return
+        own = replace(self.shares, numbers=max(1, numbers))
+        try:
+            own.width  # noqa: B018
+        except ValueError as error:
+            raise SettingsError([str(error)]) from error
 
     def _as_planned(self, releases: list[Releases]) -> bool:
         """Return whether releases cost no more than those that are planned, without an accountant."""
@@ -278,6 +330,15 @@ def participation_of(
     return Participation.of(rounds, separation, settings.max_participations)
 
 
+def _shares(settings: PrivacySettings, z: float, cohort: int) -> NoiseShares | None:
+    """Return what each client of a round adds, where clients add the noise."""
+    if not settings.distributes:
+        return None
+    nearest = settings.sum_rounding == "nearest"
+    own = (settings.clip, settings.colluding, settings.sum_bits, cohort)
+    return NoiseShares(z, *own, numbers=1, stochastic=not nearest)
+
+
 def _correlation(
     settings: PrivacySettings, members: int, cohort: int, rounds: int
 ) -> Correlation | None:
@@ -293,8 +354,8 @@ def _correlation(
     return Banded(participation, 1)
 
 
-class PrivateMean:
-    """Clips, adds, spends, adds noise: the only way from clients' answers to the server's state.
+class AccountedMean:
+    """A mean under client-level privacy, and what its releases have spent, whoever adds the noise.
 
     Attributes:
         plan: The numbers of the mechanism.
@@ -303,13 +364,57 @@ class PrivateMean:
         ledger: What was spent.
     """
 
-    def __init__(self, plan: ClientLevelPlan, source: NoiseSource, ledger: PrivacyLedger) -> None:
+    def __init__(self, plan: ClientLevelPlan, ledger: PrivacyLedger) -> None:
         """Begin with the clip of the first round."""
-        self.plan, self._source, self.ledger = plan, source, ledger
+        self.plan, self.ledger = plan, ledger
         self.clip, self.latest = plan.clip, 0
         own = plan.correlation
-        self._chain = NoiseChain(own, self._drawn) if own is not None and own.coupled else None
         self._taken = Participations(own.participation) if own is not None else None
+
+    def require_released(self, round: int) -> None:
+        """Check that the state of a round came of a release, before it is sent to anybody.
+
+        Raises:
+            PluginError: It did not.
+        """
+        if self.latest != round:
+            raise PluginError(
+                f'privacy.unit = "client": round {round} made a state without Method.averaged, where '
+                "changes are clipped and get their noise: the method declares client_privacy and must "
+                "take its means there"
+            )
+
+    def spent(self) -> Spent:
+        """Return what the ledger says was spent."""
+        return epsilon(self.ledger.releases, self.plan.delta, self.plan.accountant)
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it, as plain JSON: numbers that were released."""
+        found = {"clip": self.clip, "ledger": self.ledger.position}
+        if self._taken is not None:
+            found["participations"] = self._taken.saved()
+        return found
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint keeps.
+
+        Raises:
+            PrivacyError: The ledger does not hold what the checkpoint counts.
+        """
+        self.ledger.require(saved["ledger"])
+        self.clip = float(saved["clip"])
+        if self._taken is not None:
+            self._taken.restore(saved["participations"])
+
+
+class PrivateMean(AccountedMean):
+    """Clips, adds, spends, adds noise: the server's way from clients' answers to its state."""
+
+    def __init__(self, plan: ClientLevelPlan, source: NoiseSource, ledger: PrivacyLedger) -> None:
+        """Take where the server's noise comes from."""
+        super().__init__(plan, ledger)
+        self._source, own = source, plan.correlation
+        self._chain = NoiseChain(own, self._drawn) if own is not None and own.coupled else None
 
     def _drawn(self, round: int, digest: bytes, total: ClippedSum) -> dict[str, Integers]:
         """Return a round's own noise, for a release with a hash and a sum of such shapes, in steps."""
@@ -374,28 +479,9 @@ class PrivateMean:
                 "were repeated with other answers too often; start a new run"
             )
 
-    def require_released(self, round: int) -> None:
-        """Check that the state of a round came of :meth:`mean`, before it is sent to anybody.
-
-        Raises:
-            PluginError: It did not.
-        """
-        if self.latest != round:
-            raise PluginError(
-                f'privacy.unit = "client": round {round} made a state without Method.averaged, where '
-                "changes are clipped and get their noise: the method declares client_privacy and must "
-                "take its means there"
-            )
-
-    def spent(self) -> Spent:
-        """Return what the ledger says was spent."""
-        return epsilon(self.ledger.releases, self.plan.delta, self.plan.accountant)
-
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it, as plain JSON: numbers that were released."""
-        found = {"clip": self.clip, "ledger": self.ledger.position}
-        if self._taken is not None:
-            found["participations"] = self._taken.saved()
+        found = super().saved()
         return found if self._chain is None else {**found, "chain": self._chain.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -404,9 +490,6 @@ class PrivateMean:
         Raises:
             PrivacyError: The ledger does not hold what the checkpoint counts.
         """
-        self.ledger.require(saved["ledger"])
-        self.clip = float(saved["clip"])
-        if self._taken is not None:
-            self._taken.restore(saved["participations"])
+        super().restore(saved)
         if self._chain is not None:
             self._chain.restore(saved["chain"], self.ledger)

@@ -14,10 +14,15 @@ from fedloom.settings.schema import Of, Settings
 
 SUMMED = Of("privacy.secure_aggregation", (True,))
 
+SHARED = Of("privacy.noise", ("distributed",))
+
 Unit = Literal["client", "row"]
 """Whose presence is hidden: all of a client, or one of its rows."""
 
 Profile = Literal["research", "consortium", "regulated"]
+
+Noise = Literal["central", "distributed"]
+"""Who adds the noise that hides clients."""
 
 Mechanism = Literal["independent", "tree", "banded"]
 """How the noise of rounds is correlated."""
@@ -57,6 +62,14 @@ class PrivacySettings(Settings):
     down to it."""
     noise_multiplier: float | None = Field(default=None, ge=0, le=1e5)
     """Standard deviation of the noise on a sum, over the clip; 0 clips alone, which promises nothing."""
+    noise: Noise = "central"
+    """For unit = "client": who adds the noise. "central": the server, which sees each client's update
+    first. "distributed", with secure_aggregation: each client adds a share before its update is masked,
+    so that the sum has the noise whoever drops out, and the server never sees one without."""
+    colluding: Annotated[int, SHARED] = Field(default=1, ge=0)
+    """Clients of a sum whose noise is not counted on, as they may tell it to the server or to others: the
+    statement holds against the server and so many clients together. With 0 it does not hold against one
+    client, which knows its own noise."""
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
     """For unit = "client": have the clip follow this quantile of the norms of clients' changes, from
     privacy.clip on (default: it stays). Andrew et al. 2021 take 0.5."""
@@ -126,6 +139,11 @@ class PrivacySettings(Settings):
         return self.unit == "row" and not self.seeded
 
     @property
+    def distributes(self) -> bool:
+        """Whether clients add the noise that hides them, each a share."""
+        return self.unit == "client" and self.noise == "distributed"
+
+    @property
     def separates(self) -> bool:
         """Whether clients are drawn so that bounds on the rounds of each hold, in place of by coins."""
         return self.unit == "client" and (
@@ -134,13 +152,53 @@ class PrivacySettings(Settings):
             or self.max_participations is not None
         )
 
+    def _distributed(self) -> Iterator[str]:
+        """Yield what does not go with noise that clients add."""
+        what = 'privacy.noise = "distributed"'
+        if self.unit != "client":
+            yield (
+                f'{what} goes with privacy.unit = "client" alone'
+                + ': with "row" clients add the noise in their own steps' * (self.unit == "row")
+            )
+            return
+        if not self.secure_aggregation:
+            yield (
+                f"{what}: each client adds a share of the noise, which hides nothing by itself: it needs "
+                "privacy.secure_aggregation = true, so that sums alone are seen"
+            )
+        if self.mechanism != "independent":
+            yield (
+                f'{what}: privacy.mechanism = "{self.mechanism}" takes noise of earlier rounds back, and '
+                "nobody knows that of all clients: leave mechanism out"
+            )
+        if self.clip_quantile is not None:
+            yield (
+                f"{what}: privacy.clip_quantile has the server count clients within the clip, which is a "
+                "sum of its own without noise: leave clip_quantile out"
+            )
+        if self.accountant == "pld":
+            yield (
+                f'{what}: a sum of discrete Gaussians is bounded by Renyi divergence alone: use "rdp", '
+                'or "auto", which does'
+            )
+        if self.amplification:
+            yield f"{what}: whoever adds up masked answers knows whose they are: leave amplification out"
+        if "sum_bound" in self.model_fields_set and self.sum_bound != self.clip:
+            yield (
+                f"{what}: a number is at most privacy.clip = {self.clip:g}, by which all are rounded: "
+                f"leave privacy.sum_bound = {self.sum_bound:g} out"
+            )
+
     def contradictions(self) -> Iterator[str]:
         """Yield what in this section contradicts itself."""
-        if self.secure_aggregation and self.unit == "client":
+        if self.secure_aggregation and self.unit == "client" and not self.distributes:
             yield (
                 'privacy.secure_aggregation: with privacy.unit = "client" the server clips updates, and '
-                'so has to see each: use privacy.unit = "row", or leave one of the two out'
+                "so has to see each: have clients clip and add the noise (privacy.noise = "
+                '"distributed"), use privacy.unit = "row", or leave one of the two out'
             )
+        if self.noise == "distributed":
+            yield from self._distributed()
         if self.unit is None:
             for name in ("delta", "noise_multiplier", "target_epsilon", "column"):
                 if getattr(self, name) is not None:

@@ -70,6 +70,13 @@ def _bounded(record: Mapping[str, Any]) -> str:
     )
 
 
+def _helped(colluding: int) -> str:
+    """Return with whose help somebody learns no more than is stated."""
+    if not colluding:
+        return " without any client's noise,"
+    return f" with the noise of up to {colluding} client{'s' if colluding > 1 else ''}"
+
+
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Return what ``summary.json`` holds under ``privacy`` in sentences: who learns what, and what not.
 
@@ -77,7 +84,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         record: With unit, epsilon (``None`` where there is no bound), delta, noise_multiplier, clip,
             sampling, steps, accountant, neighbours, seeded and not_covered; where the draw bounds a
             client's rounds also mechanism, min_separation, max_participations, planned_rounds and
-            sensitivity.
+            sensitivity; where clients add the noise also noise, colluding, asked, least and relied_on.
     """
     found = []
     if record["seeded"]:
@@ -89,14 +96,22 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     epsilon, steps = record["epsilon"], record["steps"]
     of = f"{steps} noisy sum{'s' if steps != 1 else ''} of {record['unit']}s' changes"
     who = "whoever receives the model"
+    if record.get("noise") == "distributed":
+        who += ", the coordinator among them," + _helped(record["colluding"])
+        of += (
+            ", to which each client added a share of the noise before secure aggregation (that of "
+            f"{record['relied_on']} is counted on: of {record['asked']} that are asked "
+            f"{record['least']} are left at least)"
+        )
     if record["unit"] != "client":
         who += ", the coordinator among them,"
         of = f"{steps} noisy steps at the client that spends most"
     elif "sensitivity" in record:
         of += f", {_bounded(record)}"
+    least = " or more" * (record.get("noise") == "distributed")
     numbers = (
-        f"noise multiplier {record['noise_multiplier']:.4g}, clip {record['clip']:.4g}, sampling counted "
-        f"as {record['sampling']:.4g}"
+        f"noise multiplier {record['noise_multiplier']:.4g}{least}, clip {record['clip']:.4g}, sampling "
+        f"counted as {record['sampling']:.4g}"
     )
     if epsilon is None:
         found.append(

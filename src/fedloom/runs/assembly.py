@@ -238,7 +238,10 @@ def _local_engine(
 ) -> SimulationEngine:
     """Return the engine of the clients that are in this process."""
     experiment = bundles.experiment
-    seed, masked = experiment.federation.seed, experiment.privacy.secure_aggregation
+    seed, privacy = experiment.federation.seed, experiment.privacy
+    secure = None
+    if privacy.secure_aggregation:
+        secure = SecureClients.fresh(train, seed, seeded=privacy.seeded)
     return SimulationEngine(
         resources,
         train,
@@ -255,7 +258,7 @@ def _local_engine(
         on_step=on_step,
         cohort=experiment.simulation.cohort,
         together=answers_together,
-        secure=SecureClients.fresh(train, seed) if masked else None,
+        secure=secure,
         wire=experiment.wire,
     )
 

@@ -15,14 +15,24 @@ from fedloom.errors import PrivacyError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import Poisson, Selection, Separated, make_selection
 from fedloom.methods import METHODS
+from fedloom.privacy.distributed_mean import DistributedMean
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.noise import NoiseSource
-from fedloom.privacy.private_mean import ClientLevelPlan, PrivateMean, participation_of
+from fedloom.privacy.private_mean import (
+    AccountedMean,
+    ClientLevelPlan,
+    PrivateMean,
+    participation_of,
+)
 from fedloom.privacy.statement import sentences
 from fedloom.storage.run_folder import RunFolder
+from fedloom.wire.messages import AddedNoise
 
 LEDGER = "privacy.jsonl"
 """The ledger in the run folder."""
+
+SUMS = "released"
+"""Folder in the run folder: sums that clients' noise is in, until a checkpoint has them."""
 
 RUN = "client-level"
 """Names the run in its key's derivations: each run has a key of its own."""
@@ -33,6 +43,8 @@ def selection_of(experiment: Experiment) -> Selection:
     if experiment.privacy.unit != "client":
         return make_selection(experiment.selection)
     federation, members = experiment.federation, _members(experiment)
+    if experiment.privacy.distributes and not experiment.privacy.separates:
+        return make_selection(experiment.selection)  # of fixed size: a sum needs enough clients
     if not experiment.privacy.separates:
         return Poisson(min(1.0, federation.cohort_size / members))
     return Separated(
@@ -57,6 +69,7 @@ class RunPrivacy:
         cohort = min(federation.cohort_size, members)
         self._experiment = experiment
         self.plan = ClientLevelPlan.of(experiment.privacy, members, cohort, federation.rounds)
+        self.plan.require_room(1)
 
     @classmethod
     def of(cls, experiment: Experiment, stage: Callable[[str], None]) -> RunPrivacy | None:
@@ -72,7 +85,7 @@ class RunPrivacy:
             stage(sentence)
         return own
 
-    def mean(self, folder: RunFolder, done: int) -> PrivateMean:
+    def mean(self, folder: RunFolder, done: int) -> PrivateMean | DistributedMean:
         """Return what takes the means of the run in a folder, with its key and its ledger.
 
         Args:
@@ -85,12 +98,20 @@ class RunPrivacy:
             PrivacyError: The ledger was changed, or is gone.
             OutputError: Key or ledger cannot be written.
         """
-        own, path, key = self._experiment, folder.path / LEDGER, key_file(folder)
+        own, path = self._experiment, folder.path / LEDGER
         if done >= 0 and not path.exists():
             raise PrivacyError(
                 f"{path}: the privacy ledger of this run is gone, and rounds were finished: what was "
                 "spent is not known; put it back, or start a new run"
             )
+        if own.privacy.distributes:
+            ledger = PrivacyLedger(path, self._facts(), self.plan.compose)
+            return DistributedMean(self.plan, ledger, folder.path / SUMS, seeded=own.privacy.seeded)
+        return self._with_noise(path, key_file(folder), done)
+
+    def _with_noise(self, path: Path, key: Path, done: int) -> PrivateMean:
+        """Return a mean whose noise is drawn here; see :meth:`mean`."""
+        own = self._experiment
         if own.privacy.seeded:
             source = NoiseSource.seeded(own.federation.seed, RUN)
         elif done == own.federation.rounds and not key.exists():
@@ -100,27 +121,35 @@ class RunPrivacy:
             if not path.exists():
                 key.unlink(missing_ok=True)
             source = NoiseSource.kept(key, RUN, create=not path.exists())
-        facts = {
+        facts = self._facts(commitment=source.commitment)
+        return PrivateMean(self.plan, source, PrivacyLedger(path, facts, self.plan.compose))
+
+    def _facts(self, **more: Any) -> dict[str, Any]:
+        """Return what the ledger's first line says."""
+        return {
             "unit": "client",
             "delta": self.plan.delta,
             "target_epsilon": self.plan.target_epsilon,
             "clip": self.plan.clip,
             "members": self.plan.members,
             "neighbours": self.plan.neighbours,
-            "seeded": own.privacy.seeded,
-            "commitment": source.commitment,
+            "seeded": self._experiment.privacy.seeded,
+            **more,
             **self.plan.facts,
         }
-        return PrivateMean(self.plan, source, PrivacyLedger(path, facts, self.plan.compose))
 
-    def promise(self, private: PrivateMean | None = None, numbers: int = 0) -> dict[str, Any]:
+    def promise(self, private: AccountedMean | None = None, numbers: int = 0) -> dict[str, Any]:
         """Return the record of ``run.json`` and ``summary.json``.
 
         Args:
             private: What took the means of a run that is over (default: what is planned).
             numbers: d, how many numbers a client sends.
+
+        Raises:
+            SettingsError: Clients are to add noise that does not fit a sum's numbers.
         """
         plan = self.plan
+        plan.require_room(numbers)
         once, _ = plan.noise_of_rounds
         spent = private.spent() if private is not None else plan.promised
         record: dict[str, Any] = {
@@ -148,7 +177,16 @@ class RunPrivacy:
         return {**record, "sentences": sentences(record)}
 
 
-def restore(private: PrivateMean, saved: Mapping[str, Any]) -> None:
+def added_noise(experiment: Experiment) -> AddedNoise | None:
+    """Return what each client adds by an experiment, ``None`` where it adds nothing.
+
+    Raises:
+        SettingsError: The budget cannot be met, or a package is missing.
+    """
+    return RunPrivacy(experiment).plan.added_noise if experiment.privacy.distributes else None
+
+
+def restore(private: AccountedMean, saved: Mapping[str, Any]) -> None:
     """Go on from the records of a checkpoint.
 
     Raises:
@@ -186,8 +224,14 @@ def _members(experiment: Experiment) -> int:
 
 def _not_covered(experiment: Experiment) -> list[str]:
     """Return what client-level privacy of the model says nothing of."""
+    coordinator = "the coordinator, which sees each client's update before it is clipped and noised"
+    if experiment.privacy.distributes:
+        coordinator = (
+            f"anything from more than {experiment.privacy.colluding} clients that tell the coordinator "
+            "their noise, or from a coordinator that deviates from the protocol with clients that help it"
+        )
     found = [
-        "the coordinator, which sees each client's update before it is clipped and noised",
+        coordinator,
         "the run folder beside the model (who took part, rows and costs of each client, the audit log)",
         "a person with rows at several clients (their epsilons add up)",
         "other runs on the same rows",

@@ -48,6 +48,7 @@ from fedloom.methods.contract.soundness import first_state
 from fedloom.models.adapters import AdapterModel
 from fedloom.models.saved_adapter import WEIGHTS
 from fedloom.objectives.base import Objective
+from fedloom.privacy.distributed_mean import DistributedMean
 from fedloom.privacy.noise import NoiseSource
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.statement import of_settings
@@ -486,7 +487,7 @@ class _Run:
     segment: int = 0
     clients_in: Path | None = None
     profile: Profile | None = None
-    private: PrivateMean | None = None
+    private: PrivateMean | DistributedMean | None = None
 
     def __post_init__(self) -> None:
         """Begin to follow the records."""
@@ -742,7 +743,9 @@ class _Run:
 
     def _secure(self) -> SecureAggregation | None:
         """Return what has replies summed, where the server may see none of them."""
-        return SecureAggregation.of(self.experiment.privacy, self.admission.run, self.segment)
+        private = self.private if isinstance(self.private, DistributedMean) else None
+        run, privacy = self.admission.run, self.experiment.privacy
+        return SecureAggregation.of(privacy, run, self.segment, private)
 
     @contextlib.contextmanager
     def _profiling(self, server: Server, done: int) -> Iterator[Server]:
@@ -836,6 +839,8 @@ class _Run:
             )
         store.saved(clients)
         self.saved, self.clients_in = last.round, clients.folder
+        if isinstance(self.private, DistributedMean):
+            self.private.forget(last.round)
 
     def _keep_last(self) -> None:
         """Save the last finished round, if it was not due; a full disk hides no other error."""

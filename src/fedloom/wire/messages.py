@@ -68,6 +68,21 @@ class Buffered:
 
 
 @dataclass(frozen=True)
+class AddedNoise:
+    """Noise that each client adds to its answer before it is masked (``privacy/distributed_noise.py``).
+
+    Attributes:
+        multiplier: z, standard deviation of the noise that is relied on, over the clip.
+        clip: C, largest Euclidean norm of an answer's change over all tensors together.
+        colluding: Clients of a sum that may tell others their noise.
+    """
+
+    multiplier: float
+    clip: float
+    colluding: int
+
+
+@dataclass(frozen=True)
 class Masking:
     """How replies are masked, so that only their sum can be read (``federation/secure_exchange.py``).
 
@@ -81,6 +96,7 @@ class Masking:
         stochastic: Whether values are rounded at random, so that their mean is kept.
         contents: Schema of a reply before it is masked.
         messages: What each client is sent of the protocol beside its request.
+        noise: What clients add themselves; changes are then clipped whole, and nothing else is summed.
     """
 
     run: str
@@ -92,6 +108,7 @@ class Masking:
     stochastic: bool
     contents: Schema
     messages: Mapping[int, bytes] = field(default_factory=dict)
+    noise: AddedNoise | None = None
 
 
 @dataclass(frozen=True)

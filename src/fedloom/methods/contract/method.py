@@ -38,6 +38,7 @@ from fedloom.models.adapters import AdapterModel
 from fedloom.models.heads import PersonalModules
 from fedloom.models.split_model import ClientPart
 from fedloom.objectives.base import Objective
+from fedloom.privacy.distributed_mean import DistributedMean
 from fedloom.privacy.private_mean import PrivateMean
 from fedloom.randomness import generator
 from fedloom.reports.sections.spec import SectionSpec
@@ -215,7 +216,7 @@ class Method(MethodTraits):
     least: Mapping[str, object] = MappingProxyType({})
     sections: tuple[SectionSpec, ...] = ()
     aggregation = AggregationSettings()
-    private: PrivateMean | None = None
+    private: PrivateMean | DistributedMean | None = None
     server: ServerSide
 
     @classmethod
@@ -293,6 +294,9 @@ class Method(MethodTraits):
             RoundFailed: Too few clients answered for the rule.
             PrivacyError: The privacy budget would be passed.
         """
+        if isinstance(self.private, DistributedMean):
+            found = replies if isinstance(replies, Replies) else Replies(replies)
+            return self.private.summed(found.mean(by="clients"), cohort.round, found.answered)
         if self.private is not None:
             changed = (reply.payload.tensors for reply in replies)
             clients = [reply.client for reply in replies]

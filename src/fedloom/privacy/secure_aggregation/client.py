@@ -140,6 +140,11 @@ class ClientSession:
             key = agreed(self._private("key"), self._keys[other].masking, info)
             add_mask(words, key, subtract=other < self.client)
 
+    @property
+    def noise_key(self) -> bytes:
+        """32 bytes from which its noise in this sum is drawn, known to nobody else."""
+        return self._private("noise")
+
     def confirm(self, survivors: bytes) -> bytes:
         """Return its signature over the list of the clients whose masked vectors came.
 
