@@ -295,8 +295,11 @@ DEMANDS = {
     "budget": {"max_epsilon": 8.0, "delta": 1e-5},
     "patient": {"require": "row", "column": "patient"},
     "client": {"require": "client"},
+    "share": {"require": "client", "distributed_noise": True, "trust_first_use": True},
 }
 OF_CLIENTS = {**HIDDEN, "unit": "client"}
+ADDED = {**OF_CLIENTS, "noise": "distributed", "secure_aggregation": True}
+THREE = {"federation": {"clients": 3}}
 
 
 @pytest.mark.parametrize(
@@ -307,6 +310,11 @@ OF_CLIENTS = {**HIDDEN, "unit": "client"}
         ("client", {"privacy": HIDDEN}, None),
         ("client", {"privacy": OF_CLIENTS}, None),
         ("patient", {"privacy": {**HIDDEN, "column": "patient"}, **UNJUDGED}, None),
+        ("share", {"privacy": HIDDEN}, None),
+        ("share", {"privacy": ADDED, **UNJUDGED, **THREE}, None),
+        ("share", {"privacy": OF_CLIENTS}, 'privacy.noise is "central": the server would see'),
+        ("share", {}, "privacy.unit is missing: the experiment adds no noise at all"),
+        ("share", {"privacy": {**ADDED, "seeded": True}, **UNJUDGED, **THREE}, "subtracts the noise"),
         ("row", UNJUDGED, 'privacy.unit is missing, here it must be "row"'),
         ("budget", UNJUDGED, "privacy.unit is missing"),
         ("client", {}, "privacy.unit is missing: the experiment adds no noise at all"),
@@ -336,6 +344,18 @@ def test_how_rows_are_hidden_here_is_taken_over_and_what_the_server_adds_is_not(
         **asked, target_epsilon=None, seeded=False
     ).model_dump(exclude_unset=True)
     assert ask(own(OWN), privacy=OF_CLIENTS).experiment.privacy == PrivacySettings()
+    more = {
+        **ADDED,
+        "colluding": 0,
+        "sum_bits": 20,
+        "sum_rounding": "nearest",
+        "min_separation": 1,
+    }
+    known = own(OWN, privacy={"trust_first_use": True})
+    share = ask(
+        known, privacy={**more, "accountant": "rdp"}, **UNJUDGED, **THREE
+    ).experiment.privacy
+    assert share == PrivacySettings(**more)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +368,7 @@ def test_how_rows_are_hidden_here_is_taken_over_and_what_the_server_adds_is_not(
             "which no budget here can count",
         ),
         ({"column": "patient"}, 'goes with require = "row" or max_epsilon'),
+        ({"distributed_noise": True}, 'it goes with policy.privacy.require = "client"'),
         ({"max_epsilon": 0.0, "delta": 1e-5}, "policy.privacy.max_epsilon = 0.0: must be greater"),
         ({"requires": "row"}, "policy.privacy.requires: unknown key; did you mean 'require'"),
         ({"require": "rows"}, "policy.privacy.require = 'rows': did you mean 'row'"),

@@ -224,6 +224,16 @@ CASES = {
         "privacy.bands = 3 does nothing: it is read where privacy.mechanism is 'banded', which is 'tree'",
         {"privacy": {**HIDDEN, "mechanism": "banded", "bands": 3}},
     ),
+    "privacy.colluding": (
+        {"privacy": {**HIDDEN, "colluding": 0}},
+        "privacy.colluding = 0 does nothing: it is read where privacy.noise is 'distributed', which is "
+        "'central'",
+        {
+            "privacy": {**HIDDEN, "colluding": 0, "noise": "distributed", "secure_aggregation": True},
+            "federation": {"clients": 3},
+            "evaluation": {"per_client": False},
+        },
+    ),
     "public.rows": (
         {"public": {"rows": 8}},
         "public.rows = 8 does nothing: this method has no public rows",

@@ -64,6 +64,7 @@ def test_a_clip_that_adapts_is_of_updates_and_not_of_rows(own):
         ("bands", (1, 64), (0, 65)),
         ("target_epsilon", (0.001, 99.0), (0.0,)),
         ("units_per_pass", (1, 32), (0, 33)),
+        ("colluding", (0, 9), (-1,)),
         ("sum_bits", (8, 24), (7, 25)),
         ("sum_bound", (0.001, 9.0), (0.0,)),
     ],
@@ -80,6 +81,7 @@ def test_without_a_line_nothing_is_promised_and_every_number_is_as_documented():
     own = PrivacySettings()
     assert (own.clip, own.clip_learning_rate, own.units_per_pass) == (1.0, 0.2, 1)
     assert (own.sum_bits, own.sum_bound) == (16, 1.0)
+    assert (own.noise, own.colluding, own.distributes) == ("central", 1, False)
     assert not (own.amplification or own.seeded or own.secure_aggregation)
     assert not (own.draws_in_steps or own.separates) and list(own.contradictions()) == []
     assert PrivacySettings(profile="consortium").secure_aggregation
@@ -107,6 +109,7 @@ def test_where_noise_is_drawn_and_how_clients_are(own, draws, separates):
 
 ROW = {"unit": "row", "delta": 1e-3, "noise_multiplier": 1.0}
 CLIENT = {**ROW, "unit": "client"}
+SHARED = {**CLIENT, "noise": "distributed", "secure_aggregation": True}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,18 @@ CLIENT = {**ROW, "unit": "client"}
         ({**CLIENT, "clip_count_noise": 2.0}, ["privacy.clip_count_noise is read"]),
         ({**CLIENT, "column": "patient"}, ["privacy.column groups"]),
         ({**CLIENT, "units_per_pass": 2}, ["privacy.units_per_pass goes"]),
+        (SHARED, []),
+        ({**SHARED, "min_separation": 2, "sum_bound": 3.0, "clip": 3.0, "accountant": "rdp"}, []),
+        ({**SHARED, "secure_aggregation": False}, ['privacy.noise = "distributed": each client']),
+        ({**SHARED, "unit": "row"}, ['privacy.noise = "distributed" goes with']),
+        ({"noise": "distributed"}, ['privacy.noise = "distributed" goes with']),
+        ({**SHARED, "mechanism": "banded"}, ['privacy.noise = "distributed": privacy.mechanism']),
+        (
+            {**SHARED, "clip_quantile": 0.5},
+            ['privacy.noise = "distributed": privacy.clip_quantile'],
+        ),
+        ({**SHARED, "accountant": "pld"}, ['privacy.noise = "distributed": a sum of discrete']),
+        ({**SHARED, "sum_bound": 2.0}, ['privacy.noise = "distributed": a number is']),
     ],
 )
 def test_what_cannot_both_be_meant_is_said_once_and_nothing_else(own, named):

@@ -47,6 +47,7 @@ LINES |= {
     "data": "this client offers no rows",
     "experiment": "this client cannot take part in it",
     "policy.privacy.require": "the experiment hides less of this client's rows than this client demands",
+    "policy.privacy.distributed_noise": "the server would see this client's update before it adds noise",
     "policy.privacy.column": "the experiment's unit of privacy is another than this client demands",
     "policy.privacy.secure_aggregation": "the server would see this client's update by itself",
     "policy.privacy.peers": "this client's file does not trust the keys of all clients of the sum",

@@ -183,7 +183,7 @@ class PrivacySettings(Settings):
             )
         if self.amplification:
             yield f"{what}: whoever adds up masked answers knows whose they are: leave amplification out"
-        if "sum_bound" in self.model_fields_set and self.sum_bound != self.clip:
+        if self.sum_bound not in (1.0, self.clip):  # the default is in the run folder's experiment
             yield (
                 f"{what}: a number is at most privacy.clip = {self.clip:g}, by which all are rounded: "
                 f"leave privacy.sum_bound = {self.sum_bound:g} out"
