@@ -15,6 +15,8 @@ from fedloom.wire.envelope import RequestHeader
 from fedloom.wire.messages import AddedNoise
 from loopback import Outcome, of
 
+pytestmark = pytest.mark.slow
+
 SHARED = {
     "unit": "client",
     "noise": "distributed",
@@ -70,7 +72,6 @@ def test_clients_that_demand_it_add_noise_of_their_own_machines(site, tmp_path):
         assert counted.read_text() == "1 1 0\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("action", [SHARES, "train", SIGNATURES])
 def test_a_client_that_is_killed_leaves_a_sum_with_noise_enough(site, action):
     found = site(demanded=True)
@@ -99,7 +100,6 @@ def test_a_client_takes_part_in_twice_as_many_sums_as_there_are_rounds(site):
     )  # by the experiment: the header says nothing of it
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_after_a_sum_releases_nothing_again(site, tmp_path):
     """In round 2 before the signatures: nothing was released, and the sum that is made again counts once."""
     found = site(rounds=2, seeded=True)

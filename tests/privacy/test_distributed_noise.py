@@ -115,6 +115,8 @@ def test_norms_after_rounding_by_hand():
     assert rounded_norm(3, 4) == pytest.approx(math.sqrt(14))
     assert rounded_norm(0.1, 1) == pytest.approx(min(1.1, math.sqrt(0.01 + 0.25 + 0.6)))
     assert rounded_norm(3, 4, stochastic=False) == 4.0
+    most = 2**15 - 1
+    assert rounded_norm(most, 10**6) / most == pytest.approx(1.000132, abs=1e-6)
     assert pytest.approx(0.60653, abs=1e-5) == BIAS
 
 

@@ -36,6 +36,31 @@ def test_a_draw_that_bounds_a_clients_rounds_is_said_with_the_noise():
 
 
 @pytest.mark.parametrize(
+    ("colluding", "helped"),
+    [
+        (0, " without any client's noise,"),
+        (1, " with the noise of up to 1 client"),
+        (3, " with the noise of up to 3 clients"),
+    ],
+)
+def test_noise_that_clients_add_protects_from_the_coordinator_and_so_many_of_them(
+    colluding, helped
+):
+    shares = {"noise": "distributed", "colluding": colluding, "asked": 10, "least": 6}
+    record = {**RECORD, "unit": "client", **shares, "relied_on": 6 - colluding}
+    said = sentences(record)[0]
+    assert said.startswith(
+        f"Privacy: whoever receives the model, the coordinator among them,{helped} learns of any one client"
+    )
+    assert (
+        "3 noisy sums of clients' changes, to which each client added a share of the noise before secure "
+        f"aggregation (that of {6 - colluding} is counted on: of 10 that are asked 6 are left at least), "
+        "noise multiplier 1 or more, clip 1" in said
+    )
+    assert promises([said])
+
+
+@pytest.mark.parametrize(
     ("unit", "steps", "what", "who"),
     [
         ("row", 1, "1 noisy steps at the client that spends most", ", the coordinator among them,"),

@@ -167,6 +167,7 @@ def test_workers_give_the_bits_of_one_process(shared, tmp_path):
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.slow
 def test_too_few_that_are_left_release_nothing_and_spend_nothing(shared, dropping, tmp_path):
     dropping("train", {1, 2})
     with pytest.raises(RoundFailed, match="2 clients sent their masked answers, 3 must"):
@@ -174,6 +175,7 @@ def test_too_few_that_are_left_release_nothing_and_spend_nothing(shared, droppin
     assert spent(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_client_insists_on_as_many_as_its_share_is_reckoned_with(shared, monkeypatch):
     """A server that says 200 are summed would have each of 4 add a fiftieth of the noise."""
     plain = secure_exchange.SecureAggregation._masking_of
@@ -190,6 +192,7 @@ def test_a_client_insists_on_as_many_as_its_share_is_reckoned_with(shared, monke
     )
 
 
+@pytest.mark.slow
 def test_nothing_travels_but_noisy_words(shared, monkeypatch):
     heard, carried = [], SimulationEngine.exchange
 
@@ -209,6 +212,7 @@ def test_nothing_travels_but_noisy_words(shared, monkeypatch):
             assert secure_exchange.elements_of(asked.masking) == 1 + shares.numbers
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_summed_as_nothing(shared, sums, monkeypatch):
     """A client whose training diverged is in the sum: that it is not would tell of its rows."""
     plain = noisy_sums._flat
@@ -224,6 +228,7 @@ def test_what_is_not_finite_is_summed_as_nothing(shared, sums, monkeypatch):
     assert not found.any()
 
 
+@pytest.mark.slow
 def test_without_noise_the_sum_is_of_clipped_changes_over_the_expected_number(
     shared, sums, dropping, tmp_path
 ):
@@ -240,6 +245,7 @@ def test_without_noise_the_sum_is_of_clipped_changes_over_the_expected_number(
     assert np.linalg.norm(change) == pytest.approx(np.linalg.norm(found) * 1e-3 / own.half / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", every(5, ABLE))
 def test_every_method_that_goes_with_both_has_one_release_a_round(shared, sums, tmp_path, name):
     sections = {
@@ -303,6 +309,7 @@ def test_a_sum_that_is_lost_is_another_release_and_stops_a_run_at_its_budget(
     assert json.loads((own.path / "rounds.jsonl").read_text().splitlines()[-1])["round"] == 1
 
 
+@pytest.mark.slow
 def test_rounds_of_a_client_may_be_bounded(shared, tmp_path):
     own = shared(
         {"min_separation": 2, "noise_multiplier": 2.0},
