@@ -261,3 +261,9 @@ def test_a_sum_of_coarse_noise_has_the_convolved_distribution():
     rest, others = 1 - likely.sum(), len(found) - counts.sum()
     test = chisquare([*counts, others], 100_000 * np.array([*likely, rest]))
     assert test.pvalue > 1e-3
+
+
+def test_a_sum_of_no_numbers_has_no_noise():
+    own = shares(numbers=0)
+    assert own.deviation == 0 and own.rounded(np.zeros(0), None).shape == (0,)
+    assert own.words(np.zeros(0, np.int64), SOURCE.stream("a", 1, 0)).shape == (0,)

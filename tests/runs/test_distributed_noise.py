@@ -20,6 +20,7 @@ from fedloom.federation.secure_exchange import (
     SHARES,
     SIGNATURES,
 )
+from fedloom.federation.selection import Separated
 from fedloom.methods import METHODS
 from fedloom.privacy.accounting import Releases, epsilon
 from fedloom.privacy.distributed_mean import DistributedMean
@@ -193,6 +194,38 @@ def test_a_client_insists_on_as_many_as_its_share_is_reckoned_with(shared, monke
 
 
 @pytest.mark.slow
+def test_a_client_adds_no_smaller_share_than_the_sum_began_with(shared, monkeypatch):
+    """A server that says 4 are summed at first, and 200 when the noise is reckoned."""
+    plain = secure_exchange._answers
+
+    def more(*asked):
+        found = plain(*asked)
+        return replace(found, masking=replace(found.masking, clients=200))
+
+    monkeypatch.setattr(secure_exchange, "_answers", more)
+    observer = Told()
+    with pytest.raises(RoundFailed, match="0 clients sent their masked answers, 3 must"):
+        run_experiment(shared(), observer=observer)
+    said = "a sum of 200 clients, where 3 at least were to be left when it began"
+    assert sum(said in line for line in observer.lines) == 4
+
+
+@pytest.mark.slow
+def test_a_client_that_took_part_too_often_ends_the_run_before_its_sum_is_read(
+    shared, tmp_path, monkeypatch
+):
+    """A selection that goes round the bounds: nothing is spent, and the masks stay on."""
+    own = shared(
+        {"min_separation": 2, "noise_multiplier": 2.0},
+        federation={"clients": 6, "clients_per_round": 3, "rounds": 2},
+    )
+    monkeypatch.setattr(Separated, "draw", lambda self, *asked: [0, 1, 2])
+    with pytest.raises(PrivacyError, match=r"round 2: clients .* would take part more often"):
+        run_experiment(own, observer=Silent())
+    assert len(spent(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
 def test_nothing_travels_but_noisy_words(shared, monkeypatch):
     heard, carried = [], SimulationEngine.exchange
 
@@ -253,7 +286,7 @@ def test_every_method_that_goes_with_both_has_one_release_a_round(shared, sums, 
         "objective": {"name": "pdpo" if name == "fedpdpo" else "dpo"},
     }
     run_experiment(shared(federation={"rounds": 1}, **sections), observer=Silent())
-    assert len(spent(tmp_path / "run")) == len(sums) == 1
+    assert len(spent(tmp_path / "run")) == 1 == sum(shares.numbers > 0 for shares, _ in sums)
 
 
 @pytest.mark.parametrize("moment", every(1, ["noise", "saved"]))

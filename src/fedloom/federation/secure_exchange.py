@@ -234,6 +234,7 @@ class SecureClients:
         masking = _masking(exchange)
         with _refusing():
             session = self._session(exchange, client)
+            _require_as_begun(session, masking)
         request = exchange.requests[client]
         words = self._words(exchange, session, reply)
         digest = digest_of(exchange, masking, request)
@@ -326,6 +327,20 @@ class SecureClients:
         if client not in self._sessions:
             raise MessageError("this client takes part in no sum of this run and round", "replayed")
         return self._sessions[client]
+
+
+def _require_as_begun(session: ClientSession, masking: Masking) -> None:
+    """Check that a client's share of the noise is reckoned for no more clients than it insists on.
+
+    Raises:
+        MessageError: Others are named now than when the sum began.
+    """
+    if masking.noise is not None and session.least != least_survivors(masking.clients):
+        raise MessageError(
+            f"a sum of {masking.clients} clients, where {session.least} at least were to be left when it "
+            "began: its noise would be another's",
+            "forged",
+        )
 
 
 @contextmanager
@@ -440,12 +455,13 @@ class SecureAggregation:
 
     def _kept(self, exchange: Exchange) -> Total | None:
         """Return what a sum of this work said before a kill, if it is accounted for and on the disk."""
-        if self.private is None:
+        if self.private is None or not _masking(exchange).contents.tensors:
             return None
         found = self.private.kept(exchange.round, _work_of(exchange))
         if found is None:
             return None
         means, clients = found
+        self.private.take(exchange.round, clients)
         ordered = {spec.name: means[spec.name] for spec in _masking(exchange).contents.tensors}
         return Total(clients, ordered, ALL_ALIKE, {}, 0.0)
 
@@ -456,8 +472,9 @@ class SecureAggregation:
             PrivacyError: The budget would be passed.
         """
         shares = shares_of(_masking(exchange))
-        if self.private is None or shares is None:
-            return
+        if self.private is None or shares is None or not shares.numbers:
+            return  # that somebody is there is no release
+        self.private.take(exchange.round, survivors)
         part = self.private.part  # asked again in another, it has other noise
         named = hashlib.sha256(_work_of(exchange) + part + repr(survivors).encode()).digest()
         self.private.spend(exchange.round, named, shares, survivors)
@@ -480,7 +497,8 @@ class SecureAggregation:
         origins = _origins(exchange, next(iter(exchange.requests.values())))
         expected = private.plan.expected
         means = noisy_means(shares, words, masking.contents, origins, expected)
-        private.keep(exchange.round, _work_of(exchange), means, survivors)
+        if means:
+            private.keep(exchange.round, _work_of(exchange), means, survivors)
         return Total(survivors, means, ALL_ALIKE, {}, 0.0)
 
     def _masking_of(

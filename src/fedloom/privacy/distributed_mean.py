@@ -117,14 +117,17 @@ class DistributedMean(AccountedMean):
             return None
         return (means, clients) if metadata.get("work") == work.hex() else None
 
-    def summed(self, means: Tensors, round: int, clients: Collection[int]) -> Tensors:
-        """Return a sum as the state of a round is made of it.
+    def take(self, round: int, clients: Collection[int]) -> None:
+        """Note that clients are in a sum, before it is released or taken from the disk.
 
         Raises:
-            PrivacyError: A client took part more often than is accounted.
+            PrivacyError: One of them took part more often than is accounted.
         """
-        if self._taken is not None and self.latest != round:
+        if self._taken is not None:
             self._taken.take(clients, round)
+
+    def summed(self, means: Tensors, round: int) -> Tensors:
+        """Return a sum, as the state of a round is made of it."""
         self.latest = round
         return means
 

@@ -105,7 +105,7 @@ class NoiseShares:
         colluding: Clients of a sum that may tell others their noise.
         bits: b of a number; C has L = 2^(b-1) - 1 steps.
         clients: Clients that were asked.
-        numbers: d, of a change.
+        numbers: d, of a change; without any nothing is released, and nobody adds noise.
         stochastic: Whether changes are rounded at random.
     """
 
@@ -155,7 +155,7 @@ class NoiseShares:
     @cached_property
     def deviation(self) -> float:
         """Sigma of one client's noise, in steps: the least, to 1e-9, that keeps to 1 / z."""
-        if not self.multiplier:
+        if not (self.multiplier and self.numbers):
             return 0.0
         bound, honest = 1 / self.multiplier, self.honest
         low = high = max(LEAST_DEVIATION, self.norm / (bound * math.sqrt(honest)))

@@ -119,7 +119,8 @@ class PrivacySettings(Settings):
     of the sum of the clients' weights, at most 32."""
     sum_bound: Annotated[float, SUMMED] = Field(default=1.0, gt=0)
     """Largest absolute value of a number in an update under secure aggregation; a larger one is cut off,
-    and the share of these is in the record. A smaller bound makes smaller steps of rounding."""
+    and the share of these is in the record. A smaller bound makes smaller steps of rounding. With
+    noise = "distributed" it is privacy.clip."""
     sum_rounding: Annotated[Literal["stochastic", "nearest"], SUMMED] = "stochastic"
     """How secure aggregation rounds: at random so that the mean is kept, or to the nearest step."""
 

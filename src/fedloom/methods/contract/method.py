@@ -296,7 +296,7 @@ class Method(MethodTraits):
         """
         if isinstance(self.private, DistributedMean):
             found = replies if isinstance(replies, Replies) else Replies(replies)
-            return self.private.summed(found.mean(by="clients"), cohort.round, found.answered)
+            return self.private.summed(found.mean(by="clients"), cohort.round)
         if self.private is not None:
             changed = (reply.payload.tensors for reply in replies)
             clients = [reply.client for reply in replies]
