@@ -9,7 +9,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fedloom.data.loading import load_examples
+from fedloom.deployment import client_check
 from fedloom.deployment.client_check import check, waiting_run, waiting_table
+from fedloom.deployment.client_file import OwnFile
 from fedloom.deployment.consent import MOST_WAITING, Approvals, Day
 from fedloom.deployment.error_report import (
     LINES,
@@ -475,6 +477,35 @@ def test_checking_says_what_a_file_means(small, table, rows_file, tmp_path):
     ):  # fmt: skip
         assert said in text, said
     assert "S-1" not in text
+
+
+def test_checking_says_what_noise_a_client_adds_itself(small, table, rows_file, tmp_path):
+    path, experiment = tmp_path / "own.toml", tmp_path / "x.toml"
+    asked = {"require": "client", "distributed_noise": True, "trust_first_use": True}
+    rows = rows_file([{"prompt": "Who?", "chosen": "I am.", "rejected": "No."}] * 4)
+    own = {"source": str(rows), "kind": "preference"}
+    file = {"data": own, "model": {"path": table["model"]["path"]}, "policy": {"privacy": asked}}
+    path.write_text(write_toml(file))
+    shared = {"unit": "client", "noise": "distributed", "delta": 1e-3, "target_epsilon": 3.0}
+    small["data"] = {"source": "x.jsonl", "kind": "preference"}
+    small["federation"] = {"clients": 3, "rounds": 1}
+    small["evaluation"] = {"per_client": False}
+    small["privacy"] = {**shared, "secure_aggregation": True}
+    experiment.write_text(write_toml(small))
+    look = check(path, experiment, 0)
+    text = re.sub(r"\s+", " ", rendered(look.shown, 200))
+    assert look.sound
+    assert "must be hidden by noise, of which this client adds a share itself" in text
+    found = Experiment.from_table(small)
+    protection = dict(client_check._protection(found, OwnFile.read(path)))
+    assert "noise" not in protection
+    assert protection["privacy"] == (
+        "this client clips its update and adds its share of the noise that hides each client in a sum, even "
+        "if 1 of the others tell theirs: epsilon 3 at delta 0.001 for the whole run, drawn from a key of "
+        "this machine"
+    )
+    leaves = re.sub(r"\s+", " ", rendered(client_check._leaves(found), 200))
+    assert "The adapters, with noise, in masked integers" in leaves and "losses" not in leaves
 
 
 def test_checking_says_by_which_layout_rows_are_read(tmp_path, call, rows_file):
