@@ -158,7 +158,7 @@ def test_other_methods_are_refused_with_their_reason(private, name):
         ({"federation": {"replacements": 1}}, "leave out federation.replacements = 1"),
         ({"selection": {"name": "rows"}}, "leave out selection.name = 'rows'"),
         ({"privacy": {"delta": 0.5}}, "not below 1 / federation.clients"),
-        ({"privacy": {"amplification": True}}, "sampling hides nobody"),
+        ({"privacy": {"amplification": True}}, "set evaluation.per_client = false"),
         ({"privacy": {"target_epsilon": 3.0}}, "give one of privacy.noise_multiplier"),
         ({"privacy": {"clip_count_noise": 3.0}}, "give both"),
         ({"privacy": {"mechanism": "tree", "clip_quantile": 0.5}}, "leave clip_quantile out"),

@@ -26,7 +26,9 @@ def verify(
 ) -> None:
     """Check that the audit log was not changed."""
     from fedloom.security.audit_log import verify as check
+    from fedloom.storage.run_folder import require_released
 
+    require_released(run)
     found = check(run)
     say(
         f"{found.lines} lines are intact: {found.clients} clients, {found.refused} messages refused; "
@@ -53,7 +55,9 @@ def match_logs(
 ) -> None:
     """Check that a run's log and a client's own log agree about the client's messages."""
     from fedloom.security.audit_log import match
+    from fedloom.storage.run_folder import require_released
 
+    require_released(run)
     found = match(run, client)
     lost = f"; {found.lost} answers did not arrive" if found.lost else ""
     say(

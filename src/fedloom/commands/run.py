@@ -144,7 +144,10 @@ def _run_here(
         raise typer.BadParameter("--from-round and --fresh-client go with --resume FOLDER")
     if what.experiment is not None:
         require_experiment(what.experiment)
-    refuse_early(lambda: _check_run(what.experiment, what.assignments, what.resume))
+    check = partial(_check_run, what.experiment, what.assignments, what.resume, live=live)
+    refuse_early(check)
+    if live and "torch" in sys.modules:  # then nothing was checked
+        check()
     shown = begin_loading(quiet)
     from fedloom.runs.run import resume_run, run_experiment
 
@@ -186,13 +189,22 @@ def _ray_address(address: str | None) -> str:
     return address or "local"
 
 
-def _check_run(experiment: Path | None, assignments: list[str] | None, resume: Path | None) -> None:
+def _check_run(
+    experiment: Path | None,
+    assignments: list[str] | None,
+    resume: Path | None,
+    *,
+    live: bool = False,
+) -> None:
     """Raise mistakes in a run that can be found without a model."""
+    from fedloom.experiment.client_privacy import require_secret
+
     if resume is not None:
         from fedloom.experiment.experiment import Experiment
         from fedloom.storage.run_folder import EXPERIMENT, RunFolder
 
-        Experiment.from_toml(RunFolder.existing(resume).path / EXPERIMENT)
+        own = Experiment.from_toml(RunFolder.existing(resume, server=True).path / EXPERIMENT)
+        require_secret(own.privacy, {"live": live})
         if experiment is not None:
             experiment_from(experiment, assignments)
         elif assignments:
@@ -201,7 +213,9 @@ def _check_run(experiment: Path | None, assignments: list[str] | None, resume: P
     from fedloom.runs.new_folder import require_startable
 
     assert experiment is not None
-    require_startable(_read_run(experiment, assignments))
+    asked = _read_run(experiment, assignments)
+    require_secret(asked.privacy, {"live": live})
+    require_startable(asked)
 
 
 def _read_run(path: Path, assignments: list[str] | None) -> Experiment:

@@ -180,7 +180,8 @@ class Terminal(Lines):
         if not self.silent:
             for text, style in ((plan.headline, "bold"), (plan.details, "dim")):
                 self.line(text, style)
-            self.watch(lambda: self.under_way)
+            if not plan.withheld:
+                self.watch(lambda: self.under_way)
 
     def client_done(self, round: int, client: int, done: int, of: int) -> None:
         """Print a line where clients take long; of quick ones, only what the round comes to."""
@@ -213,6 +214,9 @@ class Terminal(Lines):
         down = sum(cost.bytes_down for cost in record.costs)
         up = sum(cost.bytes_up for cost in record.costs)
         metric, worst = self._judged(record.evaluation)
+        if self.plan.withheld:
+            reached = {self.plan.metric: _number(metric)}
+            return {"round": f"{record.round}/{self.plan.rounds}", **reached}
         taken = len(record.clients) - len(record.rejected)
         missing = record.absent.keys() | record.rejected.keys() | record.paused.keys()
         simulated = record.simulated
@@ -292,6 +296,8 @@ class LiveTerminal(Terminal):
 
     def _picture(self) -> Group:
         round, done, of = self.progress
+        if self.plan is not None and self.plan.withheld:
+            return Group(self._table())
         bar = ProgressBar(total=of, completed=done, width=30)
         label = Text(f" round {round}: {done} of {of} clients", style="dim")
         line = Table.grid()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedloom.errors import SettingsError
 from fedloom.methods import METHODS
 from fedloom.privacy.distributed_noise import least_survivors
 from fedloom.privacy.secure_aggregation.graph import LEAST
+from fedloom.privacy.settings import PrivacySettings
 
 WHAT = 'privacy.unit = "client"'
 
@@ -36,6 +38,42 @@ def client_privacy_contradictions(parts: Mapping[str, Any]) -> Iterator[str]:
         )
     if "federation" in parts:
         yield from _federation(parts)
+    if parts["privacy"].amplification:
+        yield from _amplification(parts)
+
+
+AMPLIFIED = "privacy.amplification = true"
+
+
+def _amplification(parts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what would show who was drawn, or make who is drawn hang on others."""
+    if "method" in parts:
+        kind = METHODS[parts["method"].name][1]
+        if kind.personal or kind.own_models:
+            yield (
+                f"{AMPLIFIED}: with method.name = {parts['method'].name!r} each client keeps "
+                f"{kind.declares.keeps}, which show whether it took part: use a method with one model "
+                "for all, or leave amplification out"
+            )
+    if "evaluation" in parts and parts["evaluation"].per_client:
+        yield (
+            f"{AMPLIFIED}: metrics of single clients name them: set evaluation.per_client = false"
+        )
+    if "federation" in parts and parts["federation"].cohort_size >= parts["federation"].clients:
+        yield (
+            f"{AMPLIFIED}: all {parts['federation'].clients} clients take part in every round, and "
+            "nothing is drawn: set federation.clients_per_round below federation.clients, or leave it out"
+        )
+    if "output" in parts and parts["output"].trackers:
+        yield (
+            f"{AMPLIFIED}: output.trackers = {list(parts['output'].trackers)} get each round as it "
+            "ends, and how long a round takes shows how many clients it had: leave trackers out"
+        )
+    if "simulation" in parts and parts["simulation"].devices is not None:
+        yield (
+            f"{AMPLIFIED}: with [simulation.devices] a round takes as long as its slowest client, and "
+            "who can be asked in the next follows from that: leave the section out"
+        )
 
 
 def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
@@ -103,3 +141,38 @@ def _rounds_of_clients(parts: Mapping[str, Any]) -> Iterator[str]:
             f"privacy.max_participations = {most}: {federation.rounds} rounds with {asked} need "
             f"{needed} participations, and {members} clients have {most * members}: {more}{fewer}"
         )
+
+
+SHOWN_BY = {
+    "machines": "between machines the traffic, the gateway's records and the members' logs show who is "
+    "asked in each round: run it with --engine simulation, or leave amplification out",
+    "ray": "Ray's dashboard and logs show which client is worked on: leave Ray out; --workers does the "
+    "same on this machine",
+    "on_step": "on_step is told whose step it is: leave it out",
+    "profile": "a trace shows which client was worked on and when: leave --profile out",
+    "audit": "the audit plants rows at clients and says which of them were trained on: audit the "
+    "experiment with amplification = false and the same noise_multiplier, or attack the released "
+    "adapter (fedloom audit privacy RUN --rows FILE.jsonl)",
+    "live": "who watches the page sees how long each round takes, and so how many clients it has: leave "
+    "--live out; fedloom report shows the run when it is over",
+    "comparison": "the page of a comparison shows what rounds cost: run each experiment by itself, and "
+    "give the folders to fedloom report",
+}
+"""What shows who is drawn, and why."""
+
+
+def require_secret(privacy: PrivacySettings, asked: Mapping[str, bool]) -> None:
+    """Check that nothing which was asked for with a run shows who is drawn, where that is secret.
+
+    Args:
+        privacy: Of the experiment.
+        asked: Whether it was asked for, by the names of :data:`SHOWN_BY`.
+
+    Raises:
+        SettingsError: Something shows it.
+    """
+    if not privacy.amplification:
+        return
+    problems = [f"{AMPLIFIED}: {SHOWN_BY[name]}" for name, own in asked.items() if own]
+    if problems:
+        raise SettingsError(problems, "the command")

@@ -8,10 +8,11 @@ single clients tell have files of their own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.errors import PluginError
 from fedloom.federation.flash import Flash, FlashSettings
@@ -101,6 +102,10 @@ class ByAvailability(Selection):
         return first(there, order, size)
 
 
+Coins = Callable[[int, int], NDArray[np.float64]]
+"""From a round and a number to as many uniform numbers in [0, 1)."""
+
+
 class Poisson(Selection):
     """Draws each member by a coin of its own, so that the number of those drawn varies and may be 0.
 
@@ -113,14 +118,26 @@ class Poisson(Selection):
 
     exact = False
 
-    def __init__(self, rate: float) -> None:
-        """Take the probability."""
+    def __init__(self, rate: float, coins: Coins | None = None) -> None:
+        """Take the probability, and where secret coins are from (default: coins follow from the seed)."""
         super().__init__(NamedSettings())
-        self.rate = rate
+        self.rate, self._coins, self._round = rate, coins, 0
+
+    def begin(self, round: int, told: Mapping[int, Told]) -> None:
+        """Begin a round; see :class:`Selection`."""
+        self._round = round
 
     def draw(self, presence: Presence, size: int, rng: np.random.Generator) -> Sequence[int]:
-        """Return the members whose coin fell and that are there; ``size`` is not looked at."""
-        drawn = zip(presence.members, rng.random(len(presence.members)), strict=True)
+        """Return the members whose coin fell and that are there; ``size`` is not looked at.
+
+        Secret coins go by ids, so that a client's does not move with who else is a member.
+        """
+        members = presence.members
+        if self._coins is None:
+            coins = rng.random(len(members))
+        else:
+            coins = self._coins(self._round, 1 + max(members, default=0))[list(members)]
+        drawn = zip(members, coins, strict=True)
         there = set(presence.available)
         return [client for client, coin in drawn if coin < self.rate and client in there]
 

@@ -30,7 +30,7 @@ from fedloom.privacy.client_level import (
 from fedloom.privacy.correlation import Banded, Correlation, Participation, Tree
 from fedloom.privacy.distributed_noise import NoiseShares
 from fedloom.privacy.ledger import Entries, PrivacyLedger
-from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.noise import Floats, NoiseSource
 from fedloom.privacy.noise_chain import NoiseChain
 from fedloom.privacy.participations import Participations
 from fedloom.privacy.settings import Mechanism, PrivacySettings
@@ -59,7 +59,8 @@ class ClientLevelPlan:
         noise_multiplier: z of a round: of the noisy sum and the noisy number of clients together.
         clip: C of the first round.
         rate: q, the probability with which each member is drawn.
-        sampling: q that is accounted: 1, as those who see the server's records see who took part.
+        sampling: q that is accounted: the rate where who was drawn is kept secret (``amplification``),
+            else 1, as those who see the server's records see who took part.
         members: N.
         rounds: Releases that are planned, one a round.
         delta: Of the statement.
@@ -107,7 +108,9 @@ class ClientLevelPlan:
             SettingsError: The budget cannot be met, or the noise on the number of clients is too little.
         """
         assert settings.delta is not None, "the section asks for it with a unit"
-        sampling, correlation = 1.0, _correlation(settings, members, cohort, rounds)
+        rate = min(1.0, cohort / members)
+        sampling = rate if settings.amplification else 1.0
+        correlation = _correlation(settings, members, cohort, rounds)
         accountant: Accountant = "rdp" if settings.distributes else settings.accountant
         z = settings.noise_multiplier
         if z is None:
@@ -130,7 +133,7 @@ class ClientLevelPlan:
         plan = cls(
             z,
             settings.clip,
-            min(1.0, cohort / members),
+            rate,
             sampling,
             members,
             rounds,
@@ -466,6 +469,21 @@ class PrivateMean(AccountedMean):
             self.clip = next_clip(self.clip, share, plan.quantile, plan.clip_rate)
         self.latest = round
         return found
+
+    def coins(self, round: int, n: int) -> Floats:
+        """Return the secret coins by which the clients of a round are drawn.
+
+        They follow from the noise's key and the round alone, so that a round which is played again has
+        the cohort that it had.
+
+        Args:
+            round: From 1.
+            n: How many.
+
+        Returns:
+            Uniform multiples of 2^-53 in [0, 1), shape ``(n,)``.
+        """
+        return self._source.stream("cohort", round, SERVER).uniform(n)
 
     def _require_few(self) -> None:
         """Check that there are not more releases than a round's own noise is large enough for.

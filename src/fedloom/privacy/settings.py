@@ -96,8 +96,10 @@ class PrivacySettings(Settings):
     """Rounds that noise of "banded" reaches over; each but the first keeps as many numbers in memory as
     are sent (default: of up to 16 those with the least error)."""
     amplification: bool = False
-    """Whether drawing clients by coins makes epsilon smaller. It must be false: the records of a run name
-    the clients of each round, and against whoever reads them there is no amplification."""
+    """For unit = "client" in simulations: count that each client is drawn by a secret coin (Poisson
+    sampling), so that the same noise gives a smaller epsilon. The run folder then holds nothing that
+    follows from who was drawn, and is written when the run is over; the records that name the clients of
+    rounds are in FOLDER.private, which must not be handed out."""
     target_epsilon: float | None = Field(default=None, gt=0)
     """epsilon that the whole run may spend; the noise multiplier is solved for it."""
     accountant: Literal["auto", "pld", "rdp"] = "auto"
@@ -201,19 +203,23 @@ class PrivacySettings(Settings):
         if self.noise == "distributed":
             yield from self._distributed()
         if self.unit is None:
-            for name in ("delta", "noise_multiplier", "target_epsilon", "column"):
-                if getattr(self, name) is not None:
+            for name in ("delta", "noise_multiplier", "target_epsilon", "column", "amplification"):
+                if getattr(self, name) not in (None, False):
                     yield f'privacy.{name} is given and privacy.unit is not: give "client" or "row"'
             return
         if self.delta is None:
             yield "privacy.delta is missing: below 1 / number of units, 1e-5 for 10,000 rows or more"
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             yield "give one of privacy.noise_multiplier and privacy.target_epsilon: the other is solved"
-        if self.amplification:
+        if self.amplification and self.unit == "row":
             yield (
-                "privacy.amplification = true: the records of a run (rounds.jsonl, costs.jsonl, the "
-                "audit log, pages) name the clients of each round, so that sampling hides nobody from "
-                "who reads them: leave it out; epsilon then counts every client in every round"
+                "privacy.amplification = true counts how clients are drawn, and goes with "
+                'privacy.unit = "client" alone; that rows are drawn is counted without it'
+            )
+        elif self.amplification and self.separates:
+            yield (
+                "privacy.amplification = true needs clients that are drawn by coins: leave out "
+                "privacy.mechanism, min_separation and max_participations, or amplification"
             )
         for name in ("clip_quantile", "clip_count_noise"):
             if getattr(self, name) is not None and self.unit != "client":

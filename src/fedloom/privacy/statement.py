@@ -50,6 +50,12 @@ def promises(said: Sequence[str]) -> bool:
     return promised and not any(NOT_PRIVATE in sentence for sentence in said)
 
 
+SECRET = (
+    "Who was drawn is secret: each client was drawn for each round by a coin of probability {:.4g} that "
+    "follows from the noise's key, and nothing that was handed out follows from it but the noisy sums"
+)
+"""Of a run in which drawing clients counts."""
+
 MECHANISMS = {
     "independent": "noise of each round by itself",
     "tree": "noise correlated over rounds by a binary tree",
@@ -87,11 +93,12 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             sensitivity; where clients add the noise also noise, colluding, asked, least and relied_on.
     """
     found = []
+    amplified = record["unit"] == "client" and record["sampling"] < 1
     if record["seeded"]:
         found.append(
             f"Privacy: {NOT_PRIVATE}. Noise is drawn from federation.seed "
             "(privacy.seeded = true), and whoever knows the seed can subtract it; the figures hold for "
-            "noise from a secret key"
+            "noise from a secret key" + "; who is drawn follows from the seed as well" * amplified
         )
     epsilon, steps = record["epsilon"], record["steps"]
     of = f"{steps} noisy sum{'s' if steps != 1 else ''} of {record['unit']}s' changes"
@@ -123,6 +130,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             f"{GUARANTEE}{epsilon:.4g}, {record['delta']:.4g}) allows; neighbours: "
             f"{record['neighbours']}; {of}, {numbers}; accountant: {record['accountant']}"
         )
+    if amplified and not record["seeded"]:
+        found.append(SECRET.format(record["sampling"]))
     if record["not_covered"]:
         found.append(f"Not protected: {'; '.join(record['not_covered'])}")
     return found

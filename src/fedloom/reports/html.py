@@ -41,8 +41,8 @@ def _environment() -> Any:
     )
     environment.filters |= {
         "bytes": lambda value: "-" if value is None else human_bytes(value),
-        "flops": human_flops,
-        "seconds": human_seconds,
+        "flops": lambda value: "-" if value is None else human_flops(value),
+        "seconds": lambda value: "-" if value is None else human_seconds(value),
         "count": human_count,
         "number": number,
         "figure": lambda value: "-" if value is None else human_number(value),

@@ -164,6 +164,11 @@ class LiveRun:
                     f"{folder / names.RUNS}/NAME"
                 )
             self.folder = RunFolder.existing(folder)
+            if "withheld" in (self.folder.read_json(names.RUN) or {}):
+                raise OutputError(
+                    f"{folder} does not have what rounds took and who took part in them "
+                    f"(privacy.amplification), and there is nothing to watch: fedloom report {folder}"
+                )
         except OSError as error:
             raise OutputError(f"{folder} cannot be read: {first_line(error)}") from error
         self.name = short(folder.resolve().name, LONGEST)

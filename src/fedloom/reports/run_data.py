@@ -58,7 +58,13 @@ class Run:
         """What the run promises about privacy, in sentences, and what not; empty where nothing."""
         own: Record = (self.summary or self.run).get("privacy") or {}
         further = self.run.get("privacy_of_settings") or ()
-        return [str(sentence) for sentence in (*own.get("sentences", ()), *further)]
+        withheld = [self.run["withheld"]] if self.is_withheld else []
+        return [str(sentence) for sentence in (*own.get("sentences", ()), *further, *withheld)]
+
+    @property
+    def is_withheld(self) -> bool:
+        """Whether the folder lacks who took part and what rounds cost (``privacy.amplification``)."""
+        return "withheld" in self.run
 
     @property
     def evaluated(self) -> list[Record]:
@@ -108,6 +114,12 @@ class Run:
         return [float(r) for r in rounds], list(accumulate(spent[r] / scale for r in rounds))
 
 
+WITHHELD_ROUND: Record = {"clients": [], "rejected": [], "train": None}
+"""What pages look for in a round, of runs whose folder does not have it."""
+
+WITHHELD_DATA: Record = {"train": None, "malformed": 0, "dropped": {}}
+"""The same of ``data`` in ``run.json``."""
+
 NEEDED = ("name", "fedloom", "versions", "seed", "command", "model", "data", "metric")
 """Of run.json, what every page shows."""
 
@@ -127,11 +139,15 @@ def read_run(folder: Path) -> Run:
             f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
             "from a backup"
         )
+    rounds = files.read_lines(names.ROUNDS)
+    if "withheld" in run:
+        run = {**run, "data": {**WITHHELD_DATA, **run["data"]}}
+        rounds = [_filled(record) for record in rounds]
     return Run(
         label=folder.resolve().name,
         run=run,
         partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
-        rounds=files.read_lines(names.ROUNDS),
+        rounds=rounds,
         costs=files.read_lines(names.COSTS),
         samples=files.read_json(names.SAMPLES) or [],
         summary=files.read_json(names.SUMMARY),
@@ -139,6 +155,13 @@ def read_run(folder: Path) -> Run:
         doubts=doubts(files),
         starts=_starts(folder),
     )
+
+
+def _filled(record: Record) -> Record:
+    """Return a round with what pages look for, of a run whose folder does not have it."""
+    judged = record["evaluation"]
+    own = None if judged is None else {**judged, "clients": None}
+    return {**WITHHELD_ROUND, **record, "evaluation": own}
 
 
 def _starts(folder: Path) -> list[Record]:

@@ -469,7 +469,11 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [_comparison_row(label, run) for label, run in zip(labels, runs, strict=True)]
     curves = {label: run.global_line(metric) for label, run in same.items()}
     bands = {label: band for label, run in same.items() if (band := global_band(run))[0]}
-    cost = {row["label"]: row for row in rows if row["label"] in same and row["after"] is not None}
+    cost = {
+        row["label"]: row
+        for row in rows
+        if row["label"] in same and row["after"] is not None and row["bytes"] is not None
+    }
     charts = [
         (
             f"Held-out {words} by round; bands: 95 % over held-out rows",
@@ -517,11 +521,21 @@ def _comparison_row(label: str, run: Run) -> Record:
         "held_out": reached.rows if reached else None,
         "interval": reached.interval if reached else None,
         "worst": clients["worst"][run.metric] if clients else None,
+        **(dict.fromkeys(_SPENT) if run.is_withheld else _spent(work)),
+        "finished": run.summary is not None,
+    }
+
+
+_SPENT = ("bytes", "flops", "seconds", "memory")
+
+
+def _spent(work: Sequence[Record]) -> dict[str, float]:
+    """Return what clients' work took in all, by :data:`_SPENT`."""
+    return {
         "bytes": sum(c["bytes_down"] + c["bytes_up"] for c in work),
         "flops": sum(c["flops"] or 0 for c in work),
         "seconds": sum(c["seconds"] or 0 for c in work),
         "memory": max((c["peak_memory"] for c in work), default=0),
-        "finished": run.summary is not None,
     }
 
 

@@ -11,19 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.errors import PrivacyError
+from fedloom.errors import PrivacyError, SettingsError
 from fedloom.experiment.experiment import Experiment
 from fedloom.federation.selection import Poisson, Selection, Separated, make_selection
 from fedloom.methods import METHODS
 from fedloom.privacy.distributed_mean import DistributedMean
 from fedloom.privacy.ledger import PrivacyLedger
-from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.noise import Floats, NoiseSource
 from fedloom.privacy.private_mean import (
     AccountedMean,
     ClientLevelPlan,
     PrivateMean,
     participation_of,
 )
+from fedloom.privacy.settings import PrivacySettings
 from fedloom.privacy.statement import sentences
 from fedloom.storage.run_folder import RunFolder
 from fedloom.wire.messages import AddedNoise
@@ -38,18 +39,35 @@ RUN = "client-level"
 """Names the run in its key's derivations: each run has a key of its own."""
 
 
-def selection_of(experiment: Experiment) -> Selection:
-    """Return what draws the clients of each round: under client-level privacy what is accounted for."""
+def selection_of(experiment: Experiment, private: PrivateMean | None = None) -> Selection:
+    """Return what draws the clients of each round: under client-level privacy what is accounted for.
+
+    Args:
+        experiment: The run's.
+        private: Where secret coins are from; without it what needs them draws nobody, and raises.
+    """
     if experiment.privacy.unit != "client":
         return make_selection(experiment.selection)
     federation, members = experiment.federation, _members(experiment)
     if experiment.privacy.distributes and not experiment.privacy.separates:
         return make_selection(experiment.selection)  # of fixed size: a sum needs enough clients
     if not experiment.privacy.separates:
-        return Poisson(min(1.0, federation.cohort_size / members))
+        rate = min(1.0, federation.cohort_size / members)
+        if not experiment.privacy.amplification:
+            return Poisson(rate)
+        return Poisson(rate, private.coins if private is not None else _no_coins)
     return Separated(
         participation_of(experiment.privacy, members, federation.cohort_size, federation.rounds)
     )
+
+
+def _no_coins(round: int, n: int) -> Floats:
+    """Draw nobody: secret coins are those of a run that has begun.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError("who is drawn is secret until the run draws")
 
 
 class RunPrivacy:
@@ -65,11 +83,35 @@ class RunPrivacy:
         Raises:
             SettingsError: The budget cannot be met, or a package is missing.
         """
-        federation, members = experiment.federation, _members(experiment)
-        cohort = min(federation.cohort_size, members)
         self._experiment = experiment
-        self.plan = ClientLevelPlan.of(experiment.privacy, members, cohort, federation.rounds)
+        self.plan = self._planned(experiment.privacy)
         self.plan.require_room(1)
+
+    def _planned(self, privacy: PrivacySettings) -> ClientLevelPlan:
+        federation, members = self._experiment.federation, _members(self._experiment)
+        cohort = min(federation.cohort_size, members)
+        return ClientLevelPlan.of(privacy, members, cohort, federation.rounds)
+
+    def otherwise(self) -> ClientLevelPlan | None:
+        """Return the plan with ``privacy.amplification`` the other way.
+
+        ``None`` where it would say nothing: clients are not drawn by coins, all are drawn, there is no
+        noise, or the numbers cannot be met.
+        """
+        own, privacy = self.plan, self._experiment.privacy
+        if (
+            privacy.distributes
+            or own.correlation is not None
+            or own.rate == 1
+            or own.noise_multiplier == 0
+        ):
+            return None
+        try:
+            return self._planned(
+                privacy.model_copy(update={"amplification": not privacy.amplification})
+            )
+        except SettingsError:
+            return None
 
     @classmethod
     def of(cls, experiment: Experiment, stage: Callable[[str], None]) -> RunPrivacy | None:
@@ -230,9 +272,15 @@ def _not_covered(experiment: Experiment) -> list[str]:
             f"anything from more than {experiment.privacy.colluding} clients that tell the coordinator "
             "their noise, or from a coordinator that deviates from the protocol with clients that help it"
         )
+    beside = "the run folder beside the model (who took part, rows and costs of each client, the audit log)"
+    if experiment.privacy.amplification:
+        beside = (
+            "whoever learns who was drawn: by the server's own folder (.private), by its traffic or its "
+            "machine, by how long rounds take, or the client itself, which knows when it is asked"
+        )
     found = [
         coordinator,
-        "the run folder beside the model (who took part, rows and costs of each client, the audit log)",
+        beside,
         "a person with rows at several clients (their epsilons add up)",
         "other runs on the same rows",
     ]

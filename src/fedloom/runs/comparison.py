@@ -32,6 +32,7 @@ from fedloom.accounting.quantities import parse_quantity
 from fedloom.data.reader import require_files
 from fedloom.errors import CheckpointError, FedloomError, Interrupted, OutputError, SettingsError
 from fedloom.experiment.aliases import require_own_names, with_own_names
+from fedloom.experiment.client_privacy import require_secret
 from fedloom.experiment.experiment import COMPARE, Experiment
 from fedloom.experiment.unused_settings import unread_in_all, unread_settings
 from fedloom.methods import DEFAULT, METHODS, make_method
@@ -286,6 +287,7 @@ def comparison_of(table: Mapping[str, Any], name: str, place: str) -> Comparison
                         raise SettingsError(
                             ['compare.judged_by = "clients" needs evaluation.per_client']
                         )
+                    require_secret(experiment.privacy, {"comparison": True})
                 except SettingsError as error:
                     problems += [
                         f"configuration {objective}-{method}: {text}" for text in error.problems

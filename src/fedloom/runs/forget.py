@@ -27,7 +27,7 @@ def forget_client(path: Path, client: int) -> int:
         OutputError: It is not a run folder, its run is under way, it holds nothing of the client, or a
             file cannot be deleted.
     """
-    folder = RunFolder.existing(path)
+    folder = RunFolder.existing(path, server=True)
     if not folder.is_begun:
         raise OutputError(
             f"{path} holds no store or model of client {client}: no run was begun there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,17 @@ def new_folder(experiment: Experiment) -> Iterator[RunFolder]:
         OutputError: It holds something already, another run begins there, or it cannot be made.
     """
     chosen, path = experiment.output.folder, free_folder(experiment)
+    apart = experiment.privacy.amplification
     while True:
         remove_temporary(path, names.EXPERIMENT)  # of a run that was killed before it began
-        _require_empty(path, chosen)
+        _require_free(experiment, path)
         try:
             path.mkdir(parents=True, exist_ok=bool(chosen))
             path.chmod(0o700)  # held-out prompts and answers are in it
+            if apart:
+                own = names.own_folder_of(path)
+                own.mkdir(mode=0o700, exist_ok=bool(chosen))
+                own.chmod(0o700)
             break
         except FileExistsError as error:  # another run was quicker
             if chosen:  # a link that leads nowhere
@@ -47,10 +53,39 @@ def new_folder(experiment: Experiment) -> Iterator[RunFolder]:
             raise OutputError(
                 f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
             ) from error
-    folder = RunFolder(path)
+    folder = RunFolder(names.own_folder_of(path) if apart else path)
     with folder.locked():
-        _require_empty(path, chosen)
+        _require_free(experiment, path)
+        if apart:
+            folder.write_text(names.NOTICE, SERVER_ONLY)
         yield folder
+
+
+SERVER_ONLY = """\
+Only the server of this run may read this folder. Its records name the clients of each round, and epsilon
+was computed as if nobody knew who was drawn (privacy.amplification = true). Hand out the folder beside
+it, of the same name without .private, and nothing of this one. The server needs it to resume the run.
+"""
+"""Content of the notice in a server's own folder."""
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove the folder of a run that did not begin, and that of what it would have released."""
+    released = folder.released
+    for path in (folder.path, *([released] if released is not None else [])):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_free(experiment: Experiment, path: Path) -> None:
+    """Check that nothing is in the folders of a run that were chosen.
+
+    Raises:
+        OutputError: Something is.
+    """
+    chosen = experiment.output.folder
+    _require_empty(path, chosen)
+    if experiment.privacy.amplification:
+        _require_empty(names.own_folder_of(path), chosen and str(names.own_folder_of(path)))
 
 
 def _require_empty(path: Path, chosen: str | None) -> None:
@@ -78,7 +113,7 @@ def require_startable(experiment: Experiment) -> None:
         ModelError: The model's folder is none.
     """
     if experiment.output.folder:
-        _require_empty(free_folder(experiment), experiment.output.folder)
+        _require_free(experiment, free_folder(experiment))
     require_rows(experiment, None)
     require_files(experiment.data)
     order_of_answers(experiment)
@@ -98,7 +133,7 @@ def free_folder(experiment: Experiment) -> Path:
     if experiment.output.folder:
         return path
     number, candidate = 2, path
-    while candidate.exists():
+    while candidate.exists() or names.own_folder_of(candidate).exists():
         candidate = path.with_name(f"{path.name}-{number}")
         number += 1
     return candidate

@@ -30,6 +30,7 @@ class Plan:
             former can be told from that of the latter; 0 where that is not known.
         ahead: What each round does, that of the start first, as far as it is known.
         folder: Of the run, where it is known.
+        withheld: Whether observers are not told who takes part, and may not show what rounds take.
     """
 
     headline: str
@@ -41,6 +42,7 @@ class Plan:
     work: float = 0.0
     ahead: tuple[RoundWork, ...] = ()
     folder: str = ""
+    withheld: bool = False
 
 
 class RunObserver(Observer, Protocol):

@@ -37,19 +37,20 @@ def plan_of(experiment: Experiment, parts: RunComponents, done: int) -> Plan:
             f"; {human_count(feedback.pairs)} pairs as single answers, {experiment.partition.feedback}: "
             f"{feedback.intact_share:.2f} of the pairs whole at one client"
         )
+    hidden = experiment.privacy.amplification  # who is drawn is secret, and what clients hold
+    held = f"rows per client {min(sizes.values())} to {max(sizes.values())}, " * (not hidden)
     return Plan(
         f"{experiment.name}: {objective} by {experiment.method.name}, {federation.rounds} rounds, "
         f"{about}{cohort} of {of} a round",
         f"model {of_server(experiment).model.path}, {human_count(trained)} trained parameters, "
-        f"rows per client {min(sizes.values())} to {max(sizes.values())}, "
-        f"{len(parts.division.test)} held out"
+        f"{held}{len(parts.division.test)} held out"
         f"{pairs}",
         federation.rounds,
         headline.name,
         headline.higher_is_better,
         {client: parts.engine.title(client) for client in sorted({*sizes, *absent})},
         _work(experiment, parts, sizes) if there == len(parts.local.sizes()) else 0.0,
-        _ahead(experiment, parts, sizes, done),
+        () if hidden else _ahead(experiment, parts, sizes, done),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from fedloom.accounting.quantities import human_count
 from fedloom.experiment.experiment import Experiment
 from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.private_mean import ClientLevelPlan
 from fedloom.privacy.statement import of_settings
 from fedloom.runs.assembly import assemble
 from fedloom.runs.client_privacy import RunPrivacy
@@ -51,6 +52,7 @@ def privacy_advice(
         record = of_clients.promise(numbers=numbers)
         return [
             *record["sentences"],
+            *_amplification(of_clients),
             *_noise_beside_signal(
                 record, numbers, of_clients.plan.expected, of_clients.plan.noise_of_rounds
             ),
@@ -70,6 +72,25 @@ def privacy_advice(
         *of_settings(privacy),
         *_noise_beside_signal(record, numbers, expected),
     ]
+
+
+def _amplification(of_clients: RunPrivacy) -> list[str]:
+    """Return what it costs that who is drawn is no secret, or would cost if it were none."""
+    own, other = of_clients.plan, of_clients.otherwise()
+    if other is None:
+        return []
+    given = "true" if other.sampling < 1 else "false"
+    return [
+        f"Amplification (derived): {_costs(own)}; with privacy.amplification = {given} {_costs(other)}. "
+        "With true nothing may be handed out that follows from who was drawn"
+    ]
+
+
+def _costs(plan: ClientLevelPlan) -> str:
+    return (
+        f"sampling counts as {plan.sampling:.4g}, and epsilon is {plan.promised.epsilon:.4g} with a "
+        f"noise multiplier of {plan.noise_multiplier:.4g}"
+    )
 
 
 def _noise_beside_signal(

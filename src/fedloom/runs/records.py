@@ -586,7 +586,7 @@ def _shown(text: Text | None) -> str | None:
 
 def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Path) -> str:
     """Return what the command line prints at the end."""
-    total = summary["totals"]
+    total = summary.get("totals")
     whose = " on clients' own rows (mean)" if summary["judged_on"] == "clients" else ""
     lines = [
         _change(headline.name + whose, summary["before"], summary["after"])
@@ -599,9 +599,13 @@ def summary_text(summary: Mapping[str, Any], headline: PrimaryMetric, folder: Pa
         lines.append(_change("likelihood_accuracy", old, new))
     if "best_round" in summary:
         lines.append(summary["best_round"]["text"])
+    if total is not None:
+        lines.append(
+            f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up "
+            f"(measured); clients computed {human_flops(total['flops'])} (derived) in "
+            f"{human_seconds(total['seconds'])}"
+        )
     lines += [
-        f"sent {human_bytes(total['bytes_down'])} down, {human_bytes(total['bytes_up'])} up (measured); "
-        f"clients computed {human_flops(total['flops'])} (derived) in {human_seconds(total['seconds'])}",
         *_simulated(summary.get("simulated_seconds")),
         *([verified_sentence(summary["verified"])] if "verified" in summary else []),
         f"run folder: {folder}",
@@ -638,6 +642,6 @@ def verified_sentence(outcome: dict[str, Any]) -> str:
     return (
         f"verified: {what}, loaded by {' and by '.join(outcome['loaded_by'])}, against what was trained, "
         f"on {outcome['rows']} {outcome['rows_are']}: log-probs differ by {outcome['difference']:.1g} "
-        f"({outcome['allowed']:.1g} allowed; training moved them by {outcome['moved']:.2g}); "
-        f"{human_seconds(outcome['seconds'])}"
+        f"({outcome['allowed']:.1g} allowed; training moved them by {outcome['moved']:.2g})"
+        + (f"; {human_seconds(outcome['seconds'])}" if "seconds" in outcome else "")
     )

@@ -27,6 +27,7 @@ from fedloom.errors import (
 )
 from fedloom.evaluation.generate import Ask, generate_answers
 from fedloom.evaluation.metrics import METRICS, PRIMARY_METRICS, PrimaryMetric
+from fedloom.experiment.client_privacy import require_secret
 from fedloom.experiment.experiment import Experiment
 from fedloom.experiment.unused_settings import unread_settings
 from fedloom.federation.admission import Admission
@@ -82,6 +83,7 @@ from fedloom.runs.initial_adapter import (
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.model_cards import ModelCards
 from fedloom.runs.new_folder import (
+    discard,
     new_folder,
     require_rows,
 )
@@ -103,6 +105,7 @@ from fedloom.runs.records import (
     unseen_clients_record,
     versions,
 )
+from fedloom.runs.released import Withholding, release
 from fedloom.runs.result import Result
 from fedloom.runs.resume_checks import (
     engine_name,
@@ -163,6 +166,27 @@ class _Given:
 
     def __post_init__(self) -> None:
         _require_here(self.workers, self.on_step, self.profile, self.ray)
+
+    def require_secret(self, experiment: Experiment) -> None:
+        """Check that nothing of it shows who is drawn, where that is secret.
+
+        Raises:
+            SettingsError: Something does.
+        """
+        asked = {
+            "machines": self.remote is not None,
+            "ray": self.ray is not None,
+            "on_step": self.on_step is not None,
+            "profile": self.profile,
+            "audit": self.auditor is not None,
+        }
+        require_secret(experiment.privacy, asked)
+
+    def withholding(self, folder: RunFolder) -> _Given:
+        """Return the same with an observer that is told what may leave, where that is not everything."""
+        if folder.released is None:
+            return self
+        return replace(self, observer=Withholding(self.observer, folder))
 
     def partitioned(self, experiment: Experiment) -> PartitionedData:
         """Read the data and partition it among the clients; report by which layout each file was read."""
@@ -232,15 +256,17 @@ def run_experiment(
     given = _Given(observer, objective, data, remote, on_step, profile, workers, ray, auditor)
     start = find_start(experiment)
     experiment = with_adapter_settings(experiment, start)
+    given.require_secret(experiment)
     with new_folder(experiment) as folder, worker_source(workers, ray) as source:
         try:
+            given = given.withholding(folder)
             run, state = _new_run(given, experiment, folder, source, start)
             run.prepare(-1)
         except RoundFailed:
             raise  # the audit log in the folder names clients that could not take part
         except BaseException:
             # nothing was trained: leave nothing behind
-            shutil.rmtree(folder.path, ignore_errors=True)
+            discard(folder)
             key_file(folder).unlink(missing_ok=True)
             raise
         return run.go(state, -1)
@@ -330,6 +356,8 @@ def resume_run(
             remove_temporary(place)
         begun: Record | None = folder.read_json(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
+        given.require_secret(experiment)
+        given = given.withholding(folder)
         run, saved = _begun_run(
             given, experiment, folder, source, start, begun, from_round, fresh_clients
         )
@@ -382,7 +410,7 @@ def _begun_folder(path: Path) -> RunFolder:
     Raises:
         OutputError: It is none, or no run was begun in it.
     """
-    folder = RunFolder.existing(path)
+    folder = RunFolder.existing(path, server=True)
     if not folder.is_begun:
         raise OutputError(
             f"no run was begun in {path}, it holds {names.EXPERIMENT} alone: start one with "
@@ -583,6 +611,11 @@ class _Run:
         self.observer.stage(where_it_goes_on(done, self.experiment.federation.rounds))
         return self.go(state, done)
 
+    @property
+    def _shown_folder(self) -> Path:
+        """The folder that the user is told of."""
+        return self.folder.released or self.folder.path
+
     def _for_clients(self, start: Tensors) -> Experiment:
         """Return the experiment as sent to clients: without other members, paths, patterns, selection."""
         own = told(self.experiment, self.start, start)
@@ -606,7 +639,9 @@ class _Run:
         held_out = remote.held_out() if remote is not None else None
         partition = partition_record(experiment, parts.division, sizes, held_out)
         self.folder.write_json(names.PARTITION, partition)
-        record = run_record(self.folder.path, experiment, parts, self.made, id, engine_name(remote))
+        record = run_record(
+            self._shown_folder, experiment, parts, self.made, id, engine_name(remote)
+        )
         record["start"] = start_record(experiment, self.start, parts.objective)
         if remote is not None:
             record["members"] = [
@@ -649,7 +684,7 @@ class _Run:
     def _report_heaviest(self, sizes: Mapping[int, int]) -> None:
         """Report the bound on a client's weight, and the clients above it."""
         bound = self.admission.weight_bound(sizes)
-        if bound.examples is None:
+        if bound.examples is None or self.folder.released is not None:
             return
         self.observer.stage(f"a client weighs at most {bound.examples} examples: {bound.why}")
         for client, registered in bound.cut.items():
@@ -708,6 +743,8 @@ class _Run:
             self._keep_last()
             if isinstance(error, KeyboardInterrupt):
                 raise self._interrupted() from None
+            if isinstance(self.observer, Withholding):
+                raise self.observer.shown(error) from None
             raise
         finally:
             shutil.rmtree(self.folder.path / "spool", ignore_errors=True)
@@ -797,7 +834,7 @@ class _Run:
     @cached_property
     def selection(self) -> Selection:
         """What draws the clients of each round."""
-        return selection_of(self.experiment)
+        return selection_of(self.experiment, self.private)
 
     @cached_property
     def digest(self) -> str:
@@ -854,7 +891,7 @@ class _Run:
         """Return how to resume the run."""
         what = f"everything up to round {self.saved}" if self.saved >= 0 else "nothing yet"
         return Interrupted(
-            f"stopped; {what} is saved. Go on with: fedloom run --resume {self.folder.path}"
+            f"stopped; {what} is saved. Go on with: fedloom run --resume {self._shown_folder}"
         )
 
     @property
@@ -904,13 +941,17 @@ class _Run:
         written = summary["adapter"]["sha256"] if summary["adapter"] else None
         self.audit.record("ended", adapter=written)
         self.audit.sync()
+        folder = self._shown_folder
+        if self.folder.released is not None:
+            summary = release(self.folder, summary)
+            adapter = adapter and folder / adapter.name
         return Result(
-            self.folder.path,
+            folder,
             summary["after_metrics"],
             summary["before_metrics"],
             adapter,
-            summary["totals"],
-            summary_text(summary, self._primary_metric, self.folder.path),
+            summary.get("totals", {}),
+            summary_text(summary, self._primary_metric, folder),
         )
 
     def _write_adapters(self, state: State) -> Path | None:

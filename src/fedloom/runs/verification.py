@@ -227,9 +227,8 @@ class Verifier:
         asked = client if client is not None else min(local.resources, default=None)
         if asked is None or (client is None and evaluator.common):
             return
-        hidden = (
-            self.experiment.privacy.unit == "row"
-        )  # an outcome would tell of rows without noise
+        privacy = self.experiment.privacy  # an outcome would tell of rows without noise
+        hidden = privacy.unit == "row" or privacy.amplification
         if asked in evaluator.client_held_out and not hidden:
             yield "the client's held-out", evaluator.client_held_out[asked].share.tokens
         public = local.resources[asked].public

@@ -66,6 +66,10 @@ LOCK = ".lock"
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 MAKE_ROOM = "make room or choose another output.folder"
+NOTICE = "SERVER-ONLY.txt"
+"""In a server's own folder: says that it must not be handed out."""
+_SERVERS_OWN = ".private"
+"""Ending of the name of a server's own folder, beside the run folder that may be handed out."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,34 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def existing(cls, path: Path) -> RunFolder:
+    def existing(cls, path: Path, *, server: bool = False) -> RunFolder:
         """Open the folder of an earlier run.
 
+        Args:
+            path: Where it is.
+            server: Whether the server goes on with its run, or changes it, and so needs its own records:
+                where these are kept apart, their folder is opened.
+
         Raises:
-            OutputError: It is not there, or is not a run folder.
+            OutputError: It is not there, is not a run folder, or is one that only the server reads.
         """
+        own = own_folder_of(path)
+        if server and is_servers_own(own):
+            path = own
         if not path.is_dir():
             raise OutputError(f"no run folder at {path}")
+        if not server:
+            require_released(path)
         if not (path / EXPERIMENT).is_file():
             raise OutputError(f"{path} is not a run folder: it has no {EXPERIMENT}")
         return cls(path)
+
+    @property
+    def released(self) -> Path | None:
+        """The folder of what may be handed out, where this one is the server's own; else ``None``."""
+        if not is_servers_own(self.path):
+            return None
+        return self.path.with_name(self.path.name.removesuffix(_SERVERS_OWN))
 
     @property
     def is_begun(self) -> bool:
@@ -251,6 +272,37 @@ class RunFolder:
                 if number < len(lines):
                     raise OutputError(f"{self.path / name}, line {number}: {error}") from error
         return records
+
+
+def own_folder_of(path: Path) -> Path:
+    """Return where a server's own records are, given the run folder that may be handed out, or them."""
+    path = path if path.name else path.resolve()
+    return path if is_servers_own(path) else path.with_name(path.name + _SERVERS_OWN)
+
+
+def is_servers_own(path: Path) -> bool:
+    """Return whether a folder holds a server's own records, which name the clients of rounds."""
+    return (path / NOTICE).is_file()
+
+
+def require_released(path: Path) -> None:
+    """Check that a folder, or that of a file, is not one that only the server reads.
+
+    Raises:
+        OutputError: It is one, or what may be handed out of its run is not written yet.
+    """
+    folder = path if path.is_dir() else path.parent
+    if is_servers_own(folder):
+        released = folder.with_name(folder.name.removesuffix(_SERVERS_OWN))
+        raise OutputError(
+            f"{folder} names the clients of each round, which nothing shows (privacy.amplification): "
+            f"give {released}, where what may be handed out is written when the run is over"
+        )
+    if not (folder / EXPERIMENT).is_file() and is_servers_own(own_folder_of(folder)):
+        raise OutputError(
+            f"{folder} is written when its run is over (privacy.amplification): wait for it, or go on "
+            f"with fedloom run --resume {folder}"
+        )
 
 
 def is_comparison(folder: Path) -> bool:
