@@ -12,6 +12,7 @@ from fedloom.experiment.experiment import Experiment
 from fedloom.federation.presence import Membership, Presence
 from fedloom.federation.selection import (
     SELECTIONS,
+    Poisson,
     UniformSettings,
     draw,
     draw_candidates,
@@ -33,6 +34,28 @@ def test_uniform_draws_the_bits_of_earlier_releases():
         before = rng.choice(there, size=20, replace=False)
         assert drawn("uniform", presence, 20, round) == tuple(sorted(before.tolist()))
     assert drawn("uniform", presence, 1000) == there
+
+
+def test_secret_coins_go_by_ids_and_not_by_the_seed_or_who_else_is_a_member():
+    """Coins of round 2 for the ids 0 to 7 by hand: below 0.5 are those of 1, 4 and 7."""
+    coins = {2: [0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8, 0.4999]}
+    asked = []
+
+    def secret(round, n):
+        asked.append((round, n))
+        return np.array(coins[round][:n])
+
+    selection = Poisson(0.5, secret)
+    selection.begin(2, {})
+    for members, wanted in (
+        (range(8), (1, 4, 7)),
+        ((1, 2, 7), (1, 7)),
+        ((0, 3, 4), (4,)),
+        ((3,), ()),
+    ):
+        presence = Presence.of(dict.fromkeys(members, 4))
+        assert draw(selection, presence, 3, 5, 2) == draw(selection, presence, 3, 6, 2) == wanted
+    assert asked[::2] == [(2, 8), (2, 8), (2, 5), (2, 4)]
 
 
 def test_rows_draws_in_proportion_to_them():

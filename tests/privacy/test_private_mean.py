@@ -290,3 +290,89 @@ def test_noise_is_of_the_server_and_of_its_purpose(tmp_path):
     stream = source.stream("sum of changes", 1, -1, source.digest(total.content()))
     drawn = stream.discrete_gaussian(1.5 * 2**30, 50) * (2.0 / 2**30 / 5)
     assert found["a"].tolist() == pytest.approx(drawn.tolist(), rel=1e-6)
+
+
+def sampled(members, cohort, rounds, delta, accountant="pld", **settings):
+    given = {"unit": "client", "delta": delta, "accountant": accountant, "amplification": True}
+    return ClientLevelPlan.of(PrivacySettings(**given, **settings), members, cohort, rounds)
+
+
+@pytest.mark.parametrize(
+    ("members", "cohort", "z", "rounds", "delta", "renyi", "numeric"),
+    [
+        (10, 1, 1.0, 100, 1e-5, 7.9039, 7.0466),
+        (747, 10, 1.0, 200, 1e-4, 1.2817, 0.9608),
+        (20, 1, 2.0, 500, 1e-5, 2.7686, 2.5320),
+        (10, 5, 3.0, 50, 1e-3, 4.6133, 4.0344),
+        (100, 1, 1.0, 1000, 1e-5, 2.1014, 1.8282),
+    ],
+)
+def test_a_secret_cohort_costs_what_the_table_of_sampled_noise_says(
+    members, cohort, z, rounds, delta, renyi, numeric
+):
+    """dp-accounting's values of Poisson sampling with the rate cohort / members."""
+    for accountant, wanted in (("rdp", renyi), ("pld", numeric)):
+        own = sampled(members, cohort, rounds, delta, accountant, noise_multiplier=z)
+        assert own.sampling == own.rate == cohort / members
+        assert own.promised.epsilon == pytest.approx(wanted, abs=1e-3)
+        adaptive = sampled(
+            members, cohort, rounds, delta, accountant, noise_multiplier=z,
+            clip_quantile=0.5, clip_count_noise=z,
+        )  # fmt: skip
+        assert adaptive.promised == own.promised
+        # (z^-2 - (2 z)^-2)^(-1/2) = z / sqrt(3 / 4)
+        assert adaptive.sum_multiplier == pytest.approx(z / 0.75**0.5)
+
+
+@pytest.mark.parametrize(
+    ("members", "cohort", "rounds", "delta", "target", "accountant", "wanted"),
+    [
+        (747, 10, 200, 1e-4, 8.0, "rdp", 0.5252),
+        pytest.param(747, 10, 200, 1e-4, 8.0, "pld", 0.4885, marks=pytest.mark.slow),
+        pytest.param(100, 1, 1000, 1e-5, 3.0, "rdp", 0.8646, marks=pytest.mark.slow),
+        pytest.param(100, 1, 1000, 1e-5, 3.0, "pld", 0.8137, marks=pytest.mark.slow),
+        pytest.param(10, 1, 100, 1e-5, 8.0, "rdp", 0.9937, marks=pytest.mark.slow),
+        pytest.param(10, 1, 100, 1e-5, 8.0, "pld", 0.9359, marks=pytest.mark.slow),
+    ],
+)
+def test_a_target_is_solved_with_the_rate(
+    members, cohort, rounds, delta, target, accountant, wanted
+):
+    own = sampled(members, cohort, rounds, delta, accountant, target_epsilon=target)
+    assert own.noise_multiplier == pytest.approx(wanted, rel=1e-3)
+    assert own.promised.epsilon <= target
+
+
+def test_releases_of_one_cohort_are_one_with_less_noise(tmp_path):
+    """A round that was repeated with other answers had one cohort: z = (1 + 1)^(-1/2), drawn once."""
+    own = sampled(20, 5, 3, 1e-3, "rdp", noise_multiplier=1.0)
+    private = made(tmp_path, own)
+    mean(private, [0.1], 1)
+    mean(private, [0.2], 1)
+    mean(private, [0.1], 2)
+    expected = [Releases(1 / 2**0.5, 0.25, 1), Releases(1.0, 0.25, 1)]
+    assert private.spent() == epsilon(expected, 1e-3, "rdp")
+    assert [line["sampling"] for line in private.ledger.entries] == [0.25] * 3
+
+
+def test_a_repeated_round_stops_before_the_budget_is_passed(tmp_path):
+    own = sampled(20, 5, 2, 1e-3, "rdp", target_epsilon=2.0)
+    private = made(tmp_path, own)
+    mean(private, [0.1], 1)
+    mean(private, [0.1], 2)
+    with pytest.raises(PrivacyError, match="the next release would bring epsilon to"):
+        mean(private, [0.2], 2)
+    assert len(private.ledger.entries) == 2
+
+
+def test_secret_coins_follow_from_key_and_round_alone(tmp_path):
+    own = sampled(20, 5, 3, 1e-3, "rdp", noise_multiplier=1.0)
+    first, again = made(tmp_path, own), made(tmp_path, own)
+    other = made(tmp_path, own, bytes([1] * 32))
+    mean(again, [0.1], 1)  # what was released does not move them
+    assert (first.coins(1, 9) == again.coins(1, 20)[:9]).all()
+    assert not (first.coins(1, 9) == first.coins(2, 9)).any()
+    assert not (first.coins(1, 9) == other.coins(1, 9)).any()
+    many = first.coins(3, 200_000)
+    assert many.min() >= 0 and many.max() < 1
+    assert abs((many < 0.25).mean() - 0.25) < 5 * (0.25 * 0.75 / 200_000) ** 0.5

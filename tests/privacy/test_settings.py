@@ -128,6 +128,12 @@ SHARED = {**CLIENT, "noise": "distributed", "secure_aggregation": True}
         ({"unit": "row", "delta": 1e-3}, ["give one of"]),
         ({**ROW, "target_epsilon": 1.0}, ["give one of"]),
         ({**ROW, "amplification": True}, ["privacy.amplification = true"]),
+        ({**CLIENT, "amplification": True}, []),
+        (
+            {**CLIENT, "amplification": True, "min_separation": 2},
+            ["privacy.amplification = true needs"],
+        ),
+        ({"amplification": True}, ["privacy.amplification is given and"]),
         ({**CLIENT, "secure_aggregation": True}, ["privacy.secure_aggregation"]),
         ({**ROW, "mechanism": "tree"}, ["privacy.mechanism is about"]),
         ({**ROW, "min_separation": 2}, ["privacy.min_separation is about"]),

@@ -113,3 +113,17 @@ def test_a_draw_two_rounds_apart_by_a_tree():
         "by a binary tree; a client is drawn in at most 6 of 30 rounds, 2 or more apart, and"
         in said
     )
+
+
+def test_a_secret_cohort_is_said_unless_it_follows_from_the_seed():
+    own = {**RECORD, "unit": "client", "sampling": 0.125, "amplification": True}
+    promised, secret, left_out = sentences({**own, "seeded": False})
+    assert "sampling counted as 0.125" in promised and left_out.startswith("Not protected")
+    assert secret.startswith(
+        "Who was drawn is secret: each client was drawn for each round by a coin"
+    )
+    assert "of probability 0.125 that follows from the noise's key" in secret
+    first, *others = sentences({**own, "seeded": True})
+    assert "reproducible, therefore not private" in first
+    assert first.endswith("from a secret key; who is drawn follows from the seed as well")
+    assert not [text for text in others if "Who was drawn" in text]

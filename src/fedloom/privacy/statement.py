@@ -93,7 +93,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             sensitivity; where clients add the noise also noise, colluding, asked, least and relied_on.
     """
     found = []
-    amplified = record["unit"] == "client" and record["sampling"] < 1
+    amplified = record.get("amplification", False)
     if record["seeded"]:
         found.append(
             f"Privacy: {NOT_PRIVATE}. Noise is drawn from federation.seed "

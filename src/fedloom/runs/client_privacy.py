@@ -201,6 +201,7 @@ class RunPrivacy:
             "noise_multiplier": plan.noise_multiplier,
             "clip": private.clip if private is not None else plan.clip,
             "sampling": plan.sampling,
+            "amplification": self._experiment.privacy.amplification,
             "steps": len(private.ledger.entries) if private is not None else plan.rounds,
             "accountant": spent.accountant,
             "neighbours": plan.neighbours,

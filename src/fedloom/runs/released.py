@@ -48,16 +48,8 @@ def _whole(*fields: str) -> dict[str, Fields | None]:
 
 _PRIVACY: Fields = MappingProxyType(
     _whole(
-        *(
-            "unit",
-            "epsilon",
-            "delta",
-            "noise_multiplier",
-            "clip",
-            "sampling",
-            "steps",
-            "accountant",
-        ),
+        *("unit", "epsilon", "delta", "noise_multiplier", "clip", "sampling", "amplification"),
+        *("steps", "accountant"),
         *("neighbours", "seeded", "drawn", "target_epsilon", "clip_quantile", "mechanism"),
         *("noise_to_signal", "not_covered", "sentences"),
     )
