@@ -256,6 +256,7 @@ QUICK = {
     "models/test_split_model.py::test_every_cut_gives_the_whole_models_loss_and_gradients": 1,  # 12 s
     "oracles/test_chat.py::test_pairs_and_single_answers_are_trls": 6,
     "privacy/test_client_level.py::test_a_client_moves_the_sum_of_a_thousand_random_models_by_at_most_the_clip": 0,
+    "privacy/test_private_mean.py::test_a_secret_cohort_costs_what_the_table_of_sampled_noise_says": 1,
     "recipes/test_recipes.py::test_a_comparison_is_read": 8,  # 21 of 6 s
     "recipes/test_recipes.py::test_recipe": 1,  # 19 s
     "reports/sections/test_expert_assignment.py::test_many_rounds_are_thinned_to_the_first_the_last_and_some_between": 0,
@@ -283,6 +284,9 @@ QUICK = {
     "runs/privacy_audit/test_audit.py::test_tokens_of_a_step_are_read_from_updates": 0,
     "runs/privacy_audit/test_audit.py::test_what_cannot_be_attacked_says_why": 0,
     "runs/privacy_audit/test_audit.py::test_whole_weights_tell_tokens_too": 0,
+    "runs/test_amplification.py::test_a_resume_draws_the_same_cohorts_which_follow_from_the_key_alone": 0,
+    "runs/test_amplification.py::test_advise_gives_both": 1,
+    "runs/test_amplification.py::test_no_command_shows_the_servers_own_folder": 0,
     "runs/test_benchmarks.py::test_a_real_adapter_answers_and_the_key_is_nowhere": 0,
     "runs/test_benchmarks.py::test_answers_are_kept_when_a_judge_fails_and_used_again": 0,
     "runs/test_benchmarks.py::test_more_than_three_models_are_shown_in_drawn_orders": 0,

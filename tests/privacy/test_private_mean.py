@@ -343,6 +343,13 @@ def test_a_target_is_solved_with_the_rate(
     assert own.promised.epsilon <= target
 
 
+def test_the_example_of_the_guide_without_amplification():
+    """747 clients, 10 a round, 200 rounds: the closed form at mu = sqrt(200) / z gives epsilon 8 at 7.68."""
+    settings = PrivacySettings(unit="client", delta=1e-4, target_epsilon=8.0)
+    own = ClientLevelPlan.of(settings, 747, 10, 200)
+    assert own.noise_multiplier == pytest.approx(7.6803, rel=1e-3) and own.sampling == 1
+
+
 def test_releases_of_one_cohort_are_one_with_less_noise(tmp_path):
     """A round that was repeated with other answers had one cohort: z = (1 + 1)^(-1/2), drawn once."""
     own = sampled(20, 5, 3, 1e-3, "rdp", noise_multiplier=1.0)

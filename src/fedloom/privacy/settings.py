@@ -214,7 +214,7 @@ class PrivacySettings(Settings):
         if self.amplification and self.unit == "row":
             yield (
                 "privacy.amplification = true counts how clients are drawn, and goes with "
-                'privacy.unit = "client" alone; that rows are drawn is counted without it'
+                'privacy.unit = "client" alone: leave it out; that rows are drawn is counted in any case'
             )
         elif self.amplification and self.separates:
             yield (

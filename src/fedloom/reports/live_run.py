@@ -167,7 +167,7 @@ class LiveRun:
             if "withheld" in (self.folder.read_json(names.RUN) or {}):
                 raise OutputError(
                     f"{folder} does not have what rounds took and who took part in them "
-                    f"(privacy.amplification), and there is nothing to watch: fedloom report {folder}"
+                    "(privacy.amplification), and there is nothing to watch: give it to fedloom report"
                 )
         except OSError as error:
             raise OutputError(f"{folder} cannot be read: {first_line(error)}") from error

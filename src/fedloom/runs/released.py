@@ -215,8 +215,8 @@ class Withholding:
             return error
         self._keep(f"error: {error}")
         return RoundFailed(
-            f"a round could not be played; why is in {self._kept}, and is not shown, as it may name who "
-            "was drawn (privacy.amplification)"
+            "a round could not be played, and the reason may name who was drawn (privacy.amplification): "
+            f"read {self._kept} on the server, then go on with fedloom run --resume"
         )
 
     def _keep(self, text: str) -> None:
