@@ -32,6 +32,7 @@ from fedloom.runs.privacy_estimate import privacy_advice
 from fedloom.runs.released import ROUND, SUMMARY, Withholding, of_schema, released_round
 from fedloom.runs.released import RUN as RUN_FIELDS
 from fedloom.runs.run import resume_run, run_experiment
+from fedloom.serving.locate import locate
 from fedloom.storage.run_folder import RunFolder, own_folder_of
 
 AMPLIFIED = {
@@ -439,3 +440,28 @@ def test_advise_gives_both(amplified, experiment, target):
         assert float(least) == pytest.approx(
             epsilon([Releases(1.0, 0.5, 2)], 1e-2, "rdp").epsilon, rel=1e-3
         )
+
+
+@pytest.mark.slow
+def test_what_was_released_is_a_run_folder_for_all_that_reads_one(amplified, tmp_path):
+    """Pages beside a run that withholds nothing, export, merging, another run's start, talking to it."""
+    found = [tmp_path / name for name in "abc"]
+    for folder, seed, given in zip(found, (0, 3, 5), (True, True, False), strict=True):
+        own = amplified(
+            {"amplification": given},
+            federation={"seed": seed},
+            output={"folder": str(folder), "verify": True},
+        )
+        run_experiment(own, observer=Silent())
+    told = []
+    page = write_page_of(found, tmp_path / "compared.html", told.append).read_text()
+    cells = re.findall(r"<td>(?:-|[\d.]+ [kM]?B)</td>", page[: page.index("Side by side")])
+    assert cells.count("<td>-</td>") >= 4 and told == []  # neither of the two says what it sent
+    verified = read(found[0], "summary.json")["verified"]
+    assert verified["rows_are"] == "held-out rows" and "seconds" not in verified
+    assert (export(found[0], format="adapter").folder / "adapter_model.safetensors").is_file()
+    assert locate(found[0]).folder == found[0] / "adapter"
+    start = amplified(output={"folder": str(tmp_path / "d")}, adapter={"start": str(found[0])})
+    run_experiment(start, observer=Silent())
+    assert read(tmp_path / "d", "run.json")["start"]["run"] == read(found[0], "run.json")["id"]
+    assert "clients" not in read(tmp_path / "d", "run.json")["start"]
