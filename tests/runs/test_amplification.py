@@ -265,6 +265,7 @@ def test_nobody_is_drawn_before_the_run_has_its_key(amplified):
         ({}, {"federation": {"clients_per_round": 4}}, "all 4 clients take part in every round"),
         ({}, {"output": {"trackers": ["tensorboard"]}}, "leave trackers out"),
         ({}, {"simulation": {"devices": {}}}, "with [simulation.devices] a round takes as long"),
+        ({}, {"simulation": {"cohort": 2}}, "changes one's answer by who else was drawn"),
         ({}, {"selection": {"name": "oort"}}, "leave out selection.name = 'oort'"),
         ({}, {"federation": {"replacements": 1}}, "leave out federation.replacements = 1"),
     ],

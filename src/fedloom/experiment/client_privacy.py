@@ -74,6 +74,11 @@ def _amplification(parts: Mapping[str, Any]) -> Iterator[str]:
             f"{AMPLIFIED}: with [simulation.devices] a round takes as long as its slowest client, and "
             "who can be asked in the next follows from that: leave the section out"
         )
+    if "simulation" in parts and parts["simulation"].cohort != 1:
+        yield (
+            f"{AMPLIFIED}: with simulation.cohort = {parts['simulation'].cohort!r} clients are trained "
+            "in one pass, where rounding changes one's answer by who else was drawn: leave it out"
+        )
 
 
 def _federation(parts: Mapping[str, Any]) -> Iterator[str]:
