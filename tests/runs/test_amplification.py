@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
 import re
+import signal
 import stat
+import subprocess
+import sys
+import time
 import uuid
 
 import numpy as np
@@ -466,3 +471,42 @@ def test_what_was_released_is_a_run_folder_for_all_that_reads_one(amplified, tmp
     run_experiment(start, observer=Silent())
     assert read(tmp_path / "d", "run.json")["start"]["run"] == read(found[0], "run.json")["id"]
     assert "clients" not in read(tmp_path / "d", "run.json")["start"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_with_the_same_coins_and_says_nothing_of_clients(
+    amplified, tmp_path
+):
+    """Real processes: SIGKILL once round 2 is on the disk, then a resume; all that both printed is read."""
+    folder, file, printed = tmp_path / "run", tmp_path / "x.toml", tmp_path / "printed"
+    own = amplified(
+        federation={"clients": 8, "clients_per_round": 3, "rounds": 8}, data={"builtin_rows": 80}
+    )
+    file.write_text(own.to_toml())
+    inside = own_folder_of(folder)
+    with printed.open("w") as output:
+        words = [sys.executable, "-m", "fedloom", "run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*words, file], stdout=output, stderr=output, env=environment)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            known = inside / "rounds.jsonl"
+            if known.exists() and known.read_text().count("\n") >= 3:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        before = cohorts(folder)
+        source = NoiseSource.kept(key_file(RunFolder(inside)), RUN, create=False)
+        assert list(folder.iterdir()) == []
+        subprocess.run(
+            [*words, "--resume", folder], stdout=output, stderr=output, env=environment, check=True
+        )
+    expected = []
+    for round in range(1, 9):
+        coins = source.stream("cohort", round, SERVER).uniform(8)
+        expected.append([client for client in range(8) if coins[client] < 3 / 8])
+    assert cohorts(folder) == expected and before == expected[: len(before)]
+    assert read(folder, "summary.json")["privacy"]["steps"] == 8
+    text = printed.read_text()
+    assert "8/8" in text and not re.search(r"\bclient \d|\bclients +\d+/|\bsent\b|\bleft\b", text)
