@@ -39,7 +39,7 @@ RUN = "client-level"
 """Names the run in its key's derivations: each run has a key of its own."""
 
 
-def selection_of(experiment: Experiment, private: PrivateMean | None = None) -> Selection:
+def selection_of(experiment: Experiment, private: AccountedMean | None = None) -> Selection:
     """Return what draws the clients of each round: under client-level privacy what is accounted for.
 
     Args:
@@ -55,7 +55,7 @@ def selection_of(experiment: Experiment, private: PrivateMean | None = None) -> 
         rate = min(1.0, federation.cohort_size / members)
         if not experiment.privacy.amplification:
             return Poisson(rate)
-        return Poisson(rate, private.coins if private is not None else _no_coins)
+        return Poisson(rate, private.coins if isinstance(private, PrivateMean) else _no_coins)
     return Separated(
         participation_of(experiment.privacy, members, federation.cohort_size, federation.rounds)
     )
