@@ -571,7 +571,6 @@ LONG = (
     "deployment/test_page.py",
     "deployment/test_proxy.py",
     "deployment/test_releases.py",
-    "deployment/test_row_privacy.py",
     "deployment/test_secure_sums_on_machines.py",
     "deployment/test_stuck.py",
     "engines/test_ray.py",
