@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from absent import Schedule, played
 from fedloom.accounting.costs import REFERENCE
 from fedloom.errors import RoundFailed
 from fedloom.experiment.experiment import Experiment
+from fedloom.federation.clock import Assignment, ClockState
+from fedloom.wire.messages import Answer
+from fedloom.wire.schema import Schema, TensorSpec
 
 FAST = {"flops": 1e21, "up": 1e21, "down": 1e21}
 """Devices on which a message takes its latency and nothing else."""
@@ -111,3 +115,17 @@ def test_lost_connections_are_drawn_by_client_and_round(play):
     assert {w for r in found.records for w in r.rejected.values()} == {
         "lost its connection (simulated)"
     }
+
+
+def test_requests_in_flight_come_back_as_they_were_sent():
+    """Coded requests of a round differ by client; equal ones are kept once."""
+    schema = Schema((TensorSpec("x", (2,), torch.float32),))
+    sent = [(0, 1, b"all"), (1, 1, b"all"), (2, 1, b"own"), (3, 2, b"all")]
+    work = tuple(
+        Assignment(c, round, 0.0, 1.0, data, Answer(c, b"done"), schema if c == 2 else None)
+        for c, round, data in sent
+    )
+    table, tensors = ClockState(3.0, frozenset({1}), work).saved()
+    assert len([name for name in tensors if name.startswith("request/")]) == 3
+    again = ClockState.restored(json.loads(json.dumps(table)), tensors)
+    assert again == ClockState(3.0, frozenset({1}), work)

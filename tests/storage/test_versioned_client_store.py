@@ -49,6 +49,15 @@ def test_old_versions_go_but_for_the_one_that_is_needed(tmp_path):
     assert value(kept.latest((-1,), 7)) == 7
 
 
+def test_what_is_asked_for_once_more_keeps_the_version_before_it(tmp_path):
+    """A server back after round 8 repeats the request of round 3, which began from round 1's version."""
+    kept = ClientVersions(tmp_path / "kept")
+    for number, round in enumerate((1, 3, 11), 1):
+        own = {"x": torch.tensor(round)}
+        kept.put(Version(1, round, number), own, oldest=round - 3, repeated=True)
+    assert value(kept.latest((-1, 8), 3, {(1, 2)})) == 1
+
+
 def test_a_damaged_version_is_named(tmp_path):
     kept = ClientVersions(tmp_path / "kept")
     put(kept, 1, 1, 1)

@@ -422,7 +422,8 @@ class Worker:
         if number in engine.store.changed:
             oldest = header.round - (KEPT + 1) * run.every
             now = Version(len(header.began), header.round, header.number)
-            run.kept.put(now, engine.store.flat().get(number, {}), oldest=oldest)
+            kept, repeated = engine.store.flat().get(number, {}), run.parts.method.asynchronous
+            run.kept.put(now, kept, oldest=oldest, repeated=repeated)
             engine.store.changed.clear()
         return answer.data or b"", answer.error
 

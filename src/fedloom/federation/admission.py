@@ -122,6 +122,7 @@ class Admission:
         sizes: Mapping[int, int],
         keep: Callable[[int, Payload], Payload] = lambda client, payload: payload,
         audit: Record = no_op_recorder,
+        ages: Mapping[int, int] | None = None,
     ) -> tuple[list[Reply], dict[int, str]]:
         """Check answers, each as it arrives.
 
@@ -131,6 +132,7 @@ class Admission:
             sizes: Registered rows of each client: the largest weight it may claim.
             keep: Stores a client's payload in memory or on disk, and returns a payload that reads it.
             audit: Audit log of requests, answers and decisions, without any content.
+            ages: Rounds ago in which each client was asked, where that is not 0.
 
         Returns:
             The usable replies in client order, so that sums do not depend on the order of arrival, and
@@ -142,7 +144,8 @@ class Admission:
         weight_bound = self.weight_bound(sizes).examples
 
         def note(event: str, client: int, **facts: Any) -> None:
-            audit(event, round=exchange.round, action=exchange.action, client=client, **facts)
+            asked = exchange.round - (ages or {}).get(client, 0)
+            audit(event, round=asked, action=exchange.action, client=client, **facts)
 
         for client, data in exchange.requests.items():
             note("sent", client, bytes=len(data), message=exchange.digests[client])

@@ -173,9 +173,11 @@ class ArrivalsByMachine(_InOrder):
 
     def _submit(self, exchange: Exchange, drawn: list[int], engine: RemoteEngine) -> None:
         asked = {client: exchange.requests[client] for client in drawn}
+        coded = exchange.plain is not None
         for client, request in asked.items():
+            schema = exchange.schema_of(client) if coded else None
             self._in_flight[client] = Assignment(
-                client, exchange.round, 0.0, 0.0, request, Answer(client)
+                client, exchange.round, 0.0, 0.0, request, Answer(client), schema
             )
         engine.submit(replace(exchange, requests=asked, buffered=None))
 
@@ -184,11 +186,14 @@ class ArrivalsByMachine(_InOrder):
         if not self._lost:
             return
         self._lost = False
-        rounds: dict[int, dict[int, bytes]] = {}
+        rounds: dict[int, list[Assignment]] = {}
         for own in self._in_flight.values():
-            rounds.setdefault(own.round, {})[own.client] = own.request
-        for round, asked in sorted(rounds.items()):
-            engine.submit(replace(exchange, round=round, requests=asked, buffered=None))
+            rounds.setdefault(own.round, []).append(own)
+        for round, work in sorted(rounds.items()):
+            asked = {own.client: own.request for own in work}
+            schemas = {own.client: own.schema for own in work if own.schema is not None}
+            again = replace(exchange, round=round, requests=asked, schemas=schemas, buffered=None)
+            engine.submit(again)
 
 
 @dataclass(frozen=True)
@@ -236,17 +241,27 @@ class RecordedArrivals(_InOrder):
                 SETTING,
             )
         taken = self._counted.get(now, {})
-        asked = dict.fromkeys(sorted(taken), request)
+        if others := sorted(taken.keys() - exchange.requests.keys()):
+            raise SettingsError(
+                [
+                    f"round {now} of the records has an answer of client {others[0]}, which this run "
+                    "does not train: give it the [clients] and the members of the other one"
+                ],
+                SETTING,
+            )
+        asked = {client: exchange.requests[client] for client in sorted(taken)}
         if asked:
             for answer in carry(replace(exchange, requests=asked, buffered=None)):
+                sent, counts = asked[answer.client], float(taken[answer.client])
                 self._in_flight[answer.client] = Assignment(
-                    answer.client, now, 0.0, float(taken[answer.client]), request, answer
+                    answer.client, now, 0.0, counts, sent, answer
                 )
         found, own = [], self.recorded[now]
         for client, age in sorted(own.staleness.items()):
             if client in own.rejected:
                 failed = Answer(client, error=own.rejected[client])
-                work = Assignment(client, now - age, 0.0, 0.0, request, failed)
+                sent = exchange.requests.get(client, request)
+                work = Assignment(client, now - age, 0.0, 0.0, sent, failed)
             else:
                 work = self._in_flight[client]
             found.append(self._taken(work, now))

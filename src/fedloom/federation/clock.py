@@ -30,6 +30,7 @@ from fedloom.federation.records import SimulatedTime
 from fedloom.randomness import generator
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange
+from fedloom.wire.schema import Schema
 
 Carry = Callable[[Exchange], Iterable[Answer]]
 """Carries an exchange to clients."""
@@ -46,6 +47,7 @@ class Assignment:
         end: When its answer arrives, or when the server learns that none will.
         request: What it was sent, encoded.
         answer: The answer, or why there is none.
+        schema: Of the request, where it may have to be sent once more and is coded.
     """
 
     client: int
@@ -54,6 +56,7 @@ class Assignment:
     end: float
     request: bytes
     answer: Answer
+    schema: Schema | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ class ClockState:
 
     def saved(self) -> tuple[dict[str, Any], Tensors]:
         """Return it as plain JSON, and payloads as tensors of bytes by name."""
+        names = _request_names(self.in_flight)
+        schemas = {own.schema.digest: own.schema for own in self.in_flight if own.schema}
         table = {
             "now": self.now,
             "scored": sorted(self.scored),
+            "schemas": {digest: schema.to_table() for digest, schema in sorted(schemas.items())},
             "in_flight": [
                 {
                     "client": own.client,
@@ -82,12 +88,16 @@ class ClockState:
                     "begin": own.begin,
                     "end": own.end,
                     "error": own.answer.error,
+                    "request": name,
+                    "schema": own.schema.digest if own.schema else None,
                 }
-                for own in self.in_flight
+                for own, name in zip(self.in_flight, names, strict=True)
             ],
         }
-        tensors = {f"request/{own.round:06d}": _bytes(own.request) for own in self.in_flight}
-        for own in self.in_flight:
+        tensors = {}
+        for own, name in zip(self.in_flight, names, strict=True):
+            if name not in tensors:
+                tensors[name] = _bytes(own.request)
             if own.answer.data is not None:
                 tensors[f"answer/{own.client:06d}"] = _bytes(own.answer.data)
         return table, tensors
@@ -100,15 +110,28 @@ class ClockState:
             for name, tensor in tensors.items()
             if name.startswith("request/")
         }
+        schemas = {d: Schema.from_table(own) for d, own in table.get("schemas", {}).items()}
         in_flight = []
         for own in table["in_flight"]:
             client, data = own["client"], tensors.get(f"answer/{own['client']:06d}")
             answer = Answer(client, None if data is None else data.numpy().tobytes(), own["error"])
-            request = requests[f"request/{own['round']:06d}"]
+            request = requests[own.get("request", f"request/{own['round']:06d}")]
+            schema = schemas.get(own.get("schema"))
             in_flight.append(
-                Assignment(client, own["round"], own["begin"], own["end"], request, answer)
+                Assignment(client, own["round"], own["begin"], own["end"], request, answer, schema)
             )
         return cls(table["now"], frozenset(table["scored"]), tuple(in_flight))
+
+
+def _request_names(in_flight: Sequence[Assignment]) -> list[str]:
+    """Return the name under which each request is kept; equal ones of a round have one name."""
+    names: dict[tuple[int, bytes], str] = {}
+    rounds: set[int] = set()
+    for own in in_flight:
+        name = f"request/{own.round:06d}" + f"/{own.client:06d}" * (own.round in rounds)
+        names.setdefault((own.round, own.request), name)
+        rounds.add(own.round)
+    return [names[own.round, own.request] for own in in_flight]
 
 
 def _bytes(data: bytes) -> torch.Tensor:

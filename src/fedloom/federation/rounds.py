@@ -409,7 +409,7 @@ class _RoundExchanges:
             streamed = StreamingMean(exchange.plain or exchange, keep)
             answers, keep = streamed.settling(answers), streamed.keep
         replies, rejected = self.server.admission.accept(
-            answers, exchange, self.cohort.presence.rows, keep, self.server.audit
+            answers, exchange, self.cohort.presence.rows, keep, self.server.audit, staleness
         )
         replies = [replace(own, staleness=staleness.get(own.client, 0)) for own in replies]
         self.rejected.update(rejected)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from fedloom.errors import SettingsError
 from fedloom.experiment.experiment import Experiment
@@ -16,6 +17,7 @@ from fedloom.federation.clock import SimulatedClock
 from fedloom.federation.devices import DevicesSettings, devices_of
 from fedloom.federation.engine import RemoteEngine
 from fedloom.methods import METHODS
+from fedloom.security.audit_log import SUBMITTED
 
 Notify = Callable[[int, int, int, int], object]
 
@@ -44,7 +46,7 @@ def order_of_answers(
     settings, federation = experiment.simulation.devices, experiment.federation
     asynchronous = METHODS[experiment.method.name][1].asynchronous
     if remote is not None:
-        _require_on_machines(experiment, remote, asynchronous=asynchronous)
+        _require_on_machines(experiment, remote)
         return ArrivalsByMachine(federation, engine=remote, notify=notify) if asynchronous else None
     if (path := experiment.simulation.replayed) is not None:
         stops_early = experiment.evaluation.early_stopping_patience is not None
@@ -56,9 +58,29 @@ def order_of_answers(
     return SimulatedClock(devices, federation, asynchronous)
 
 
-def _require_on_machines(
-    experiment: Experiment, remote: RemoteEngine, *, asynchronous: bool
-) -> None:
+def not_taken(
+    events: Iterable[Mapping[str, Any]], clock: Mapping[str, Any] | None
+) -> list[Mapping[str, Any]]:
+    """Return the events of messages whose answers do not count, of a run that goes on.
+
+    They are those whose answers were refused, and those that asked for work that was in flight at the
+    checkpoint: it is asked for once more, so that a client which had done it already begins from what it
+    stored before.
+
+    Args:
+        events: Of the audit log, ``undone`` and ``submitted`` among them.
+        clock: What the checkpoint holds of work in flight.
+    """
+    in_flight = {(own["client"], own["round"]) for own in (clock or {}).get("in_flight", [])}
+    return [
+        own
+        for own in events
+        if own["event"] == "undone"
+        or (own["event"] == SUBMITTED and (own["client"], own["round"]) in in_flight)
+    ]
+
+
+def _require_on_machines(experiment: Experiment, remote: RemoteEngine) -> None:
     """Check that nothing is asked for that clients on other machines cannot have.
 
     Raises:
@@ -71,12 +93,6 @@ def _require_on_machines(
     elif simulation.replay is not None:
         problem = "simulation.replay repeats the order of other machines' answers in this process"
         cure = "leave it out, or run it with --engine simulation"
-    elif asynchronous and experiment.wire.compresses:
-        problem = (
-            f"[wire] with method.name = {experiment.method.name!r}: a server that is started again asks "
-            "clients at work once more, and what a codec lost the first time would count twice"
-        )
-        cure = "leave the section out, or run it with --engine simulation"
     if problem:
         raise SettingsError(
             [f"{problem}, and with --engine {remote.name} clients are other machines: {cure}"],

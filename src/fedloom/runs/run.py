@@ -55,7 +55,7 @@ from fedloom.privacy.private_mean import PrivateMean
 from fedloom.privacy.statement import of_settings
 from fedloom.reports import record_marks, row_account
 from fedloom.reports.compression import compression_record
-from fedloom.runs.answer_order import order_of_answers
+from fedloom.runs.answer_order import not_taken, order_of_answers
 from fedloom.runs.assembly import RunComponents, assemble
 from fedloom.runs.auditor import Auditor
 from fedloom.runs.client_privacy import (
@@ -534,12 +534,13 @@ class _Run:
         self.verifier = Verifier(self.experiment, self.parts)
         self.cards = ModelCards(self.experiment, self.parts, self.made.objective)
 
-    def prepare(self, done: int, known: Record | None = None) -> None:
+    def prepare(self, done: int, known: Record | None = None, clock: Record | None = None) -> None:
         """Wait for clients on other machines, and write the records known before the next round.
 
         Args:
             done: The last finished round, -1 before the evaluation of the start.
             known: What ``run.json`` holds, where this run goes on.
+            clock: What its checkpoint holds of work in flight.
         """
         id = known["id"] if known else uuid.uuid4().hex
         if self.privacy is not None:
@@ -556,9 +557,9 @@ class _Run:
         start = sent(self.start, self.parts.initial)
         if self.remote is not None:
             self.observer.stage("waiting for clients")
-            earlier = audit_log.events(self.audit.path, "began", "undone")
+            earlier = audit_log.events(self.audit.path, "began", "undone", audit_log.SUBMITTED)
             began = [e for e in earlier if e["event"] == "began" and e.get("run") == id]
-            discarded = [e for e in earlier if e["event"] == "undone"]
+            discarded = not_taken(earlier, clock)
             run_description = RunDescription(
                 id,
                 self._for_clients(start).to_toml(defaults=False),  # older ones know fewer
@@ -594,7 +595,8 @@ class _Run:
             begun: What ``run.json`` holds.
         """
         done = saved.round if saved else -1
-        self.prepare(done, begun if done >= 0 else None)
+        clock = saved.clock if saved is not None else None
+        self.prepare(done, begun if done >= 0 else None, clock)
         if saved is not None:
             self.presence, self.clients_in = presence_of(saved, self.parts), saved.folder
             if self.private is not None:

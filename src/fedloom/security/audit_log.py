@@ -46,6 +46,9 @@ CONTINUED = "continued"
 START = "0" * 64
 """Hash in place of that of a line before the first."""
 
+SUBMITTED = "submitted"
+"""The event that a request was sent to a client that works at its own pace."""
+
 OWN = {"number", "time", "event", "before", "sha256"}
 """Keys of every line; no event may use them."""
 
@@ -334,14 +337,14 @@ def match(run: Path, client: Path) -> Match:
     """
     for path in (run, client):
         verify(path)
-    theirs = events(run, "began", "sent", "accepted", "refused")
+    theirs = events(run, "began", SUBMITTED, "sent", "accepted", "refused")
     ids = {event["run"] for event in theirs if event["event"] == "began"}
     own = [event for event in events(client, "asked", "answered") if event["run"] in ids]
     asked = [event for event in own if event["event"] == "asked"]
     if not asked:
         raise AuditError(f"{client} holds no message of the run in {run}")
     given = {_message(event) for event in own if event["event"] == "answered"}
-    sent = {_message(event) for event in theirs if event["event"] == "sent"}
+    sent = {_message(event) for event in theirs if event["event"] in (SUBMITTED, "sent")}
     arrived = {
         _message(event)
         for event in theirs

@@ -83,10 +83,19 @@ class ClientVersions:
                 "to go on with the version before it"
             ) from None
 
-    def put(self, version: Version, tensors: Tensors, *, oldest: int) -> None:
+    def put(
+        self, version: Version, tensors: Tensors, *, oldest: int, repeated: bool = False
+    ) -> None:
         """Keep tensors, and drop versions before the one that a server gone back to ``oldest`` needs.
 
         Of one round the last two versions stay: the last may still be discarded.
+
+        Args:
+            version: When they were made.
+            tensors: What to keep.
+            oldest: See above.
+            repeated: Whether a server that is started again asks for work of earlier rounds once more,
+                of which it has not taken the answer: it needs the version before that, too.
 
         Raises:
             OutputError: The disk is full or not writable.
@@ -95,7 +104,7 @@ class ClientVersions:
         versions = self._versions()
         before = [known for known in versions if known.round <= oldest]
         same = [known for known in versions if known.round == version.round]
-        for known in [*before[:-1], *same[:-2]]:
+        for known in [*before[: -2 if repeated else -1], *same[:-2]]:
             self._path(known).unlink(missing_ok=True)
 
     def _versions(self) -> list[Version]:

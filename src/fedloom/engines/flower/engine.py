@@ -42,7 +42,7 @@ from fedloom.federation.participants import FederationSettings
 from fedloom.federation.presence import Membership
 from fedloom.federation.records import Absence, Participant
 from fedloom.federation.violations import ViolationObserver
-from fedloom.security.audit_log import Limited, no_op_recorder
+from fedloom.security.audit_log import SUBMITTED, Limited, no_op_recorder
 from fedloom.wire.envelope import LACKS_START, Envelope, PrivateWork, RequestHeader, WorkDone, seal
 from fedloom.wire.messages import Answer, Exchange, Payload, encode
 from fedloom.wire.schema import Schema
@@ -237,8 +237,19 @@ class FlowerEngine:
                 return
 
     def submit(self, exchange: Exchange) -> None:
-        """Send requests to clients that work at their own pace, and wait for no answer."""
-        for client, number, asked in self._requests(exchange):
+        """Send requests to clients that work at their own pace, and wait for no answer.
+
+        The audit log says beforehand which message asks for what: a server that is started again tells
+        clients to discard what they stored with messages whose answers it has not taken.
+        """
+        segment, note = len(self.run_description.began), self.run_description.audit
+
+        def submitted(client: int, number: int) -> None:
+            asked = {"round": exchange.round, "action": exchange.action, "client": client}
+            facts = {"message": exchange.digests[client], "stretch": segment}
+            note(SUBMITTED, **asked, **facts, message_number=number)
+
+        for client, number, asked in self._requests(exchange, submitted):
             if asked is None:
                 self._arrived.append((Answer(client, error=NOT_CONNECTED), number))
             else:
@@ -274,10 +285,16 @@ class FlowerEngine:
         error = f"no answer within {self.federation.deadline:g} seconds"
         return Answer(asked.client, error=error)
 
-    def _requests(self, exchange: Exchange) -> Iterator[tuple[int, int, _Asked | None]]:
+    def _requests(
+        self, exchange: Exchange, before: Callable[[int, int], object] = lambda client, number: None
+    ) -> Iterator[tuple[int, int, _Asked | None]]:
         """Send each client its request; yield the message's number, and what is then awaited.
 
         That is ``None`` where the client cannot be reached.
+
+        Args:
+            exchange: What is asked.
+            before: Called with client and number of each message before it is sent.
         """
         facts = {
             "round": exchange.round,
@@ -295,6 +312,7 @@ class FlowerEngine:
             if client in summed:
                 own["summed"] = summed[client]
             header = self._header("exchange", client).model_copy(update=own)
+            before(client, header.number)
             yield client, header.number, self._ask(client, header, data, limit)
         pending = (_longest_reply(own) for _, own in self._at_work.values())
         self.transport.budget.limit = max(limit, *pending, 0)
