@@ -58,7 +58,9 @@ class IntegerCodec(BlockCodec):
             rows += uniforms
             np.floor(rows, out=rows)
         rows += np.float32(self.largest)
-        return rows.astype(np.uint8)
+        found = np.empty(rows.shape, np.uint8)
+        np.copyto(found, rows, casting="unsafe")  # a third of the time of astype
+        return found
 
 
 class Int8(IntegerCodec):
