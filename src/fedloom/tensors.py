@@ -44,6 +44,19 @@ def largest_value(tensor: Tensor) -> float:
     return max(abs(float(end)) for end in tensor.aminmax()) if tensor.numel() else 0.0
 
 
+def largest_values(tensors: Tensors) -> dict[str, float]:
+    """Return :func:`largest_value` of each tensor that holds fractions, with few calls of torch."""
+    ends: dict[torch.dtype, dict[str, torch.return_types.aminmax]] = {}
+    found = {name: 0.0 for name, own in tensors.items() if own.is_floating_point()}
+    for name in found:
+        if (own := tensors[name]).numel():
+            ends.setdefault(own.dtype, {})[name] = own.aminmax()
+    for alike in ends.values():
+        both = torch.stack([end for pair in alike.values() for end in pair])
+        found |= zip(alike, both.abs().view(-1, 2).amax(1).tolist(), strict=True)
+    return found
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor of real numbers holds neither NaN nor infinity.
 

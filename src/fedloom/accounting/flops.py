@@ -23,6 +23,7 @@ do half of the attention's part. Source: ``specs/performance.md`` section 1e, wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,17 @@ class ModelShape:
     once: tuple[LinearShape, ...] = ()
     again: tuple[LinearShape, ...] = ()
 
+    @cached_property
+    def forward_per_token(self) -> float:
+        """FLOPs of a forward pass for each token in the blocks, without attention."""
+        return sum(_forward_per_token(x) for x in self.linears)
+
+    @cached_property
+    def backward_per_token(self) -> float:
+        """FLOPs of a backward pass for each token in the blocks, and of what is in training alone."""
+        reached = sum(_backward_per_token(x) for x in (*self.linears, *self.again) if x.reached)
+        return reached + sum(_forward_per_token(x) for x in self.again)
+
 
 def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: float) -> float:
     """FLOPs of one forward pass over ``(rows, length)`` tokens, padding included.
@@ -93,7 +105,7 @@ def forward_flops(shape: ModelShape, rows: int, length: int, head_positions: flo
         head_positions: Positions in each sequence to which the output layer is applied, on average.
     """
     tokens = rows * length
-    per_token = sum(_forward_per_token(x) for x in shape.linears)
+    per_token = shape.forward_per_token
     attention = 4.0 * length * shape.attention_width
     positions = 1 if shape.pooled else head_positions
     heads = sum(_forward_per_token(x) for x in (*shape.before_head, shape.head))
@@ -109,8 +121,7 @@ def backward_flops(shape: ModelShape, rows: int, length: int, head_positions: fl
     With it are those of the forward pass that there are in training alone.
     """
     tokens = rows * length
-    per_token = sum(_backward_per_token(x) for x in (*shape.linears, *shape.again) if x.reached)
-    per_token += sum(_forward_per_token(x) for x in shape.again)
+    per_token = shape.backward_per_token
     attention = 8.0 * length * shape.attention_width_reached
     positions = 1 if shape.pooled else head_positions
     heads = sum(_backward_per_token(x) for x in (*shape.before_head, shape.head) if x.reached)

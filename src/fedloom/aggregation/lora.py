@@ -16,6 +16,9 @@ from fedloom.tensors import Tensors
 
 A, B = ".lora_A.", ".lora_B."
 
+THREADS_FROM = 1 << 20
+"""Numbers of all adapters together from which threads save more than they cost."""
+
 
 def factor_pairs(adapter: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
     """Return the names of both factors of each layer, by the name of A."""
@@ -239,20 +242,23 @@ def product_error(
     ``found`` are the mean factors as they are before they are rounded to be sent; the result is ``None``
     as in :func:`averaging_error`.
     """
+    weights = torch.tensor(shares, dtype=torch.float64).view(-1, 1, 1)
 
     def squares(pair: tuple[str, str]) -> tuple[float, float]:
-        downs, ups = ([adapter[name].double() for adapter in adapters] for name in pair)
-        if found is None:
-            down, up = (
-                torch.stack([p * t for p, t in zip(shares, own, strict=True)]).sum(0)
-                for own in (downs, ups)
-            )
-        else:
-            down, up = (found[name].double() for name in pair)
-        return _squares([p * own for p, own in zip(shares, ups, strict=True)], downs, up, down)
+        if found is None:  # of one rank, so that few calls of torch do
+            downs, ups = (torch.stack([own[name] for own in adapters]).double() for name in pair)
+            scaled, mean = ups * weights, (downs * weights).sum(0)
+            return _squares(list(scaled), list(downs), scaled.sum(0), mean)
+        down, up = (found[name].double() for name in pair)
+        left, right = ([own[name].double() for own in adapters] for name in reversed(pair))
+        return _squares([p * own for p, own in zip(shares, left, strict=True)], right, up, down)
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        both = list(pool.map(squares, factor_pairs(adapters[0]).values()))
+    pairs = factor_pairs(adapters[0])
+    if len(adapters) * sum(own.numel() for own in adapters[0].values()) < THREADS_FROM:
+        both = list(map(squares, pairs.values()))
+    else:
+        with ThreadPoolExecutor(available_cores()) as pool:
+            both = list(pool.map(squares, pairs.values()))
     lost, whole = (sum(own) for own in zip(*both, strict=True)) if both else (0.0, 0.0)
     return max(lost, 0.0) ** 0.5 / whole**0.5 if whole > 0 else None
 

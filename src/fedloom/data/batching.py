@@ -142,17 +142,19 @@ def read_once(tokens: TokenSet, groups: Sequence[Indices], pad: int) -> Reading:
     branches = np.full(shape, -1, np.int64)
     places: dict[int, NDArray[np.int64]] = {}
     segments = []
+    count = np.arange(shape[1])
     for row, start in enumerate(common):
         end, ends = start, []
-        for branch, (number, own) in enumerate(zip(numbers[row], parts[row], strict=True)):
-            further = np.arange(end, end + len(own) - start)
-            end += len(further)
-            ends.append(end)
-            place = np.concatenate([np.arange(start), further])
-            ids[row, place], positions[row, place] = own, np.arange(len(own))
-            branches[row, further] = branch + 1
-            places[number] = place + row * shape[1]
+        ids[row, :start], positions[row, :start] = parts[row][0][:start], count[:start]
         branches[row, :start] = 0
+        for branch, (number, own) in enumerate(zip(numbers[row], parts[row], strict=True), 1):
+            begin, end = end, end + len(own) - start
+            ids[row, begin:end], positions[row, begin:end] = own[start:], count[start : len(own)]
+            branches[row, begin:end] = branch
+            ends.append(end)
+            place = count[: len(own)] + row * shape[1]
+            place[start:] += begin - start
+            places[number] = place
         segments.append((start, *ends))
     order = sequence_numbers(width, np.concatenate(groups)).tolist()
     sources = [places[number][:-1][tokens.mask(number)[1:]] for number in order]

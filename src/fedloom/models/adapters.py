@@ -518,8 +518,9 @@ class AdapterModel:
             self.shape = model_shape(self.model, gradient_enters=self.virtual_tokens > 0)
             return
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
+            torch._foreach_copy_(
+                list(self.parameters.values()), [tensors[name] for name in self.parameters]
+            )
 
     @contextmanager
     def reference(self, start: Tensors | None = None) -> Iterator[None]:
@@ -531,7 +532,7 @@ class AdapterModel:
         """
         was_training = self.model.training
         self.model.eval()
-        instead = self._as_loaded() if start is None else self._holding(start)
+        instead = self._as_loaded() if start is None else self.holding(start)
         with torch.no_grad(), self.base.as_loaded(), instead:
             yield
         self.model.train(was_training)
@@ -627,7 +628,7 @@ class AdapterModel:
         self._stand_aside(False)
 
     @contextmanager
-    def _holding(self, tensors: Tensors) -> Iterator[None]:
+    def holding(self, tensors: Tensors) -> Iterator[None]:
         """Inside, the trained tensors are these; afterwards the same parameter objects as before."""
         own, shape, changes = self.parameters, self.shape, self.base.changes
         self.base.changes = {}  # they stand as loaded, and are put back by who moved them
@@ -642,7 +643,7 @@ class AdapterModel:
     def _without_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter does nothing."""
         if self.first:  # what they were cut out of is whole with them alone
-            return self._holding(self.first)
+            return self.holding(self.first)
         switched_off: AbstractContextManager[None] = self.model.disable_adapter()
         return switched_off
 

@@ -153,9 +153,10 @@ class ExpertModel(AdapterModel):
         safetensors.torch.save_file(self.read(), folder / FILE)
 
     @contextmanager
-    def _holding(self, tensors: Tensors) -> Iterator[None]:
+    def holding(self, tensors: Tensors) -> Iterator[None]:
+        """Inside, the trained tensors and the experts are these; afterwards those as before."""
         held = {name: layer.ids for name, layer in self.layers.items()}
-        with super()._holding(tensors):
+        with super().holding(tensors):
             yield
         for name, ids in held.items():
             self.layers[name].ids = ids

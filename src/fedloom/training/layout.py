@@ -207,6 +207,8 @@ def groups(
 
 def group_places(tokens: TokenSet, group: Indices) -> int:
     """Return how many places the examples of a group take, what they begin with being read once."""
+    if len(group) == 1:
+        return int(tokens.costs(shared_prompts=True)[group[0]])
     found = _Group.of(tokens, int(group[0]))
     for example in group[1:].tolist():
         found = found.joined(_Group.of(tokens, example))

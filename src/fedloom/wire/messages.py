@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import MessageError, ViolationKind
-from fedloom.tensors import OnDemand, Tensors, largest_value
+from fedloom.tensors import OnDemand, Tensors, largest_values
 from fedloom.wire.codecs import Generators
 from fedloom.wire.packing import METADATA, Buffer, buffers_of, content, header_of, pack
 from fedloom.wire.schema import (
@@ -436,12 +436,10 @@ def require_finite(payload: Payload) -> dict[str, float]:
     Raises:
         MessageError: A tensor holds NaN or infinity; the first such tensor is named.
     """
-    largest = {}
-    for name, tensor in payload.tensors.items():
-        if tensor.is_floating_point():
-            largest[name] = largest_value(tensor)
-            if not math.isfinite(largest[name]):
-                raise MessageError(f"tensor {name} holds NaN or infinity", "not_finite")
+    largest = largest_values(payload.tensors)
+    for name, value in largest.items():
+        if not math.isfinite(value):
+            raise MessageError(f"tensor {name} holds NaN or infinity", "not_finite")
     return largest
 
 

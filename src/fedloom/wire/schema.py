@@ -57,7 +57,7 @@ class TensorSpec:
     ragged: bool = False
     codec: str = ""
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
