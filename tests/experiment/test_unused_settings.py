@@ -121,7 +121,7 @@ CASES = {
             f'wire.{name} = {value} does nothing: neither wire.up nor wire.down is "auto"',
             {"wire": {name: value, "down": "auto"}, "federation": {"rounds": 6}},
         )
-        for name, value in (("auto_rounds", 5), ("auto_error", 0.5))
+        for name, value in (("auto_rounds", 5), ("auto_loss", 0.5), ("auto_error", 0.5))
     },
     **{
         f"wire.{name}": (

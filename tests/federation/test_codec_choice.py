@@ -11,7 +11,7 @@ import fedloom
 from federation import Sent
 from fedloom.accounting.traffic import Done, ParameterTraffic
 from fedloom.errors import Interrupted, MessageError, SettingsError
-from fedloom.federation.codec_choice import BitBudget, PresetChoice, require_budget
+from fedloom.federation.codec_choice import BitBudget, PresetChoice, loss_costs, require_budget
 from fedloom.federation.compressed_traffic import compressed as compressed_form
 from fedloom.federation.compression_messages import SQUARES
 from fedloom.methods.contract.closed_forms import answers as answers_of
@@ -215,6 +215,11 @@ def test_a_run_that_is_stopped_and_resumed_chooses_the_same(compressed, tmp_path
     assert one == two and one["auto"]["chosen"]
     errors = one["auto"]["errors"]["down"]
     assert errors["int8"] < errors["int4"] and len(errors["int8"]) == 2
+    losses = one["auto"]["losses"]
+    assert all(len(own) == 2 for way in losses.values() for own in way.values())
+    first = json.loads((whole.folder / "rounds.jsonl").read_text().splitlines()[1])
+    after = first["evaluation"]["global"]["loss"]
+    assert losses["mean"]["as it is"][0] == pytest.approx(after, rel=1e-5)
     page = write_report([resumed.folder]).read_text()
     assert "was chosen" in page and "Error of the mean in each preset, down" in page
 
@@ -260,6 +265,70 @@ def test_the_error_of_the_mean_is_measured_by_hand():
     assert choice.errors["up"]["int8"][0] < 1e-4 and not choice.chosen
     choice.measure(exchange, replies)  # of a round once
     assert len(choice.errors["up"]["int8"]) == 1
+
+
+LOSSES = {
+    "before": {"as it is": [1.0, 0.8]},
+    "mean": {"as it is": [0.8, 0.7]},
+    "up": {"int8": [0.8, 0.7], "int4": [0.81, 0.71], "small": [0.85, 0.74]},
+    "down": {"int8": [0.79, 0.7], "int4": [0.9, 0.9], "smallest": [0.8, 0.71]},
+}
+"""Two rounds took 0.2 and 0.1 off the loss: of 0.3 int4 costs 0.02 up, 1/15, and small 0.09, 0.3. Down,
+int8 helped by 0.01, int4 costs all and more, smallest 1/30."""
+
+
+def test_the_preset_of_fewest_bits_that_keeps_the_loss_by_hand():
+    up, down = (loss_costs(LOSSES, way) for way in ("up", "down"))
+    assert up == pytest.approx({"int8": 0, "int4": 1 / 15, "small": 0.3})
+    assert down == pytest.approx({"int8": -1 / 30, "int4": 1, "smallest": 1 / 30})
+    lossy = {"int8": [0.9, 0.9], "int4": [0.1, 0.1], "small": [0.9, 0.9], "smallest": [0.9, 0.9]}
+    settings = WireSettings(up="auto", down="auto")
+    choice = PresetChoice(settings, 0, errors={"up": lossy, "down": lossy}, losses=LOSSES)
+    assert [choice._best(way) for way in ("up", "down")] == ["int4", "smallest"]
+    risen = {**LOSSES, "mean": {"as it is": [1.0, 0.8]}}
+    assert loss_costs(risen, "up") == {}  # nothing was taken off: errors decide
+    choice = PresetChoice(settings, 0, errors={"up": lossy, "down": lossy}, losses=risen)
+    assert choice._best("up") == "int4" and choice._best("down") == "int4"
+
+
+def test_the_loss_is_of_what_was_sent_moved_by_what_is_read():
+    """A loss that is the square of what is held: the mean moves 2, 1 to 0, 0, int4 rounds the halves."""
+    settings, seen = WireSettings(up="auto", down="auto", keep_plain_below=0, auto_rounds=1), []
+
+    def loss(tensors, round):
+        seen.append((round, tensors["w"].clone()))
+        return float(tensors["w"].square().sum())
+
+    choice = PresetChoice(settings, 0, loss)
+    schema = Schema((TensorSpec("adapter/w", (1, 2), torch.float32),))
+    payload = Payload({"adapter/w": torch.tensor([[2.0, 1.0]])})
+    exchange = Exchange.broadcast("train", 1, (0,), payload, schema, schema)
+    choice.measure(
+        exchange, [Reply(0, Payload({"adapter/w": torch.zeros(1, 2)}, {"examples": 1.0}))]
+    )
+    assert choice.losses["before"]["as it is"] == [5.0] and choice.losses["mean"]["as it is"] == [
+        0.0
+    ]
+    assert torch.equal(seen[0][1], torch.tensor([[2.0, 1.0]])) and seen[0][0] == 1
+    # signs: -3/2 for both, which leaves 1/2 and -1/2, so 0.1 of the loss
+    assert choice.losses["down"]["smallest"] == [pytest.approx(0.5, rel=0.02)]
+    assert (
+        choice.chosen["down"] in ("small", "smallest", "int4") and choice.record()["auto"]["costs"]
+    )
+    again = PresetChoice(settings, 0, loss)
+    again.restore(choice.saved())
+    assert (again.losses, again.chosen) == (choice.losses, choice.chosen)
+
+
+def test_where_the_loss_cannot_be_measured_errors_decide():
+    settings = WireSettings(up="auto", keep_plain_below=0, auto_rounds=1)
+    choice = PresetChoice(settings, 0, lambda tensors, round: None)
+    schema = Schema((TensorSpec("w", (1, 2), torch.float32),))
+    payload = Payload({"w": torch.zeros(1, 2)})
+    exchange = Exchange.broadcast("train", 1, (0,), payload, schema, schema)
+    choice.measure(exchange, [Reply(0, Payload({"w": torch.ones(1, 2)}, {"examples": 1.0}))])
+    assert choice.chosen == {"up": "small"} and not choice.losses
+    assert "costs" not in choice.record()["auto"]
 
 
 def test_changes_are_measured_as_they_are_replied():

@@ -93,8 +93,8 @@ TAKEN = _names(
         "evaluation": "every max_examples per_client client_max_examples judged_by "
         "load_best_model_at_end metric_for_best_model early_stopping_patience early_stopping_threshold",
         "output": "verify",
-        "wire": "up down budget parts auto_rounds auto_error error_feedback absence_decay absence_limit "
-        "keep_plain_below",
+        "wire": "up down budget parts auto_rounds auto_loss auto_error error_feedback absence_decay "
+        "absence_limit keep_plain_below",
     }
 )
 """Settings that are taken as they are, beside the names of objective and method. How much is trained is

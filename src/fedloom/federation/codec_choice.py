@@ -8,15 +8,19 @@ is fixed before it is asked for, so that sizes follow from it as always.
 
 ``"auto"``: in the first rounds tensors are sent as they are, and the server codes what it got in each
 preset: every client's change, as the client would, for ``wire.up``; the mean of the changes for
-``wire.down``. What is measured is the error of the mean, since what averages out over clients costs
-nothing. The preset of fewest bits whose error, averaged over those rounds, is within ``wire.auto_error``
-is kept from then on. It is in each checkpoint, so that a run that goes on goes on with it.
+``wire.down``. Where it has held-out rows, it measures their loss under what was sent, moved by the mean
+of the changes and by that of each preset: the preset of fewest bits that costs at most
+``wire.auto_loss`` of what those rounds took off the loss is kept from then on. Elsewhere, and where they
+took nothing off, it is the preset of fewest bits whose error of the mean, since what averages out over
+clients costs nothing, is within ``wire.auto_error``. It is in each checkpoint, so that a run that goes on
+goes on with it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
@@ -27,6 +31,7 @@ from torch import Tensor
 from fedloom.accounting.quantities import human_bytes
 from fedloom.errors import MessageError, SettingsError
 from fedloom.federation.compression_messages import (
+    ADAPTER,
     CODING_ERROR,
     LARGEST_SQUARE,
     SQUARES,
@@ -34,6 +39,7 @@ from fedloom.federation.compression_messages import (
     codecs_up,
     coded_replies,
     dealt_names,
+    is_change,
     is_coded,
     is_difference,
 )
@@ -47,6 +53,13 @@ from fedloom.wire.settings import AUTO, WireSettings
 
 UP, DOWN = "up", "down"
 """Ways of tensors, as in the settings."""
+
+BEFORE, MEAN, AS_IT_IS = "before", "mean", "as it is"
+"""Keys of losses beside the ways: under what was sent, and moved by the mean without a codec."""
+
+HeldOutLoss = Callable[[Tensors, int], float | None]
+"""Returns the held-out loss under tensors by the names of the server's model, given the round; ``None``
+where they are no adapter of it, or there is no loss."""
 
 CANDIDATES = {
     UP: tuple(name for name in PRESETS if pipeline(name).unbiased),
@@ -218,13 +231,18 @@ class PresetChoice:
     Attributes:
         settings: ``[wire]``.
         seed: The experiment's, from which rounding is drawn.
+        loss: Of the held-out rows; ``None`` where there are none.
         errors: Of each way and preset, the error of the mean in each round that was measured.
+        losses: Of each way and preset, the held-out loss in each of these rounds under what was sent,
+            moved by the mean that is read. Beside the ways, under what was sent, and moved by the mean.
         chosen: The preset of each way, once it is.
     """
 
     settings: WireSettings
     seed: int
+    loss: HeldOutLoss | None = None
     errors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     _round: int = -1
 
@@ -260,68 +278,102 @@ class PresetChoice:
         if self.chosen or exchange.round == self._round or not specs or not replies:
             return
         self._round = exchange.round
-        found = self._errors(exchange, replies, specs)
-        for way, own in found.items():
-            for preset, error in own.items():
-                self.errors.setdefault(way, {}).setdefault(preset, []).append(error)
-        if self.errors and self._measured >= self.settings.auto_rounds:
-            self.chosen = {way: self._best(self.errors[way]) for way in self.ways}
+        mean, read = self._means(exchange, replies, specs)
+        if not _square({spec.name: mean[spec.name] for spec in specs}):
+            return
+        for way, own in read.items():
+            for preset, coded in own.items():
+                lost = _lost(coded, mean)
+                self.errors.setdefault(way, {}).setdefault(preset, []).append(lost)
+        self._measure_loss(exchange, mean, read)
+        if self._measured >= self.settings.auto_rounds:
+            self.chosen = {way: self._best(way) for way in self.ways}
 
     def record(self) -> dict[str, Any]:
         """Return what was measured and chosen, as plain JSON."""
-        return {"auto": self.saved()}
+        costs = {way: own for way in self.ways if (own := loss_costs(self.losses, way))}
+        return {"auto": {**self.saved(), **({"costs": costs} if costs else {})}}
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as plain JSON; a copy, which stays as it is."""
-        errors = {
-            way: {preset: list(errors) for preset, errors in own.items()}
-            for way, own in self.errors.items()
-        }
-        return {"errors": errors, "chosen": dict(self.chosen)}
+        losses = {"losses": self.losses} if self.losses else {}
+        return copy.deepcopy({"errors": self.errors, **losses, "chosen": self.chosen})
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`saved` returned."""
         self.errors, self.chosen = facts["errors"], facts["chosen"]
+        self.losses = facts.get("losses", {})
 
     @property
     def _measured(self) -> int:
         return max((len(own) for way in self.errors.values() for own in way.values()), default=0)
 
-    def _best(self, errors: Mapping[str, list[float]]) -> str:
-        """Return the preset of fewest bits whose error is small enough, or the mildest."""
-        small = [name for name in errors if fmean(errors[name]) <= self.settings.auto_error]
-        return small[-1] if small else next(iter(errors))
+    def _best(self, way: str) -> str:
+        """Return the preset of fewest bits that loses little enough, or the mildest."""
+        costs, most = loss_costs(self.losses, way), self.settings.auto_loss
+        if not costs:
+            costs = {name: fmean(own) for name, own in self.errors[way].items()}
+            most = self.settings.auto_error
+        small = [name for name, cost in costs.items() if cost <= most]
+        return small[-1] if small else next(iter(costs))
 
-    def _errors(
+    def _means(
         self, exchange: Exchange, replies: Collection[Reply], specs: list[TensorSpec]
-    ) -> dict[str, dict[str, float]]:
-        """Return the relative squared error of the mean of changes in each way and preset.
-
-        Nothing where nothing has changed.
-        """
-        schema = Schema(tuple(specs))
-        mean, coded = (
-            _zeros(specs),
-            {name: _zeros(specs) for name in CANDIDATES[UP] if UP in self.ways},
-        )
+    ) -> tuple[Tensors, dict[str, dict[str, Tensors]]]:
+        """Return the mean of changes, and of those that are coded what is read in each way and preset."""
+        schema, names = Schema(tuple(specs)), {spec.name for spec in specs}
+        everything = [
+            spec
+            for spec in exchange.reply_schema.tensors
+            if spec.name in names or (spec.dtype.is_floating_point and not spec.ragged)
+        ]
+        presets = CANDIDATES[UP] if UP in self.ways else ()
+        mean, coded = _zeros(everything), {name: _zeros(specs) for name in presets}
         weights = {own.client: own.payload.numbers.get("examples", 1.0) for own in replies}
         for reply in sorted(replies, key=lambda own: own.client):
-            change = _change(exchange, reply, specs)
+            change = _change(exchange, reply, everything)
             share = weights[reply.client] / sum(weights.values())
             _add(mean, change, share)
+            own = {name: change[name] for name in names}
             for preset, total in coded.items():
                 rng = self._up(exchange, reply.client)
-                _add(total, _read(change, schema, preset, rng), share)
-        if not _square(mean):
-            return {}
-        found = {UP: {name: _lost(total, mean) for name, total in coded.items()}} if coded else {}
+                _add(total, _read(own, schema, preset, rng), share)
+        found = {UP: coded} if coded else {}
         if DOWN in self.ways:
             rng = self._down(exchange)
             whole = {s.name: mean[s.name].to(s.dtype) for s in specs}
-            found[DOWN] = {
-                name: _lost(_read(whole, schema, name, rng), mean) for name in CANDIDATES[DOWN]
+            found[DOWN] = {name: _read(whole, schema, name, rng) for name in CANDIDATES[DOWN]}
+        return mean, found
+
+    def _measure_loss(
+        self, exchange: Exchange, mean: Tensors, read: Mapping[str, Mapping[str, Tensors]]
+    ) -> None:
+        """Measure the held-out loss of a round without a codec and in each way and preset.
+
+        Nothing is kept where it cannot be measured: clients are sent different models, or no adapter of
+        the server's model. Then presets are chosen by their errors.
+        """
+        if self.loss is None or len({id(data) for data in exchange.requests.values()}) > 1:
+            return
+        moves = {BEFORE: {AS_IT_IS: {}}, MEAN: {AS_IT_IS: mean}}
+        moves |= {
+            w: {preset: {**mean, **own} for preset, own in o.items()} for w, o in read.items()
+        }
+        found = {
+            way: {
+                preset: self.loss(_moved(exchange, change), exchange.round)
+                for preset, change in own.items()
             }
-        return found
+            for way, own in moves.items()
+        }
+        if any(
+            one is None or not math.isfinite(one) for own in found.values() for one in own.values()
+        ):
+            self.loss, self.losses = None, {}
+            return
+        for way, own in found.items():
+            for preset, one in own.items():
+                self.losses.setdefault(way, {}).setdefault(preset, []).append(one)
 
     def _up(self, exchange: Exchange, client: int) -> Generators:
         action, round = exchange.action, exchange.round
@@ -330,6 +382,35 @@ class PresetChoice:
     def _down(self, exchange: Exchange) -> Generators:
         action, round = exchange.action, exchange.round
         return lambda name: generator(self.seed, f"wire measured {action} {name}", round=round)
+
+
+def loss_costs(losses: Mapping[str, Mapping[str, list[float]]], way: str) -> dict[str, float]:
+    """Return what each preset costs of what the rounds that were measured took off the held-out loss.
+
+    Args:
+        losses: As of :class:`PresetChoice`.
+        way: Up or down.
+
+    Returns:
+        sum_r (loss with the preset - loss without) / sum_r (loss before - loss without), below 0 where it
+        happened to help; nothing where the loss was not measured, or did not fall.
+    """
+    if way not in losses:
+        return {}
+    before, mean = (sum(losses[key][AS_IT_IS]) for key in (BEFORE, MEAN))
+    if before <= mean:
+        return {}
+    return {name: (sum(own) - mean) / (before - mean) for name, own in losses[way].items()}
+
+
+def _moved(exchange: Exchange, change: Tensors) -> Tensors:
+    """Return what clients were sent, moved by a change of what they reply; names are the adapter's."""
+    sent, changes = exchange.sent_to(next(iter(exchange.requests))), exchange.changes_replied
+    found = {}
+    for name, own in sent.items():
+        moves = name in change and change[name].shape == own.shape and not is_change(name, changes)
+        found[name.removeprefix(ADAPTER)] = own.float() + change[name] if moves else own
+    return found
 
 
 def _change(exchange: Exchange, reply: Reply, specs: list[TensorSpec]) -> Tensors:
@@ -364,5 +445,5 @@ def _square(tensors: Tensors) -> float:
 
 def _lost(coded: Tensors, mean: Tensors) -> float:
     """Return the squared error over the square of what was coded."""
-    lost = _square({name: coded[name].float() - own for name, own in mean.items()})
-    return lost / _square(mean)
+    lost = _square({name: own.float() - mean[name] for name, own in coded.items()})
+    return lost / _square({name: mean[name] for name in coded})

@@ -36,7 +36,14 @@ from typing import Any
 import torch
 
 from fedloom.errors import OutOfStepError, PluginError
-from fedloom.federation.codec_choice import DOWN, UP, BitBudget, PresetChoice, as_sent
+from fedloom.federation.codec_choice import (
+    DOWN,
+    UP,
+    BitBudget,
+    HeldOutLoss,
+    PresetChoice,
+    as_sent,
+)
 from fedloom.federation.compression_messages import (
     CODED,
     CONTROL,
@@ -113,12 +120,14 @@ class Compression:
         seed: The experiment's, from which rounding is drawn.
         initial: The adapter as it is initialised.
         started: Whether clients may begin with other ones, of an earlier run.
+        loss: Of the held-out rows, by which a preset is chosen; ``None`` where there are none.
     """
 
     settings: WireSettings
     seed: int
     initial: Tensors
     started: bool = False
+    loss: HeldOutLoss | None = None
     _held: dict[str, _Held] = field(default_factory=dict)
     _versions: dict[str, dict[int, int]] = field(default_factory=dict)
     _estimates: dict[str, dict[int, Tensors]] = field(default_factory=dict)
@@ -130,15 +139,22 @@ class Compression:
 
     def __post_init__(self) -> None:
         """Have codecs chosen where the settings name none."""
-        self.choice = PresetChoice(self.settings, self.seed) if self.settings.chooses else None
+        chooses = self.settings.chooses
+        self.choice = PresetChoice(self.settings, self.seed, self.loss) if chooses else None
         self.budget = BitBudget(self.settings) if self.settings.budget is not None else None
 
     @classmethod
     def of(
-        cls, settings: WireSettings, seed: int, initial: Tensors, *, started: bool = False
+        cls,
+        settings: WireSettings,
+        seed: int,
+        initial: Tensors,
+        *,
+        started: bool = False,
+        loss: HeldOutLoss | None = None,
     ) -> Compression | None:
         """Return that of a run, ``None`` where tensors are sent as they are."""
-        return cls(settings, seed, initial, started) if settings.compresses else None
+        return cls(settings, seed, initial, started, loss) if settings.compresses else None
 
     def carried(self, exchange: Exchange) -> Exchange:
         """Return an exchange as it is carried; itself where nothing of it is coded.

@@ -79,4 +79,8 @@ def rows(record: Record) -> list[tuple[str, str, str]]:
         each = ", ".join(f"{name} {fmean(own):.2g}" for name, own in presets.items())
         what = f"Error of the mean in each preset, {way}, first rounds"
         found.append((what, each, "measured"))
+    for way, costs in record.get("auto", {}).get("costs", {}).items():
+        each = ", ".join(f"{name} {own:.2g}" for name, own in costs.items())
+        what = f"Share of the fall of the held-out loss that each preset costs, {way}, first rounds"
+        found.append((what, each, "measured"))
     return found

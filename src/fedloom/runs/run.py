@@ -526,6 +526,7 @@ class _Run:
             self.experiment.federation.seed,
             self.parts.initial,
             started=self.start is not None,
+            loss=self._held_out_loss if len(self.parts.evaluator.held_out) else None,
         )
         self.best = self._best_round()
         self.marks = record_marks.Marks(self.folder)
@@ -756,6 +757,11 @@ class _Run:
         if self.best is not None and self.best.state is not None:
             state = self.best.state
         return self._finish(state)
+
+    def _held_out_loss(self, tensors: Tensors, round: int) -> float | None:
+        """Return the loss of the global held-out set under an adapter."""
+        parts = self.parts
+        return parts.evaluator.loss_of(tensors, round, parts.model, parts.ledger)
 
     def _best_round(self) -> BestRound | None:
         """Return what follows the best round, where its adapter is kept.

@@ -38,8 +38,9 @@ class WireSettings(Settings):
     up: Stages = []
     """Codec of what clients send: a preset ("int8", "int4", "small", "smallest"), or a list of stages
     such as ["top_k:0.1", "int4", "zstd"]. What travels is the change of each tensor that was received.
-    "auto": the strongest unbiased preset whose error stays below auto_error, measured in the first
-    auto_rounds rounds and kept from then on (default: tensors as they are)."""
+    "auto": the strongest unbiased preset that keeps the held-out loss (auto_loss; without held-out rows,
+    auto_error), measured in the first auto_rounds rounds and kept from then on (default: tensors as they
+    are)."""
     down: Stages = []
     """Codec of what all clients are sent alike: the change since the model that they have; "auto" as of
     wire.up (default: tensors as they are)."""
@@ -51,8 +52,12 @@ class WireSettings(Settings):
     SCAFFOLD's control variates; [] sends a part as it is (default: none)."""
     auto_rounds: Annotated[int, CHOOSING] = Field(default=2, ge=1, le=1000)
     """Rounds in which tensors are sent as they are, and what presets would lose of them is measured."""
+    auto_loss: Annotated[float, CHOOSING] = Field(default=0.1, gt=0, lt=1)
+    """Most that a chosen preset costs of what those rounds take off the loss of the global held-out
+    rows."""
     auto_error: Annotated[float, CHOOSING] = Field(default=0.2, gt=0, lt=1)
-    """Most that a chosen preset loses of the mean of clients' changes, squared and relative."""
+    """Most that a chosen preset loses of the mean of clients' changes, squared and relative: where there
+    are no global held-out rows, or their loss did not fall."""
     error_feedback: Literal["none", "classic", "ef21"] = "none"
     """What a client does about what a biased codec of wire.up loses: "classic" adds it to its next
     change; "ef21" has server and client keep an estimate of the change and sends what it lacks."""

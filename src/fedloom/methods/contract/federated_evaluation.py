@@ -126,6 +126,32 @@ class Evaluator:
             kept=self.keeps_rows or round in (0, self.rounds),
         )
 
+    def loss_of(
+        self, tensors: Tensors, round: int, model: AdapterModel, ledger: Ledger
+    ) -> float | None:
+        """Return the loss of the global held-out set under an adapter, while a round is under way.
+
+        Args:
+            tensors: The adapter, and maybe others beside.
+            round: The round to which its cost belongs.
+            model: The server's own model, which holds afterwards what it held before.
+            ledger: Where the cost goes.
+
+        Returns:
+            The loss; ``None`` where there are no rows, no such metric, or ``tensors`` hold no adapter of
+            ``model``.
+        """
+        shapes = {name: parameter.shape for name, parameter in model.parameters.items()}
+        fits = all(name in tensors and tensors[name].shape == own for name, own in shapes.items())
+        if not len(self.held_out) or not shapes or not fits:
+            return None
+        with ledger.measure(round, SERVER, EVALUATE) as cost:
+            before = model.flops
+            with model.holding({name: tensors[name] for name in shapes}):
+                found = self.held_out.score(model).get("loss")
+            cost.flops, cost.examples = model.flops - before, len(self.held_out)
+        return found
+
     def reported(self, *, common: bool) -> tuple[NumberSpec, ...]:
         """Return names and ranges of what clients report, with ``common`` of the global set too."""
         return METRICS[self.kind] + (
