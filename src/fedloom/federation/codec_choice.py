@@ -355,25 +355,19 @@ class PresetChoice:
         """
         if self.loss is None or len({id(data) for data in exchange.requests.values()}) > 1:
             return
-        moves = {BEFORE: {AS_IT_IS: {}}, MEAN: {AS_IT_IS: mean}}
-        moves |= {
-            w: {preset: {**mean, **own} for preset, own in o.items()} for w, o in read.items()
-        }
-        found = {
-            way: {
-                preset: self.loss(_moved(exchange, change), exchange.round)
-                for preset, change in own.items()
-            }
-            for way, own in moves.items()
-        }
-        if any(
-            one is None or not math.isfinite(one) for own in found.values() for one in own.values()
-        ):
-            self.loss, self.losses = None, {}
-            return
-        for way, own in found.items():
-            for preset, one in own.items():
-                self.losses.setdefault(way, {}).setdefault(preset, []).append(one)
+        moves: dict[str, dict[str, Tensors]] = {BEFORE: {AS_IT_IS: {}}, MEAN: {AS_IT_IS: mean}}
+        for way, presets in read.items():
+            moves[way] = {preset: {**mean, **own} for preset, own in presets.items()}
+        found: list[tuple[str, str, float]] = []
+        for way, changes in moves.items():
+            for preset, change in changes.items():
+                one = self.loss(_moved(exchange, change), exchange.round)
+                if one is None or not math.isfinite(one):
+                    self.loss, self.losses = None, {}
+                    return
+                found.append((way, preset, one))
+        for way, preset, one in found:
+            self.losses.setdefault(way, {}).setdefault(preset, []).append(one)
 
     def _up(self, exchange: Exchange, client: int) -> Generators:
         action, round = exchange.action, exchange.round

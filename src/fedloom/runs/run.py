@@ -535,7 +535,9 @@ class _Run:
         self.verifier = Verifier(self.experiment, self.parts)
         self.cards = ModelCards(self.experiment, self.parts, self.made.objective)
 
-    def prepare(self, done: int, known: Record | None = None, clock: Record | None = None) -> None:
+    def prepare(
+        self, done: int, known: Record | None = None, clock: Mapping[str, Any] | None = None
+    ) -> None:
         """Wait for clients on other machines, and write the records known before the next round.
 
         Args:
