@@ -145,10 +145,10 @@ class StopAgain(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "feedback",
-    ["classic", pytest.param("ef21", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.full)],
-)  # fmt: skip
+    "feedback", ["classic", "ef21", pytest.param("none", marks=pytest.mark.full)]
+)
 def test_coded_answers_of_a_server_that_is_stopped_twice_are_repeated_with_the_same_bits(
     experiment, loopback, feedback
 ):
