@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedloom.federation.admission import Admission
+from fedloom.federation.compressed_exchange import Compression
 from fedloom.federation.presence import Membership
 from fedloom.federation.rounds import Server
+from fedloom.federation.secure_exchange import SecureAggregation
 from fedloom.runs.answer_order import order_of_answers
 from fedloom.runs.assembly import assemble
 from fedloom.runs.observers import Silent
@@ -68,12 +70,13 @@ class AbsentEngine:
     """An engine whose clients are absent as a schedule says.
 
     Attributes:
-        seen: Action, round, client, request and reply of each answer that counts.
+        done: The last round that is over.
+        seen: Action, round, client, request and reply of each answer that counts and is not compressed.
     """
 
-    def __init__(self, engine, schedule):
-        self.engine, self.schedule = engine, schedule
-        self.done, self.met, self.seen = 0, {}, []
+    def __init__(self, engine, schedule, done=0):
+        self.engine, self.schedule, self.done = engine, schedule, done
+        self.met, self.seen = {}, []
 
     def sizes(self):
         missing = self.schedule.missing(self.done + 1)
@@ -99,7 +102,7 @@ class AbsentEngine:
             if answer.client in self.schedule.late.get(exchange.round, set()):
                 yield Answer(answer.client, error="too late")
                 continue
-            if answer.error is not None:
+            if answer.error is not None or exchange.plain is not None:  # the latter is compressed
                 yield answer
                 continue
             request = decode(exchange.requests[answer.client], exchange.request_schema)
@@ -109,6 +112,9 @@ class AbsentEngine:
 
     def discard(self, clients):
         self.engine.discard(clients)
+
+    def signing_keys(self):
+        return self.engine.signing_keys()
 
 
 @dataclass
@@ -129,9 +135,10 @@ class Played:
         return self.parts.engine.store.slots(client).get(slot, {})
 
 
-def played(experiment, schedule):
-    """Play an experiment in one process."""
-    parts, states, records = assemble(experiment, partition_data(experiment)), [], []
+def played(experiment, schedule, parts=None):
+    """Play an experiment in one process, or with the parts that are given."""
+    parts = parts or assemble(experiment, partition_data(experiment))
+    states, records, seed = [], [], experiment.federation.seed
     engine = AbsentEngine(parts.engine, schedule)
 
     def finish(record, state):
@@ -145,6 +152,8 @@ def played(experiment, schedule):
         lambda state, round: None, finish, parts.ledger, Silent(), Admission(experiment.admission),
         reported=reported(parts.objective), clock=order_of_answers(experiment),
         means_alone=parts.method.means_alone,
+        secure=SecureAggregation.of(experiment.privacy, "run"),
+        compression=Compression.of(experiment.wire, seed, parts.initial),
     )  # fmt: skip
     server.run(parts.method.initial_state(parts.initial), 0)
     return Played(parts, states, engine.seen, records)
