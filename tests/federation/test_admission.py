@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,16 @@ def test_a_change_that_is_too_large_is_left_out_and_what_was_not_sent_is_no_chan
     assert rejected == {1: "it changed what it was sent by 5, admission.max_change allows 4"}
     (violation,) = admission.close(1)
     assert violation == Violation(1, "out_of_range", rejected[1], 1)
+
+
+def test_what_is_sent_as_a_change_is_no_change_of_what_was_sent():
+    """As scaffold's c_k: 3 and 4 beside a change of 0, whatever c is; of 12 as well, 13."""
+    admission = Admission(AdmissionSettings(max_change=5.0))
+    asked = replace(exchange(), changes=("a",))
+    far = answer(1, (3.0, 4.0), (12.0, 0.0))
+    replies, rejected = admission.accept([answer(0, (3.0, 4.0)), far], asked, SIZES)
+    assert [reply.client for reply in replies] == [0]
+    assert rejected == {1: "it changed what it was sent by 13, admission.max_change allows 5"}
 
 
 def test_or_it_is_shortened():
@@ -450,6 +461,67 @@ def test_an_offence_in_an_evaluation_counts(experiment, monkeypatch):
     assert kinds == [[(2, "out_of_range")]] * 2 + [[]] * 2 + [[(2, "out_of_range")]] * 2
     assert [sorted(r["evaluation"]["clients"]["each"]) for r in records] == [["0", "1"]] * 6
     assert all(r["evaluation"]["clients"]["mean"]["preference_accuracy"] <= 1 for r in records)
+
+
+@pytest.fixture
+def all_offend(monkeypatch):
+    """All clients claim an accuracy that is none in the evaluation of round 1."""
+    plain, trained = SimulationEngine.answer, []
+
+    def answer(self, exchange, client):
+        found = plain(self, exchange, client)
+        if exchange.action == "train":
+            trained.append(exchange.round)
+        if exchange.action == "evaluate" and exchange.round == 1:
+            metrics = json.dumps({"preference_accuracy": 3e299})
+            return Answer(client, rewritten(found.data, metrics=metrics))
+        return found
+
+    monkeypatch.setattr(SimulationEngine, "answer", answer)
+    return trained
+
+
+@pytest.mark.slow
+def test_rounds_in_which_all_are_in_quarantine_pass_and_the_run_goes_on(
+    experiment, all_offend, tmp_path
+):
+    class Hearing(Silent):
+        heard = []
+
+        def warning(self, text):
+            self.heard.append(text)
+
+    settings = {
+        "federation": {"rounds": 5},
+        "admission": {"offences": 1, "pause": 2},
+        "wire": {"up": "int8", "down": "int8", "keep_plain_below": 0},
+    }
+    result = fedloom.run(experiment(**settings), observer=Hearing())
+    assert all_offend == [1] * 3 + [4] * 3 + [5] * 3
+    records = [json.loads(n) for n in (result.folder / "rounds.jsonl").read_text().splitlines()]
+    assert [r["clients"] for r in records[2:4]] == [[], []]
+    assert [r["paused"] for r in records[2:4]] == [dict.fromkeys("012", 3)] * 2
+    losses = [r["evaluation"]["global"] for r in records]
+    assert losses[1] == losses[2] == losses[3] != losses[4]
+    told = [text for text in Hearing.heard if "nobody is asked" in text]
+    assert told == [
+        f"round {n}: all clients are in quarantine: nobody is asked before round 4" for n in (2, 3)
+    ]
+    page = write_report([result.folder]).read_text()
+    assert "quarantine" in page
+    resume_run(result.folder, from_round=4)  # the presence of empty rounds is in checkpoints
+
+
+@pytest.mark.slow
+def test_a_run_whose_clients_are_all_in_quarantine_for_long_ends_with_the_reason(
+    experiment, all_offend
+):
+    settings = {"federation": {"rounds": 30}, "admission": {"offences": 1, "pause": 11}}
+    with pytest.raises(
+        RoundFailed, match=r"round 2: all clients .* more than 10 rounds.*\[0, 1, 2\]"
+    ):
+        fedloom.run(experiment(**settings))
+    assert all_offend == [1] * 3
 
 
 def test_a_value_that_cannot_be_meant_is_refused():

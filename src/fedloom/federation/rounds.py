@@ -51,6 +51,9 @@ from fedloom.wire.schema import LOSS, NumberSpec
 STREAM_ABOVE = 128 << 20
 """Bytes of an exchange's answers above which each is added and let go of, if means are all it takes."""
 
+MOST_EMPTY = 10
+"""Rounds in a row in which nobody is asked as all clients are in quarantine, before the run ends."""
+
 DISK_BUFFER_ABOVE = 512 << 20
 """Bytes of an exchange's answers above which they are buffered on disk."""
 
@@ -151,6 +154,8 @@ class Server:
         """
         paused = self.admission.paused(round)
         presence = self._present(round, paused, before)
+        if self._passes(round, presence):
+            return state, self._passed(round, state, presence, gone)
         asked = _Asked()
         cohort = self._cohort(round, presence, state, asked)
         self._report_quarantined(round, paused)
@@ -186,6 +191,37 @@ class Server:
             evaluation,
             details={**cohort.details, **drawn} if shown else {},
             presence=presence,
+            wire=self.compression.record() if self.compression is not None else {},
+        )
+
+    def _passes(self, round: int, presence: Presence) -> bool:
+        """Return whether nobody is asked in a round, as all clients are in quarantine, and one is back soon.
+
+        With client-level privacy every round releases noise: none passes.
+        """
+        if presence.available or not presence.suspended or self.private is not None:
+            return False
+        return min(presence.suspended.values()) - round < MOST_EMPTY
+
+    def _passed(
+        self, round: int, state: State, presence: Presence, gone: Mapping[int, Absence]
+    ) -> RoundRecord:
+        """Return the record of a round in which nobody is asked and the state stays as it is."""
+        self._report_quarantined(round, presence.suspended)
+        absent = self._report_absent(round, gone)
+        back = min(presence.suspended.values()) + 1
+        self.observer.warning(
+            f"round {round}: all clients are in quarantine: nobody is asked before round {back}"
+        )
+        evaluation = self.evaluate(state, round)
+        return RoundRecord(
+            round,
+            offences=self.admission.close(round),
+            paused=presence.suspended,
+            absent=absent,
+            learning_rate=self.learning_rate(round),
+            evaluation=evaluation,
+            presence=presence.closed(round, set(), {}),
             wire=self.compression.record() if self.compression is not None else {},
         )
 
@@ -241,8 +277,8 @@ class Server:
         if not presence.available:
             raise RoundFailed(
                 f"round {round}: all clients are in quarantine for repeated violations ("
-                f"admission.offences = {self.admission.settings.offences}): "
-                f"{sorted(presence.suspended)}"
+                f"admission.offences = {self.admission.settings.offences}) for more than {MOST_EMPTY} "
+                f"rounds, or under client-level privacy: {sorted(presence.suspended)}"
             )
         if selection.asks == "candidates":
             candidates = draw_candidates(
