@@ -92,6 +92,11 @@ def by_client(tensors: Tensors, part: str) -> dict[int, Tensor]:
     return {int(name): tensor for name, tensor in sorted(part_of(tensors, part).items())}
 
 
+def is_of_client(name: str, client: int) -> bool:
+    """Return whether a tensor or number is named by a client's id: ``PART/000007``, as :func:`of_clients` does."""
+    return name.rpartition("/")[2] == f"{client:06d}"
+
+
 def with_own_memory(tensors: Mapping[str, Tensor]) -> Tensors:
     """Return tensors contiguous and none over the memory of another, as a file of safetensors wants them.
 

@@ -111,11 +111,12 @@ def forget(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     client: Annotated[int, typer.Option(help="Who leaves.", min=0)],
 ) -> None:
-    """Delete a client's model and store from a run folder and its checkpoints.
+    """Delete a client's model and store from a run folder, and what its checkpoints keep of it.
 
-    What the server itself keeps by client in a checkpoint's state stays, as the rounds that follow need
-    it: of hilora how clients' B moved and their groups, of hetlora ranks, of fedmoe and fedamole which
-    experts they have, and what these are assigned by.
+    With the store goes what the server's state keeps by the client's id: how its B moved and its group
+    (hilora), its rank (hetlora), its experts and what they are assigned by (fedmoe, fedamole), its weight
+    (fedawa), and so on. A run that is resumed treats it as a client that comes for the first time. What
+    it gave to means stays in them, and records of past rounds stay as they are.
     """
     from fedloom.storage.run_folder import RunFolder
 

@@ -28,12 +28,17 @@ from fedloom.federation.devices import Device
 from fedloom.federation.participants import FederationSettings
 from fedloom.federation.records import SimulatedTime
 from fedloom.randomness import generator
+from fedloom.storage.checkpoint import answer_name
 from fedloom.tensors import Tensors
 from fedloom.wire.messages import Answer, Exchange
 from fedloom.wire.schema import Schema
 
 Carry = Callable[[Exchange], Iterable[Answer]]
 """Carries an exchange to clients."""
+
+
+FORGOTTEN = "its answer was deleted from the checkpoint (fedloom forget)"
+"""Why an answer that was in flight does not count."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class ClockState:
             if name not in tensors:
                 tensors[name] = _bytes(own.request)
             if own.answer.data is not None:
-                tensors[f"answer/{own.client:06d}"] = _bytes(own.answer.data)
+                tensors[answer_name(own.client)] = _bytes(own.answer.data)
         return table, tensors
 
     @classmethod
@@ -113,8 +118,9 @@ class ClockState:
         schemas = {d: Schema.from_table(own) for d, own in table.get("schemas", {}).items()}
         in_flight = []
         for own in table["in_flight"]:
-            client, data = own["client"], tensors.get(f"answer/{own['client']:06d}")
-            answer = Answer(client, None if data is None else data.numpy().tobytes(), own["error"])
+            client, data = own["client"], tensors.get(answer_name(own["client"]))
+            error = own["error"] or (None if data is not None else FORGOTTEN)
+            answer = Answer(client, None if data is None else data.numpy().tobytes(), error)
             request = requests[own.get("request", f"request/{own['round']:06d}")]
             schema = schemas.get(own.get("schema"))
             in_flight.append(

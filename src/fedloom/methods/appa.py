@@ -60,8 +60,8 @@ from fedloom.tensors import State
 from fedloom.wire.messages import Reply
 
 SCORE, LOGIT = "score/", "logit/"
-"""Before a client's id among the numbers of the state: its running mean; before the lowest id of a group:
-log q of group_dro."""
+"""Among the numbers of the state: before a client's id its running mean, and before the lowest id of a group,
+which is not filled up with zeros as it names no client, log q of group_dro."""
 
 WEIGHTS = "group_weights"
 """In the rounds' details: the weight of each client's group, by the client's id."""
@@ -236,7 +236,7 @@ class APPA(Method):
             even = index is not None and index >= own.fair
             weights = reverse_softmax(means, math.inf if even else own.temperature)
         else:
-            names = [_name(LOGIT, first) for first in members]
+            names = [f"{LOGIT}{first}" for first in members]
             now = [mean_score(scores.get(r.client) for r in g) for g in members.values()]
             away = [v for name, v in kept.items() if name.startswith(LOGIT) and name not in names]
             logits = group_dro([kept.get(name) for name in names], now, own.rate, away)

@@ -1,4 +1,4 @@
-"""Deletes a client's model and store from a run folder."""
+"""Deletes from a run folder what it keeps of a client: its model, its store, and its entries in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fedloom.storage.run_folder import RunFolder
 
 
 def forget_client(path: Path, client: int) -> int:
-    """Delete a client's model and its stores in checkpoints from a run folder.
+    """Delete a client's model from a run folder, and from checkpoints its store and what is named by its id.
 
-    Tensors and numbers of the server's state that are named by clients' ids stay.
+    A run that is resumed treats it as a client that comes for the first time. What it gave to means stays
+    in them, and records of past rounds stay as they are.
 
     Args:
         path: A run folder.

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 
 from fedloom.errors import CheckpointError, OutputError
 from fedloom.storage.files import write_atomically
-from fedloom.tensors import State, Tensors, with_own_memory
+from fedloom.tensors import State, Tensors, is_of_client, with_own_memory
 
 CLIENT = "client/"
 """What names begin with, before a client's id, of tensors that are known of one client alone."""
@@ -43,6 +43,11 @@ KEPT = 2
 IN_FLIGHT, WIRE = "in_flight.safetensors", "wire.safetensors"
 
 BEST = "best.safetensors"
+
+
+def answer_name(client: int) -> str:
+    """Return the name of a client's answer among what is in flight."""
+    return f"answer/{client:06d}"
 
 
 class SavedClients(Mapping[int, Tensors]):
@@ -309,51 +314,69 @@ def _number(path: Path) -> int:
 
 
 def forget(folder: Path, client: int) -> int:
-    """Delete a client's store from every checkpoint; return from how many.
+    """Delete from every checkpoint what is of a client alone; return from how many.
+
+    That is its store, tensors and numbers of the server's state that are named by its id
+    (``fedloom.tensors.of_clients``), what it is known to hold, and its answer in flight. Files are replaced before
+    the manifest: some of them alone are damage that is found when they are read.
 
     Raises:
-        OutputError: A file cannot be deleted.
+        OutputError: A file cannot be deleted or written.
     """
-    name, found = _client_file(client), 0
     try:
-        for path in _listed(folder):
-            there = _forget_held(path, client)
-            if (path / name).is_file():
-                _list_again(path, name, None)
-                (path / name).unlink()  # what the manifest does not name is not read
-                there = True
-            found += there
+        return sum(_forgotten(path, client) for path in _listed(folder))
     except OSError as error:
-        raise OutputError(f"cannot delete {name} in {folder}: {error.strerror}") from error
-    return found
+        raise OutputError(
+            f"cannot delete client {client} from {folder}: {error.strerror}"
+        ) from error
 
 
-def _forget_held(path: Path, client: int) -> bool:
-    """Delete from a checkpoint what a client is known to hold of its own; return whether it was there.
-
-    The file is replaced before the manifest: one of them alone is damage that is found when it is read.
-    """
-    opening = f"{CLIENT}{client:04d}/"
-    if not (path / WIRE).is_file():
+def _forgotten(path: Path, client: int) -> bool:
+    """Delete from a checkpoint what is of a client alone; return whether there was anything."""
+    sums, opening = json.loads((path / "manifest.json").read_text()), f"{CLIENT}{client:04d}/"
+    openings = {
+        "state.safetensors": lambda name: is_of_client(name, client),
+        BEST: lambda name: is_of_client(name, client),
+        IN_FLIGHT: lambda name: name == answer_name(client),
+        WIRE: lambda name: name.startswith(opening),
+    }
+    before = dict(sums)
+    for file, of_client in openings.items():
+        if file in sums:
+            sums[file] = _without(path / file, of_client, sums[file])
+    sums["state.json"] = _without_numbers(path / "state.json", client, sums["state.json"])
+    store = sums.pop(_client_file(client), None)
+    if sums == before:
         return False
-    tensors = safetensors.torch.load_file(path / WIRE)
-    kept = {name: own for name, own in tensors.items() if not name.startswith(opening)}
-    if len(kept) == len(tensors):
-        return False
-    data = safetensors.torch.save(kept)
-    write_atomically(path / WIRE, data, mode=0o644)
-    _list_again(path, WIRE, hashlib.sha256(data).hexdigest())
+    write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
+    _sync(path)
+    if store is not None:
+        (path / _client_file(client)).unlink(missing_ok=True)  # what is not named is not read
     return True
 
 
-def _list_again(path: Path, name: str, sum: str | None) -> None:
-    """Write a checkpoint's manifest with another SHA-256 of a file, or without it."""
-    sums = json.loads((path / "manifest.json").read_text())
-    sums.pop(name, None)
-    if sum is not None:
-        sums[name] = sum
-    write_atomically(path / "manifest.json", json.dumps(sums).encode(), mode=0o644)
-    _sync(path)
+def _without(file: Path, of_client: Callable[[str], bool], sum: str) -> str:
+    """Delete tensors by name from a file; return its SHA-256, which is ``sum`` where there are none."""
+    tensors = safetensors.torch.load_file(file)
+    kept = {name: own for name, own in tensors.items() if not of_client(name)}
+    return sum if len(kept) == len(tensors) else _replaced(file, safetensors.torch.save(kept))
+
+
+def _without_numbers(file: Path, client: int, sum: str) -> str:
+    """Delete a client's names and numbers from ``state.json``; return its SHA-256."""
+    facts = json.loads(file.read_text())
+    found = False
+    for own in (facts, facts.get("best", {"order": [], "numbers": {}})):
+        order = [name for name in own["order"] if not is_of_client(name, client)]
+        numbers = {n: x for n, x in own["numbers"].items() if not is_of_client(n, client)}
+        found |= len(order) < len(own["order"]) or len(numbers) < len(own["numbers"])
+        own |= {"order": order, "numbers": numbers}
+    return _replaced(file, json.dumps(facts).encode()) if found else sum
+
+
+def _replaced(file: Path, data: bytes) -> str:
+    write_atomically(file, data, mode=0o644)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _client_file(client: int) -> str:
