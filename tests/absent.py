@@ -160,12 +160,15 @@ def played(experiment, schedule, parts=None):
 
 
 def absent_on_machines(mail, federation, schedule):
-    """Have the clients of a federation on machines be absent as a schedule says."""
-    nodes, revoked = mail.get_nodes, set()
+    """Have the clients of a federation on machines be absent as a schedule says.
+
+    The mail's ``done`` is the last round that was over before all that it has pushed.
+    """
+    nodes, revoked, mail.done = mail.get_nodes, set(), 0
 
     def get_nodes():
         headers = [envelope.read(RequestHeader) for _, envelope in mail.pushed]
-        round = 1 + max((h.round for h in headers if h.kind == "exchange"), default=0)
+        round = 1 + max((h.round for h in headers if h.kind == "exchange"), default=mail.done)
         mail.offline = {100 + client for client in schedule.away.get(round, set())}
         for client in schedule.gone(round) - revoked:
             federation.members().revoke(f"client-{client}")

@@ -35,15 +35,15 @@ STRONG = {"up": ["ternary:nearest", "zstd"], "down": "int4", "keep_plain_below":
 GENTLE = {"up": "int8", "down": "int8", "keep_plain_below": 0}
 """Of methods that need some bits of each number."""
 
-FEW_AWAY = Schedule(away={2: {1}, 4: {3}}, late={3: {0}})
-"""So many are left in each round that their sum shows none of them."""
+FEW_AWAY = Schedule(away={2: {1}}, late={1: {0}})
+"""So many are left in each of two rounds that their sum shows none of them."""
 
 SETTINGS = {"fedbiscuit": {"selectors": 2}, "fedala": {"first_passes": 2}}
 
 PLAIN_STEPS = {"optimizer": "sgd", "learning_rate": 0.2}
 """Adam divides by the gradient's own size, and so magnifies rounding."""
 
-DIES = [False, True, False, False, True, *[False] * 6, True]
+DIES = [False, True, *[False] * 5, True]
 
 
 class Stop(Silent):
@@ -116,10 +116,13 @@ def alone(made, last):
     return play
 
 
-def stored(parts):
-    """What clients keep, as numbers."""
-    kept = parts.local.store.flat()
-    return {c: {name: t.tolist() for name, t in kept[c].items()} for c in sorted(kept)}
+def bits(stores):
+    """The bits of what clients keep, by client and name."""
+    kept = {client: stores[client] for client in sorted(stores)}
+    return {
+        client: {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in sorted(own.items())}
+        for client, own in kept.items()
+    }
 
 
 def costs_of(record):
@@ -134,7 +137,12 @@ def outcome(found):
     """All that must be the same to the bit."""
     records = [(r.clients, r.rejected, r.train, r.client_train, r.details) for r in found.records]
     states = [state.digest() for state in found.states]
-    return states, records, [costs_of(r) for r in found.records], stored(found.parts)
+    return (
+        states,
+        records,
+        [costs_of(r) for r in found.records],
+        bits(found.parts.local.store.flat()),
+    )
 
 
 def states(folder):
@@ -169,24 +177,18 @@ def resumed(made, method, alone, monkeypatch, tmp_path):
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     mark = json.loads((newest / "state.json").read_text())["fingerprint"]
     saved = checkpoint.load(folder / "checkpoints", mark).clients
-    kept = expected.parts.local.store.flat()
-    assert saved.keys() == kept.keys()
-    for client in kept:
-        assert saved[client].keys() == kept[client].keys()
-        assert all(torch.equal(saved[client][name], t) for name, t in kept[client].items())
+    assert bits(saved) == bits(expected.parts.local.store.flat())
 
 
 def between_machines(made, method, alone, loopback, tmp_path):
     experiment, schedule = made(method), schedule_of(method)
     expected, federation = alone(method), loopback(CLIENTS)
-    mail = federation.mail(source=builtin(experiment))
+    mail, stop = federation.mail(source=builtin(experiment)), moment(method)
     absent_on_machines(mail, federation, schedule)
     with pytest.raises(Interrupted):
-        run_experiment(
-            experiment,
-            observer=Stop(*moment(method)),
-            remote=federation.engine(experiment, mail),
-        )
+        run_experiment(experiment, observer=Stop(*stop), remote=federation.engine(experiment, mail))
+    mail.done = stop[0] - 1
+    mail.pushed.clear()
     for node in mail.workers:
         mail.workers[node] = federation.worker(node - 100, source=builtin(experiment))
     folder = tmp_path / "run"
@@ -197,7 +199,7 @@ def between_machines(made, method, alone, loopback, tmp_path):
 def numbers_of(found):
     """All tensors of the server after the last round, and of clients' stores."""
     store = found.parts.local.store.flat()
-    kept = {f"{c} {name}": t for c in store for name, t in store[c].items()}
+    kept = {f"{c} {name}": t for c in store for name, t in dict(store[c]).items()}
     return {**found.states[-1].tensors, **kept}
 
 
@@ -211,7 +213,7 @@ def require_close(one, other, start):
         before = start.get(name, torch.zeros(()))
         apart += float((tensor.double() - right[name].double()).square().sum())
         moved += float((tensor.double() - before.double()).square().sum())
-    assert (apart / moved) ** 0.5 < 1e-4
+    assert (apart / moved) ** 0.5 < 1e-4, f"{(apart / moved) ** 0.5:.3g}"
     for record, found in zip(one.records, other.records, strict=True):
         assert costs_of(record) == costs_of(found)
         assert record.client_train.keys() == found.client_train.keys()
@@ -234,7 +236,7 @@ def summed(made, method):
         "codecs": False,
         "privacy": {"secure_aggregation": True, "sum_rounding": "nearest", "sum_bits": 20},
         "training": PLAIN_STEPS,
-        "federation": {"quorum": 0.5},
+        "federation": {"quorum": 0.5, "rounds": 2},
     }
     if method == "fedpdpo":
         private["objective"] = {"name": "pdpo"}
