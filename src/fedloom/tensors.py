@@ -93,7 +93,7 @@ def by_client(tensors: Tensors, part: str) -> dict[int, Tensor]:
 
 
 def is_of_client(name: str, client: int) -> bool:
-    """Return whether a tensor or number is named by a client's id: ``PART/000007``, as :func:`of_clients` does."""
+    """Return whether a tensor or number is named by a client's id, as :func:`of_clients` does."""
     return name.rpartition("/")[2] == f"{client:06d}"
 
 

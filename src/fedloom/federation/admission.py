@@ -38,9 +38,9 @@ class AdmissionSettings(Settings):
     max_value: float = Field(default=1e6, gt=0)
     """Largest absolute value of a number in an answer's tensors."""
     max_change: float | None = Field(default=None, gt=0)
-    """Largest Euclidean norm of a client's change over all tensors that it was sent (default: any). What a
-    client sends as a change already counts as it is: with scaffold also how c_k moves, which is the adapter's
-    change over (steps times learning rate) and so by far the larger part."""
+    """Largest Euclidean norm of a client's change over all tensors that it was sent (default: any).
+    What a client sends as a change already counts as it is: with scaffold also how c_k moves, which
+    is the adapter's change over (steps times learning rate) and so by far the larger part."""
     on_excess: Literal["reject", "clip"] = "reject"
     """What to do with an answer above max_change: leave it out (reject), or scale its change to that norm
     (clip)."""

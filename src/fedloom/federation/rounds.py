@@ -195,7 +195,7 @@ class Server:
         )
 
     def _passes(self, round: int, presence: Presence) -> bool:
-        """Return whether nobody is asked in a round, as all clients are in quarantine, and one is back soon.
+        """Return whether nobody is asked in a round, as all are in quarantine and one is back soon.
 
         With client-level privacy every round releases noise: none passes.
         """

@@ -60,8 +60,8 @@ from fedloom.tensors import State
 from fedloom.wire.messages import Reply
 
 SCORE, LOGIT = "score/", "logit/"
-"""Among the numbers of the state: before a client's id its running mean, and before the lowest id of a group,
-which is not filled up with zeros as it names no client, log q of group_dro."""
+"""Among the numbers of the state: before a client's id its running mean; before the lowest id of a group,
+without zeros in front as it is not that client's own, log q of group_dro."""
 
 WEIGHTS = "group_weights"
 """In the rounds' details: the weight of each client's group, by the client's id."""

@@ -1,4 +1,4 @@
-"""Deletes from a run folder what it keeps of a client: its model, its store, and its entries in checkpoints."""
+"""Deletes what a run folder keeps of a client: its model, its store, and its entries in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom.storage.run_folder import RunFolder
 
 
 def forget_client(path: Path, client: int) -> int:
-    """Delete a client's model from a run folder, and from checkpoints its store and what is named by its id.
+    """Delete a client's model, and from checkpoints its store and what is named by its id.
 
     A run that is resumed treats it as a client that comes for the first time. What it gave to means stays
     in them, and records of past rounds stay as they are.

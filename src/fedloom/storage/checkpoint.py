@@ -317,8 +317,8 @@ def forget(folder: Path, client: int) -> int:
     """Delete from every checkpoint what is of a client alone; return from how many.
 
     That is its store, tensors and numbers of the server's state that are named by its id
-    (``fedloom.tensors.of_clients``), what it is known to hold, and its answer in flight. Files are replaced before
-    the manifest: some of them alone are damage that is found when they are read.
+    (``fedloom.tensors.of_clients``), what it is known to hold, and its answer in flight. Files are
+    replaced before the manifest: some of them alone are damage that is found when they are read.
 
     Raises:
         OutputError: A file cannot be deleted or written.
