@@ -274,3 +274,21 @@ def test_a_damaged_folder_is_one_message(model_folder, tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps({"rank": 4}))
     with pytest.raises(ModelError, match="is not a folder of experts, or damaged"):
         load_experts(load_backbone(str(model_folder), pad_token_id=0), tmp_path)
+
+
+def test_the_base_model_counts_the_same_whichever_experts_are_in_place(model_folder):
+    """Beside no experts: what torch counts of the backbone, whoever was there before."""
+    model = build(model_folder)
+    few = {n: t for n, t in model.read().items() if "experts." not in n or ".experts.1." in n}
+    counted = []
+    for held in (model.read(), few):
+        model.write(held)
+        before, shape = model.flops, model.shape
+        with model.reference(), FlopCounterMode(display=False) as counter:
+            model(input_ids=IDS, attention_mask=MASK)
+        counted.append(model.flops - before)
+        assert model.shape is shape
+    attention = 12 * 4 * 6 * 64  # of each token to six, 64 wide, which torch does not see here
+    assert counted[0] == counted[1] == counter.get_total_flops() + attention
+    model(input_ids=IDS, attention_mask=MASK)
+    assert model.flops - before > counted[1] * 2

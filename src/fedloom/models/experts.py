@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,14 @@ class ExpertModel(AdapterModel):
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
-        self.routing.off = True
+        """Inside, no experts work and none count, whoever's they are."""
+        self.routing.off, shape = True, self.shape
+        linears = tuple(replace(own, rank=0, router=0) for own in shape.linears)
+        self.shape = replace(shape, linears=linears)
         try:
             yield
         finally:
-            self.routing.off = False
+            self.routing.off, self.shape = False, shape
 
 
 def by_layer(tensors: Tensors, layers: Collection[str]) -> dict[str, dict[str, Tensor]]:

@@ -199,7 +199,13 @@ def start_record(
 
 
 def _tokens_per_pass(experiment: Experiment, parts: RunComponents) -> int | None:
-    """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers."""
+    """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers.
+
+    Where halves work on a batch together, its examples are counted, also where the clients' halves are not
+    here.
+    """
+    if not parts.method.whole_at_clients:
+        return None
     models = [parts.model, *(own.model for own in parts.local.resources.values())]
     found = {tokens_per_pass(experiment.training, model) for model in models}
     return found.pop() if len(found) == 1 else None
