@@ -36,14 +36,13 @@ def rounds(folder):
 def costs(folder):
     """Costs that are counted, not measured.
 
-    In one process clients whose models are still alike are judged once for all of them, and the
-    reference model is counted with the experts that the client before has left in place.
+    In one process clients whose models are still alike are judged once for all of them.
     """
     found, measured = {}, ("seconds", "peak_memory")
     for line in (Path(folder) / "costs.jsonl").read_text().splitlines():
         cost = json.loads(line)
         where = cost["round"], cost["client"], cost["phase"]
-        shared = ("flops",) if cost["phase"] in ("evaluate", "reference") else ()
+        shared = ("flops",) if cost["phase"] == "evaluate" else ()
         found[where] = {k: v for k, v in cost.items() if v and k not in (*measured, *shared)}
     return found
 

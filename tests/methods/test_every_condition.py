@@ -126,9 +126,9 @@ def bits(stores):
 
 
 def costs_of(record):
-    """What clients sent and did; the reference model's log-probs are computed by whoever needs them first."""
+    """What clients sent and did."""
     return sorted(
-        (c.client, c.phase, c.bytes_up, c.bytes_down, c.steps, c.examples, c.exchanges)
+        (c.client, c.phase, c.bytes_up, c.bytes_down, c.flops, c.steps, c.examples, c.exchanges)
         for c in record.costs
     )
 

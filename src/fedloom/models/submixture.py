@@ -58,6 +58,7 @@ class SubMixtureModel(AdapterModel):
             name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
             for name, parameter in self.parameters.items()
         }
+        self._shape_loaded = self.shape
 
     def _run(self, input_ids: Tensor, real: Tensor, **options: Any) -> Any:
         """Run the model; see :class:`AdapterModel`."""
@@ -98,12 +99,15 @@ class SubMixtureModel(AdapterModel):
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
-        own = self.parameters
+        """Inside, the experts are those that were loaded, all of them, and count as such."""
+        own, shape = self.parameters, self.shape
         self.hold(self._loaded)
+        self.shape = self._shape_loaded
         try:
             yield
         finally:
             self.hold(own)
+            self.shape = shape
 
     def _note(self, gate: Any, inputs: Any, output: Any) -> None:
         if self._seen is None:
