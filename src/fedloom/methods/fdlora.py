@@ -128,7 +128,9 @@ class FDLoRA(KeepsAdapter):
         if not before:
             replies = yield self._start(cohort, adapter, cohort.presence.available)
             adapter = self.averaged(replies, cohort, adapter)
-        elif late := [c for c in cohort.clients if c not in cohort.presence.answered_last]:
+        elif not self.server.sums_alone and (
+            late := [c for c in cohort.clients if c not in cohort.presence.answered_last]
+        ):
             yield self._start(cohort, adapter, late)  # for their own sake: the shared one has begun
         replies = yield training_exchange(cohort, adapter, by_rows=self.by_rows)
         change = difference(self.averaged(replies, cohort, adapter), adapter)
@@ -172,6 +174,8 @@ class FDLoRA(KeepsAdapter):
         return Payload(client.store[PRIVATE], {"examples": len(client.share)}, result.metrics)
 
     def _train(self, client: Client, payload: Payload) -> Trainings[Payload]:
+        if client.round > 1 and PRIVATE not in client.store:  # nobody was asked to begin alone
+            yield from self._begin(client, payload)
         of = self.trainings_of(client.round, client.rounds)
         reply = yield from train_and_upload(client, payload, Part(of - 1, of))
         if client.round % self.settings.private_every == 0:

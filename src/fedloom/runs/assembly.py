@@ -298,6 +298,7 @@ def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledge
         {client: key[1] for client, key in bundles.clients.items()},
         experiment.aggregation,
         federation.rounds,
+        experiment.privacy.secure_aggregation,
     )
 
 

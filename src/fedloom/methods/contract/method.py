@@ -172,6 +172,7 @@ class ServerSide:
         ranks: LoRA rank of each client.
         aggregation: How updates are put together.
         rounds: Of the run.
+        sums_alone: Whether it sees sums of replies alone: an exchange with a few clients has none.
     """
 
     model: AdapterModel
@@ -187,6 +188,7 @@ class ServerSide:
     ranks: Mapping[int, int]
     aggregation: AggregationSettings
     rounds: int = 1
+    sums_alone: bool = False
 
 
 class Method(MethodTraits):
