@@ -51,7 +51,9 @@ def stopped(suited, tmp_path):
             table["method"]["pruning"] = 0.5
         table["training"]["local_steps"] = 1
         table["data"]["builtin_rows"] = 40
-        table["evaluation"] = {"samples": 0, "per_client": False, "load_best_model_at_end": True}
+        table["evaluation"] = {"samples": 0, "per_client": False}
+        if method == QUICK:
+            table["evaluation"]["load_best_model_at_end"] = True
         with pytest.raises(Interrupted):
             run_experiment(Experiment.from_table(table), observer=Stop())
         return tmp_path / "run"

@@ -201,8 +201,7 @@ def start_record(
 def _tokens_per_pass(experiment: Experiment, parts: RunComponents) -> int | None:
     """Return the tokens of a pass, ``None`` where examples are counted or models have other numbers.
 
-    Where halves work on a batch together, its examples are counted, also where the clients' halves are not
-    here.
+    Where halves work on a batch together its examples are counted, also where the clients' are elsewhere.
     """
     if not parts.method.whole_at_clients:
         return None
