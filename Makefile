@@ -24,8 +24,8 @@ check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 	$(PYTEST) $(WORKERS)
 
 slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
-	$(PYTEST) $(WORKERS) --no-loadscope-reorder -m "slow and not full and not serial"
-	$(PYTEST) -m "slow and not full and serial" $$(grep -rl "mark.serial" --include="test_*.py" tests)
+	$(PYTEST) $(WORKERS) --no-loadscope-reorder -m "slow and (sample or not full) and not serial"
+	$(PYTEST) -m "slow and (sample or not full) and serial" $$(grep -rl "mark.serial" --include="test_*.py" tests)
 
 full: SHELL := /bin/bash
 full: $(VENV)/.developing  ## sweeps, long fuzzing, marathons of kills: up to two hours; its log is kept

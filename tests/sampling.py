@@ -27,11 +27,12 @@ def drawn(*purpose):
 
 
 def sampled(items, count):
-    """Parameters of a full test, so many of which are in the slow suite too."""
+    """Parameters of a full test, so many of which are in the slow suite too (marker ``sample``)."""
     items = list(items)
     slow = drawn(*items).sample(range(len(items)), count)
+    both = [pytest.mark.slow, pytest.mark.sample]
     return [
-        pytest.param(item, marks=[pytest.mark.full, *[pytest.mark.slow] * (place in slow)])
+        pytest.param(item, marks=[pytest.mark.full, *both * (place in slow)])
         for place, item in enumerate(items)
     ]
 

@@ -11,6 +11,7 @@ def chosen_at(monkeypatch, commit):
     monkeypatch.setattr(sampling, "commit", lambda: commit)
     found = sampling.sampled("abcdefghij", 3)
     assert names(found, "full") == [(letter,) for letter in "abcdefghij"]
+    assert names(found, "sample") == names(found, "slow")
     return names(found, "slow")
 
 
