@@ -91,6 +91,14 @@ def known():
     return {(own["method"], own["condition"]): own for own in map(json.loads, lines)}
 
 
+def told(own):
+    """Return an outcome as a cell of the table; seconds where they were measured."""
+    if own is None:
+        return "not run"
+    seconds = f", {own['seconds']:.0f} s" if own["seconds"] else ""
+    return SHOWN[own["outcome"]] + seconds
+
+
 def page(cells, found):
     """Return the table of all cells."""
     lines = [HEAD, "| method | " + " | ".join(CONDITIONS) + " |", "| --- " * 6 + "|"]
@@ -98,19 +106,18 @@ def page(cells, found):
         row = []
         for condition in CONDITIONS:
             own = found.get((method, condition))
-            told = "not run" if own is None else f"{SHOWN[own['outcome']]}, {own['seconds']:.0f} s"
-            row.append(told if (method, condition) in cells else "-")
+            row.append(told(own) if (method, condition) in cells else "-")
         lines.append(f"| `{method}` | " + " | ".join(row) + " |")
     done = [own for cell, own in found.items() if cell in cells]
     equal = sum(own["outcome"] == "passed" for own in done)
-    minutes = sum(own["seconds"] for own in done) / 60
+    minutes = sum(own["seconds"] or 0 for own in done) / 60
     commits = ", ".join(sorted({own["commit"] for own in done}))
     dates = sorted(own["date"] for own in done) or ["never"]
     different, left = len(done) - equal, len(cells) - len(done)
     lines += [
         "",
         f"{equal} of {len(cells)} equal, {different} different, {left} not run; {minutes:.0f} minutes "
-        f"of one processor; commits {commits}; {dates[0]} to {dates[-1]} UTC.",
+        f"of one processor where measured; commits {commits}; {dates[0]} to {dates[-1]} UTC.",
     ]
     return "\n".join(lines) + "\n"
 
