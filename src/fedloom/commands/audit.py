@@ -85,10 +85,19 @@ def privacy(
     canaries: Annotated[
         int, typer.Option(help="With an experiment: planted rows of each kind.", min=0, max=10_000)
     ] = 60,
+    inversions: Annotated[
+        int,
+        typer.Option(
+            help="With an experiment: updates, the last ones, of which rows are looked for by gradient "
+            "inversion; each takes a minute or more.",
+            min=0,
+            max=100,
+        ),
+    ] = 0,
     assignments: Assignments = None,
     quiet: Quiet = False,
 ) -> None:
-    """Attack what clients send and what is released: tokens, membership, canaries.
+    """Attack what clients send and what is released: tokens, rows, membership, canaries.
 
     Of an experiment a run is made with planted rows. Of a run folder the released adapter is attacked,
     with rows that their owner names.
@@ -104,7 +113,13 @@ def privacy(
         folder = audit_run(what, rows, observer)
     else:
         experiment = experiment_from(what, assignments)
-        folder = audit_experiment(experiment, rounds=rounds, canaries=canaries, observer=observer)
+        folder = audit_experiment(
+            experiment,
+            rounds=rounds,
+            canaries=canaries,
+            observer=observer,
+            inversions=inversions,
+        )
     for line in summary(folder.read_json(AUDIT) or {}):
         say(line)
     say(f"audit: {write_privacy_audit(folder.path)}  (open it in a browser)")

@@ -60,6 +60,7 @@ def summary(record: Record) -> list[str]:
     return [
         *_token_lines(record["tokens"]),
         *_row_lines(record.get("sequences")),
+        *_inversion_lines(record.get("inversion")),
         *_membership_lines(record["membership"]),
         *_canary_lines(record["canaries"], record["stated"]),
     ]
@@ -89,6 +90,18 @@ def _row_lines(own: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Rows from updates: at most {worst['share']:.0%} of the rows of a client's round, {extent}, "
         f"in round {worst['round']}{rouge}" + (" - LEAK" if own["leak"] else "")
+    ]
+
+
+def _inversion_lines(own: Mapping[str, Any] | None) -> list[str]:
+    if own is None:  # an audit of an earlier version
+        return []
+    if not own["made"]:
+        return [f"Gradient inversion: not made, as {own['why']}"]
+    return [
+        f"Gradient inversion of {len(own['updates'])} updates: {own['share']:.0%} of the distinct tokens "
+        f"(a guess by frequency: {own['guessed_share']:.0%}), {own['places']:.0%} of places right"
+        + (" - LEAK" if own["leak"] else "")
     ]
 
 

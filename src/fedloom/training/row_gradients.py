@@ -77,7 +77,7 @@ class _RowLinear(torch.autograd.Function):
 
 
 @contextmanager
-def _recording(factors: dict[str, nn.Module], rows: int) -> Iterator[_Recorded]:
+def recording(factors: dict[str, nn.Module], rows: int) -> Iterator[_Recorded]:
     """Inside, these layers record the gradients of passes over so many rows."""
     recorded = _Recorded(rows)
 
@@ -115,7 +115,7 @@ def gradients_together(
         part: What the pass reads: prompts may be read once within a row, not by several.
     """
     factors = {n: own for n, own in lora_factors(model).items() if n in model.parameters}
-    with _recording(factors, len(part)) as recorded:
+    with recording(factors, len(part)) as recorded:
         loss = _backward(model, objective, part)
     return loss, recorded.found
 
@@ -174,7 +174,7 @@ def _alike(model: AdapterModel, factors: dict[str, nn.Module]) -> bool:
             for parameter in model.parameters.values():  # B = 0 would hide A's gradient
                 noise = torch.randn(parameter.shape, generator=draw)
                 parameter.add_(noise.to(parameter.device, parameter.dtype), alpha=0.05)
-        with _recording(read, 2) as recorded:
+        with recording(read, 2) as recorded:
             _score(model, ids, mask).sum().backward()  # type: ignore[no-untyped-call]
         for place, length in enumerate(mask.sum(1).tolist()):
             for parameter in model.parameters.values():

@@ -30,6 +30,7 @@ from fedloom.runs.adapter_paths import adapter_folder
 from fedloom.runs.model_building import model_folder, of_server
 from fedloom.runs.observers import RunObserver
 from fedloom.runs.partitioning import PartitionedData
+from fedloom.runs.privacy_audit.inversion import inversion_record
 from fedloom.runs.privacy_audit.planting import Canary
 from fedloom.runs.privacy_audit.rows import rows_record
 from fedloom.runs.privacy_audit.scores import RowScores, Scorer
@@ -50,7 +51,7 @@ MEMBER, CLIENT = "member", "client"
 
 NOT_COVERED = (
     "metrics, numbers of rows and steps, and who takes part: the server sees them as they are",
-    "gradient inversion by optimisation (LAMP, TIGER, UTR), which needs no rank condition",
+    "gradient inversion by other searches (LAMP, TIGER, UTR), and of other objectives than sft",
     "rows of many local steps put together: what the second block reads changes from step to step",
     "attacks that see the adapters of all rounds, or many of them",
     "a server that changes the model or the cohort to single a client out",
@@ -60,7 +61,12 @@ NOT_COVERED = (
 
 
 def audit_experiment(
-    experiment: Experiment, *, rounds: int | None, canaries: int, observer: RunObserver
+    experiment: Experiment,
+    *,
+    rounds: int | None,
+    canaries: int,
+    observer: RunObserver,
+    inversions: int = 0,
 ) -> RunFolder:
     """Run an experiment with planted rows, attack it, and leave ``audit.json`` in its run folder.
 
@@ -69,6 +75,7 @@ def audit_experiment(
         rounds: At most so many; ``None`` for all.
         canaries: Of each kind; 0 for none.
         observer: Watches the run.
+        inversions: Updates of which rows are looked for by gradient inversion.
     """
     experiment = _shortened(experiment, rounds)
     planted = PlantedRun(experiment, canaries)
@@ -79,6 +86,9 @@ def audit_experiment(
     record = _record(experiment, folder, "experiment")
     record["tokens"] = tokens_record(planted)
     record["sequences"] = rows_record(planted, record["tokens"])
+    if inversions:
+        observer.stage("looking for rows by gradient inversion")
+    record["inversion"] = inversion_record(planted, inversions)
     why = "the method releases no global adapter: what clients keep is attacked by nobody else"
     if result.adapter_path is None:
         record["membership"] = record["canaries"] = {"made": False, "why": why}
@@ -290,7 +300,7 @@ def audit_run(run: Path, rows: Path, observer: RunObserver) -> RunFolder:
     record["rows"] = str(rows)
     sent = "what clients sent is not in a run folder: give the experiment, and a run is made for it"
     planted = "no canaries were planted in this run: give the experiment instead"
-    record["tokens"] = record["sequences"] = {"made": False, "why": sent}
+    record["tokens"] = record["sequences"] = record["inversion"] = {"made": False, "why": sent}
     record["canaries"] = {"made": False, "why": planted}
     scorer = Scorer(experiment, division, adapter)
     record["membership"] = _membership(experiment, scorer, members, others)

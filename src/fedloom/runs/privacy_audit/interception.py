@@ -43,6 +43,8 @@ class Update:
             is predicted, whole where a class is; the truth as well, empty where the rows could not be
             told apart.
         steps: Optimizer steps.
+        learnt: The rows once more, with the last token that is predicted, and of each token whether it
+            is; in the order in which they were read. Two rows may differ in that token alone.
     """
 
     round: int
@@ -53,6 +55,7 @@ class Update:
     tokens: frozenset[int]
     rows: tuple[tuple[int, ...], ...]
     steps: int
+    learnt: tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...] = ()
 
 
 @dataclass
@@ -61,11 +64,11 @@ class Reads:
 
     Attributes:
         tokens: Distinct ids.
-        lines: The ids of each sequence of a pass, as bytes of int64; padding and all.
+        lines: The ids of each sequence of a pass, as bytes of int64; padding and all, in order.
     """
 
     tokens: set[int] = field(default_factory=set)
-    lines: set[bytes] = field(default_factory=set)
+    lines: dict[bytes, None] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget it."""
@@ -149,6 +152,7 @@ class InterceptingEngine:
                     tokens,
                     rows,
                     steps,
+                    self._learnt(client, read) if rows else (),
                 )
             )
 
@@ -177,7 +181,7 @@ class InterceptingEngine:
         predicts = predicts_tokens(tokens)
         ids = tokens.tokens.astype(np.int64)
         few = len(tokens.starts) * len(read.lines) <= MOST_COMPARED
-        lines = read.lines if few else set()
+        lines = list(read.lines) if few else []
         rows: dict[tuple[int, ...], None] = {}
         inside: set[int] = set()
         seen: set[int] = set()
@@ -193,6 +197,23 @@ class InterceptingEngine:
             return frozenset(read.tokens & inside), ()
         found = {token for row in rows for token in row}
         return frozenset(found & read.tokens), tuple(rows)
+
+    def _learnt(
+        self, client: int, read: Reads
+    ) -> tuple[tuple[tuple[int, ...], tuple[bool, ...]], ...]:
+        """Return the rows that were read, up to the last token that is predicted, and which are."""
+        tokens = self.local.shares[client].tokens
+        found: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
+        for start, end in zip(tokens.starts[:-1], tokens.starts[1:], strict=True):
+            own = tokens.tokens[start:end].astype(np.int64)
+            learnt = np.flatnonzero(tokens.trained[start:end])
+            place = next((n for n, line in enumerate(read.lines) if _holds(line, own)), None)
+            if place is None or not len(learnt) or not learnt[-1]:
+                continue
+            size = int(learnt[-1]) + 1
+            flags = tokens.trained[start : start + size].tolist()
+            found.setdefault((tuple(own[:size].tolist()), tuple(flags)), place)
+        return tuple(sorted(found, key=found.__getitem__))
 
 
 def predicts_tokens(tokens: TokenSet) -> bool:
@@ -222,7 +243,7 @@ def _reading(models: list[AdapterModel]) -> Iterator[Reads]:
         if torch.is_grad_enabled() and inputs and not inputs[0].is_floating_point():
             ids = inputs[0].detach().cpu().long()
             found.tokens.update(torch.unique(ids).tolist())
-            found.lines.update(line.numpy().tobytes() for line in ids.reshape(-1, ids.shape[-1]))
+            found.lines |= {line.numpy().tobytes(): None for line in ids.reshape(-1, ids.shape[-1])}
 
     hooks = []
     for model in models:
