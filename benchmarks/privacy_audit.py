@@ -15,7 +15,9 @@ each: what was found stands beside the epsilon that the run states.
 """
 
 import argparse
+import csv
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,6 +41,8 @@ from fedloom.storage.run_folder import AUDIT
 
 ROUNDS = 4
 RATES = {"sgd": 0.5, "adamw": 1e-3}
+ROWS = 400
+"""That are drawn of the file beforehand: with privacy of rows a run may not draw them."""
 
 
 def audited(model: str, rows: str, **given: object) -> PlantedRun:
@@ -170,11 +174,15 @@ PROTECTIONS: dict[str, dict[str, object]] = {
 def protected(model: str, rows: str, privacy: dict[str, object]) -> dict[str, Any]:
     """Audit four clients with a section [privacy]; return the record."""
     with tempfile.TemporaryDirectory() as folder:
+        few = Path(folder) / "rows.csv"
+        with open(rows, newline="") as source, few.open("w", newline="") as target:
+            head, *lines = csv.reader(source)
+            csv.writer(target).writerows([head, *random.Random(0).sample(lines, ROWS)])
         experiment = Experiment.from_table(
             {
                 "model": {"path": model},
                 "data": {
-                    "source": rows, "kind": "instruction", "max_rows": 400, "max_length": 24,
+                    "source": str(few), "kind": "instruction", "max_length": 24,
                     "columns": {"prompt": "text", "completion": "category"}, "test_fraction": 0.02,
                 },
                 "objective": {"name": "sft"},

@@ -218,7 +218,7 @@ class Inversion:
                 for own in gradients[start + 1 : start + each]:
                     whole = whole + own[name]
                 steps.append(whole)
-            found[name] = self.rule(torch.broadcast_tensors(*steps))
+            found[name] = self.rule(torch.broadcast_tensors(*steps))  # type: ignore[no-untyped-call]
         return distance(found, self.wanted)
 
     def _tries(self, row: int, tries: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -61,17 +61,17 @@ def inversion_record(planted: PlantedRun, updates: int) -> Record:
     if not found:
         why = "; ".join(reasons) or "no client sent a change of a trained layer"
         return {"made": False, "why": why}
-    names = ("share", "guessed_share", "places", *ROUGE)
-    means = {
-        name: None if found[0][name] is None else fmean(line[name] for line in found)
-        for name in names
-    }
+    share, guessed, places = (
+        fmean(line[name] for line in found) for name in ("share", "guessed_share", "places")
+    )
     return {
         "made": True,
         "updates": found,
         "not_attacked": list(reasons),
-        "leak": means["share"] > means["guessed_share"],
-        **means,
+        "leak": share > guessed,
+        "share": share,
+        "guessed_share": guessed,
+        "places": places,
     }
 
 
