@@ -54,6 +54,17 @@ def weights(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_run_without_noise_promises_nothing(private, tmp_path):
+    """Clipped gradients are releases without a bound: no epsilon is stated, and none of 0."""
+    folder = tmp_path / "run"
+    run_experiment(
+        private({"noise_multiplier": 0.0}, federation={"rounds": 1, "clients": 1}), observer=Silent()
+    )
+    own = read(folder, "summary.json")["privacy"]
+    assert own["epsilon"] is None and own["steps"] == 2
+    assert {one["epsilon"] for one in own["clients"].values()} == {None}
+
+
 def test_a_run_says_what_it_promises_its_rows(private, tmp_path):
     folder = tmp_path / "run"
     run_experiment(private(objective={"name": "kto"}), observer=Silent())

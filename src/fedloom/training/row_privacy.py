@@ -257,11 +257,11 @@ class PrivateSteps:
         on_grid = np.rint(whole / step).astype(np.int64)
         # rounding moves two sums apart by a step at most in each number
         sigma = z * ((1 + SLACK) * 2.0**GRID + math.sqrt(len(whole)))
+        digest = hashlib.blake2b(on_grid.data, key=self.start, digest_size=32).digest()
+        if self.privacy.ledger is not None:  # without noise as well: what is released has no bound then
+            release = self.privacy.noise.digest([self._named(self.step), digest])
+            self.privacy.ledger.spend(release, self.batch)
         if sigma:
-            digest = hashlib.blake2b(on_grid.data, key=self.start, digest_size=32).digest()
-            if self.privacy.ledger is not None:
-                release = self.privacy.noise.digest([self._named(self.step), digest])
-                self.privacy.ledger.spend(release, self.batch)
             on_grid += self._stream(f"noise {self.step}", digest).discrete_gaussian(
                 sigma, len(on_grid)
             )

@@ -405,7 +405,7 @@ def test_noise_in_a_clients_steps_hides_what_clipping_alone_shows(audited, tmp_p
     }
     own = {"unit": "row", "delta": 1e-5, "seeded": True}
     clipped = audited(**sections, privacy={**own, "noise_multiplier": 0.0})
-    assert clipped["tokens"]["leak"]
+    assert clipped["tokens"]["leak"] and clipped["stated"]["epsilon"] is None
     noisy = audited(
         canaries=8,
         **sections,
