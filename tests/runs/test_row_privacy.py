@@ -58,7 +58,8 @@ def test_a_run_without_noise_promises_nothing(private, tmp_path):
     """Clipped gradients are releases without a bound: no epsilon is stated, and none of 0."""
     folder = tmp_path / "run"
     run_experiment(
-        private({"noise_multiplier": 0.0}, federation={"rounds": 1, "clients": 1}), observer=Silent()
+        private({"noise_multiplier": 0.0}, federation={"rounds": 1, "clients": 1}),
+        observer=Silent(),
     )
     own = read(folder, "summary.json")["privacy"]
     assert own["epsilon"] is None and own["steps"] == 2

@@ -258,7 +258,7 @@ class PrivateSteps:
         # rounding moves two sums apart by a step at most in each number
         sigma = z * ((1 + SLACK) * 2.0**GRID + math.sqrt(len(whole)))
         digest = hashlib.blake2b(on_grid.data, key=self.start, digest_size=32).digest()
-        if self.privacy.ledger is not None:  # without noise as well: what is released has no bound then
+        if self.privacy.ledger is not None:  # without noise too: no bound holds then
             release = self.privacy.noise.digest([self._named(self.step), digest])
             self.privacy.ledger.spend(release, self.batch)
         if sigma:

@@ -12,6 +12,7 @@ import torch
 from fedloom.evaluation.privacy_audit.sequences import ROUGE
 from fedloom.reports.privacy_audit_page import render, summary
 from fedloom.runs.observers import Silent
+from fedloom.runs.privacy_audit import inversion
 from fedloom.runs.privacy_audit.audit import audit_experiment
 from fedloom.runs.privacy_audit.interception import InterceptingEngine, Reads
 from fedloom.runs.privacy_audit.inversion import compared, inversion_record
@@ -46,15 +47,15 @@ def test_rows_end_with_the_last_predicted_token():
     )
 
 
-def test_what_was_found_by_hand():
+def test_what_was_found_by_hand(monkeypatch):
     """Two of three tokens in either row's places; of 6 distinct ones 5, and 2 of the 6 commonest."""
+    monkeypatch.setattr(inversion, "rouge", lambda found, truth: None)  # takes seconds to import
     truth, found = [(1, 2, 3), (4, 5, 6)], [(4, 5, 9), (1, 2, 6)]
     common = {1: 9.0, 2: 8.0, 10: 7.0, 11: 6.0, 12: 5.0, 13: 4.0, 3: 1.0}
     own = compared(found, truth, common)
     assert (own["tokens"], own["share"], own["guessed_share"]) == (6, 5 / 6, 2 / 6)
     assert own["places"] == 4 / 6
-    assert own["rouge1"] is None or own["rouge1"] == pytest.approx(2 / 3)
-    assert set(ROUGE) <= own.keys()
+    assert {own[name] for name in ROUGE} == {None}
 
 
 @pytest.mark.slow
