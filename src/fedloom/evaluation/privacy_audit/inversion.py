@@ -118,22 +118,26 @@ class AdamRule:
         return change
 
 
-def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+def distance(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, by_rows: bool = False
+) -> Tensor:
     """Return ``(n,)`` the mean over tensors of 1 - cosine, in [0, 2]; 1 of one that is 0.
-
-    Of a tensor, cosines are of its rows, and their mean has the squares of the wanted rows' lengths as
-    weights, so that rows may be scaled by what they are known with
-    (:mod:`fedloom.evaluation.privacy_audit.adam`).
 
     Args:
         found: Tensors ``(n, rows, columns)``.
         wanted: Tensors ``(rows, columns)``, none of which is 0.
+        by_rows: Whether the rows of wanted tensors are scaled by what they are known with
+            (:mod:`fedloom.evaluation.privacy_audit.adam`): then cosines are of rows, and their mean has
+            the squares of the wanted rows' lengths as weights.
     """
     apart = []
     for name, own in wanted.items():
-        one, lengths = found[name], own.norm(dim=1)
+        one, other = found[name], own
+        if not by_rows:
+            one, other = one.flatten(1)[:, None], own.flatten()[None]
+        lengths = other.norm(dim=1)
         tiny = torch.finfo(one.dtype).tiny
-        cosines = (one * own).sum(2) / (one.norm(dim=2) * lengths).clamp_min(tiny)
+        cosines = (one * other).sum(2) / (one.norm(dim=2) * lengths).clamp_min(tiny)
         weights = lengths.square() / lengths.square().sum()
         apart.append(1 - cosines @ weights)
     return torch.stack(apart).mean(0)
@@ -165,6 +169,8 @@ class Inversion:
         shape: Shape,
         candidates: Tensor,
         rng: np.random.Generator,
+        *,
+        by_rows: bool = False,
     ) -> None:
         """Begin with what is known.
 
@@ -175,6 +181,7 @@ class Inversion:
             shape: Of the rows.
             candidates: ``(n,)`` tokens of which rows are made.
             rng: Draws the start, and swaps and moves.
+            by_rows: See :func:`distance`.
 
         Raises:
             ValueError: Nothing was sent.
@@ -183,7 +190,7 @@ class Inversion:
         if not self.wanted:
             raise ValueError("an update that is 0 tells nothing")
         self.simulated, self.rule, self.shape = simulated, rule, shape
-        self.candidates, self.rng = candidates, rng
+        self.candidates, self.rng, self.by_rows = candidates, rng, by_rows
         self.read = 0
         self.gradients: list[Tensors] = [
             {n: torch.zeros_like(own)[None] for n, own in self.wanted.items()} for _ in shape.learnt
@@ -219,7 +226,7 @@ class Inversion:
                     whole = whole + own[name]
                 steps.append(whole)
             found[name] = self.rule(torch.broadcast_tensors(*steps))  # type: ignore[no-untyped-call]
-        return distance(found, self.wanted)
+        return distance(found, self.wanted, by_rows=self.by_rows)
 
     def _tries(self, row: int, tries: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the distances of tries ``(n, length)`` for a row beside the others, and the nearest one.

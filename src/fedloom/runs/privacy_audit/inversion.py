@@ -119,7 +119,7 @@ def _of_update(planted: PlantedRun, update: Update) -> Record | str:
     with holding(own.model, own.initial, update.received):
         rng = generator(seed, "audit inversion", update.client, update.round)
         simulated, rule = SimulatedRows(own.model, list(wanted)), _rule(planted, shape, inverted)
-        attack = Inversion(wanted, simulated, rule, shape, candidates, rng)
+        attack = Inversion(wanted, simulated, rule, shape, candidates, rng, by_rows=inverted)
         found = attack.find()
         of_truth = attack.distance_of([torch.tensor(row) for row in truth])
     return {
