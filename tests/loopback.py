@@ -40,6 +40,7 @@ OPEN = dict.fromkeys(
         "first_tokens",
         "expert_probes",
         "inner_products",
+        "grades",
         "public_rows",
     ),
     True,
@@ -257,6 +258,9 @@ def suited(table, mixture_folder):
                 "data": {"source": "builtin:labelled"},
                 "public": {"rows": 8},
             }
+        if method == "fedgrpo":
+            own |= {"data": {"source": "builtin:sums"}, "public": {"rows": 8}}
+            own |= {"objective": {"name": "grpo", "group": 3, "max_new_tokens": 3}}
         if method == "split":
             own |= {"evaluation": {**table["evaluation"], "per_client": False}}
         own["data"] = {**own["data"], "builtin_rows": 30}

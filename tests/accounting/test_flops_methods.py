@@ -14,6 +14,11 @@ PUBLIC = {**SFT, "public": {"rows": 12}}
 SECTIONS = {
     "distillation": {**PUBLIC, "method": {"server_epochs": 1, "client_epochs": 1}},
     "fed_et": {**PUBLIC, "method": {"server_epochs": 1, "client_epochs": 1}},
+    "fedgrpo": {
+        "data": {"source": "builtin:sums", "builtin_rows": 60},
+        "public": {"rows": 12},
+        "objective": {"name": "grpo", "group": 3, "max_new_tokens": 3},
+    },
     "feddm": {
         "data": {"source": "builtin:labelled", "builtin_rows": 60},
         "objective": {"name": "classification"},

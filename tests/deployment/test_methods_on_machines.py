@@ -55,6 +55,11 @@ def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path)
             "objective": {"name": "classification"}, "public": {"rows": 16},
             "evaluation": {"per_client": method != "split"},
         }  # fmt: skip
+    if method == "fedgrpo":
+        table |= {
+            "data": {"source": "builtin:sums", "builtin_rows": 90}, "public": {"rows": 16},
+            "objective": {"name": "grpo", "group": 3, "max_new_tokens": 3},
+        }  # fmt: skip
     experiment = Experiment.from_table(table)
     folder = three.run(experiment, method)
     fedloom.run(experiment)

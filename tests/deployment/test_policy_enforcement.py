@@ -515,6 +515,7 @@ def test_by_default_replies_hold_adapters_and_control_variates(own):
         "regmean",
         "distillation",
         "fed_et",
+        "fedgrpo",
         "feddm",
         "split",
     }
@@ -540,10 +541,17 @@ def test_each_method_needs_the_lines_that_it_says(own, method):
             rows=8,
         ) | {"method": {"name": method}}
         table = {"data": LABELLED["data"]}
+    if method == "fedgrpo":
+        asked |= {
+            "objective": {"name": "grpo"},
+            "data": {"source": "builtin:sums"},
+            "public": {"rows": 8},
+        }
+        table = {"data": {"source": "builtin:sums", "share": "experiment"}}
     if method == "fedamole":
         asked["federation"] = {"clients": 4}
     needed = {
-        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "regmean": ["inner_products"], "distillation": ["logits"], "fed_et": ["logits"], "feddm": ["embeddings"],
+        "fedamole": ["embeddings"], "fedmoe": ["expert_probes"], "regmean": ["inner_products"], "distillation": ["logits"], "fed_et": ["logits"], "feddm": ["embeddings"], "fedgrpo": ["grades"],
         "split": ["activations", "targets"], "centralised": ["methods"],
     }.get(method, [])  # fmt: skip
     assert lines(ask(own(table), **asked)) == [f"policy.{name}" for name in needed]

@@ -27,7 +27,21 @@ LION = dict.fromkeys(("beta1", "beta2"), " or 'lion'")
 HIDDEN = {"unit": "client", "delta": 1e-3, "noise_multiplier": 1.0}
 WORST = {"name": "appa", "combine": "worst"}
 
+GRADED = {"data": SUMS, "objective": {"name": "grpo"}, "public": {"rows": 200, "labelled": True}}
+
 CASES = {
+    **{
+        f"method.{key}": (
+            {**GRADED, "method": {"name": "fedgrpo", key: value}},
+            f"method.{key} = {told} does nothing: it is read where method.choose is 'competence', which is "
+            "'random'",
+            {**GRADED, "method": {"name": "fedgrpo", "choose": "competence", key: value}},
+        )
+        for key, value, told in (
+            ("auxiliary", 40, "40"), ("nearest", 5, "5"), ("right", "number", "'number'"),
+            ("weighting", "competence", "'competence'"),
+        )
+    },
     **{
         f"method.{key}": (
             {"method": {**WORST, key: value}},

@@ -311,6 +311,7 @@ def test_when_everybody_offends_the_run_stops(experiment, monkeypatch):
             - {
                 "distillation",
                 "fed_et",
+                "fedgrpo",
                 "feddm",
                 "split",
                 "fedamole",

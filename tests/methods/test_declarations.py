@@ -183,6 +183,7 @@ SUITED = {
     "fed_et": CLASSES,
     "feddm": CLASSES,
     "split": CLASSES,
+    "fedgrpo": {"objective": {"name": "grpo"}, "data": {"source": "builtin:sums"}},
 }
 """What methods need that do not go with pairs or with LoRA."""
 

@@ -9,6 +9,7 @@ from fedloom.errors import PolicyError
 from fedloom.federation.presence import Presence
 from fedloom.federation.protocol import Cohort, Replies
 from fedloom.methods import METHODS, make_method
+from fedloom.methods.bases.answer_grades import GRADES, RIGHT
 from fedloom.methods.bases.distribution_matching import CLASSES
 from fedloom.methods.bases.logit_wire import COUNTS, INDICES, VALUES
 from fedloom.methods.fedamole import PROJECTED, SHARES, TOKENS
@@ -27,7 +28,7 @@ HOLDS = {
     VALUES: "logits", INDICES: "logits", COUNTS: "logits",
     TOKENS: "embeddings", PROJECTED: "embeddings", SHARES: "embeddings",
     SYNTHETIC_INPUTS: "embeddings", CLASSES: "embeddings",     USED: "expert_probes", "activations": "activations", "gradient": "activations",
-    ROWS: "activations", TARGETS: "targets",
+    ROWS: "activations", TARGETS: "targets", GRADES: "grades", RIGHT: "grades",
 }  # fmt: skip
 """Names of tensors in replies; all others are adapters' or, after ``control/``, control variates."""
 
@@ -50,6 +51,10 @@ def suited(experiment, mixture_folder):
         if method in ("distillation", "fed_et", "feddm", "split"):
             sections["objective"] = {"name": "classification"}
             sections["data"] = {"source": "builtin:labelled", "builtin_rows": 60}
+            sections["public"] = {"rows": 8}
+        if method == "fedgrpo":
+            sections["objective"] = {"name": "grpo", "group": 3, "max_new_tokens": 3}
+            sections["data"] = {"source": "builtin:sums", "builtin_rows": 60}
             sections["public"] = {"rows": 8}
         if method == "split":
             sections["evaluation"] = {"per_client": False}

@@ -73,8 +73,8 @@ SETS = {
 
 FEW = ("dpo", "kto", "sft", "classification")
 
-SHARED_LOSS = {"distillation", "fed_et", "feddm", "split"}
-"""Methods for losses that several parties share; tests/methods has them."""
+SHARED_LOSS = {"distillation", "fed_et", "feddm", "split", "fedgrpo"}
+"""Methods for losses that several parties share, and for generated answers; tests/methods has them."""
 
 CLASSIC = ["centralised", "local_only"]
 OTHERS = sorted(METHODS.keys() - SHARED_LOSS - {"fedavg", *CLASSIC})

@@ -23,6 +23,7 @@ REVEALING = (
     "first_tokens",
     "expert_probes",
     "inner_products",
+    "grades",
     "public_rows",
 )
 """Lines that open something; each says in its docstring what it shows the server."""
@@ -157,6 +158,11 @@ class PolicySettings(Settings):
     inner_products: bool = False
     """Second moments of what LoRA's first factor makes of the tokens of some rows, in every round: rank x
     rank numbers a layer. They show which directions rows lie in and, of few short rows, more."""
+    grades: bool = False
+    """How this client's rewards grade answers of the server's model to public questions, against its own
+    rows' answers where it has the question, else against those of a model that was trained here; and
+    which labelled public questions that model has right. By trying, the server can find out which of the
+    questions this client has, and what its answers are. No answer of that model is sent."""
     public_rows: bool = False
     """Rows that all parties have are read from [public] of this file and learnt from, with what the
     server says about them. They show the server nothing; what it says about them changes this client's

@@ -420,6 +420,10 @@ class _Examiner:
         answers, batch = group * self.asked.training.batch_size, self.asked.training.batch_size
         if group > 1 and max(group, batch) <= self.policy.max_batch:  # else that is refused itself
             self._bounded("objective.group x training.batch_size", answers, "max_batch")
+        questions = getattr(method, "questions", 0)  # whose answers are graded in one request
+        if max(group, questions) <= self.policy.max_batch:
+            what = "method.questions x objective.group"
+            self._bounded(what, questions * group, "max_batch")
         self._require_rewards("objective.rewards", getattr(self.asked.objective, "rewards", ()))
         for what in _closed(make_method(method), self.own):
             line = f"policy.{what}" if what in REVEALING else "policy.methods"

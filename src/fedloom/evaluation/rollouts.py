@@ -40,6 +40,33 @@ TOGETHER = 256
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Answers to some prompts, a group to each.
+
+    Attributes:
+        rows: ``(prompts,)`` row numbers in the data.
+        prompts: Tokens of each prompt.
+        references: Of each prompt the tokens that rewards compare with.
+        answers: Tokens of each answer, those to one prompt together.
+    """
+
+    rows: Indices
+    prompts: Sequence[list[int]]
+    references: Sequence[list[int]]
+    answers: Sequence[list[int]]
+
+    def take(self, places: Sequence[int]) -> Drawn:
+        """Return some of the prompts with their answers, in this order."""
+        size = len(self.answers) // max(1, len(self.prompts))
+        return Drawn(
+            self.rows[list(places)],
+            [self.prompts[i] for i in places],
+            [self.references[i] for i in places],
+            [self.answers[i * size + k] for i in places for k in range(size)],
+        )
+
+
+@dataclass(frozen=True)
 class RolloutMaker:
     """Makes batches of generated answers; see :class:`fedloom.training.steps.BatchMaker`.
 
@@ -95,6 +122,39 @@ class RolloutMaker:
             ],
         )
 
+    def drawn(
+        self,
+        model: AdapterModel,
+        share: TokenShare,
+        making: Making,
+        indices: Indices,
+        step: int = 1,
+    ) -> Drawn:
+        """Return answers to the prompts at ``indices``, a group each, by the model as it is.
+
+        Args:
+            model: That answers.
+            share: Its prompts; references are the completions.
+            making: What draws come from.
+            indices: Rows.
+            step: Which batch of the training it is, for its draws.
+        """
+        with model.evaluating():
+            support = BatchSupport.of(model.model, self.encoder, several=True)
+        return self._drawn(model, share, making, indices, step, support)
+
+    def greedy(self, model: AdapterModel, share: TokenShare, indices: Indices) -> list[list[int]]:
+        """Return the tokens of the likeliest answer to each of the prompts at ``indices``."""
+        prompts, _ = self.read(model, share, indices)
+        most = self.generation.max_new_tokens
+        asks = [Ask(tuple(prompt)) for prompt in prompts]
+        return sample_tokens(model, self.encoder, asks, most, TOGETHER)
+
+    def texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """Return answers as rewards read them: without tokens that end them, and blanks around."""
+        decode = self.encoder.tokenizer.batch_decode
+        return [text.strip() for text in decode([*map(list, answers)], skip_special_tokens=True)]
+
     def batches(
         self, model: AdapterModel, share: TokenShare, settings: TrainingSettings, making: Making
     ) -> Iterator[list[Batch]]:
@@ -109,35 +169,61 @@ class RolloutMaker:
             support = BatchSupport.of(model.model, self.encoder, several=True)
         made = 0
         for step, indices in enumerate(drawn, 1):
-            parts = self._batch(model, share, settings, making, indices, step, support)
+            answered = self._drawn(model, share, making, indices, step, support)
+            rewards = self.rewarded(model, answered)
+            parts = self.passes(model, settings, making, answered, rewards)
             for _ in range(iterations):
                 if work.steps is not None and made >= work.steps:
                     return
                 yield parts
                 made += 1
 
-    def _batch(
+    def read(
+        self, model: AdapterModel, share: TokenShare, indices: Indices
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the prompts at ``indices``, as much of them as is read, and their completions."""
+        read = [share.tokens.sequence(int(i)) for i in indices]
+        longest = prompt_length(model.model, self.generation.max_new_tokens)
+        prompts = [sequence[:before][-longest:].tolist() for sequence, before in read]
+        return prompts, [sequence[before:].tolist() for sequence, before in read]
+
+    def _drawn(
         self,
         model: AdapterModel,
         share: TokenShare,
-        settings: TrainingSettings,
         making: Making,
         indices: Indices,
         step: int,
         support: BatchSupport,
-    ) -> list[Batch]:
-        """Return the passes over the answers to the prompts at ``indices``."""
-        own, size = self.generation, self.generation.group
-        read = [share.tokens.sequence(int(i)) for i in indices]
-        longest = prompt_length(model.model, own.max_new_tokens)
-        prompts = [sequence[:before][-longest:].tolist() for sequence, before in read]
+    ) -> Drawn:
+        prompts, references = self.read(model, share, indices)
         asks = [
-            Ask(tuple(prompt), own.temperature, self._seed(making, step, place, k))
+            Ask(tuple(prompt), self.generation.temperature, self._seed(making, step, place, k))
             for place, prompt in enumerate(prompts)
-            for k in range(size)
+            for k in range(self.generation.group)
         ]
-        answers = sample_tokens(model, self.encoder, asks, own.max_new_tokens, TOGETHER, support)
-        rewards = torch.tensor(self._rewarded(model, read, prompts, answers)).view(-1, size)
+        most = self.generation.max_new_tokens
+        answers = sample_tokens(model, self.encoder, asks, most, TOGETHER, support)
+        return Drawn(share.tokens.rows[indices], prompts, references, answers)
+
+    def passes(
+        self,
+        model: AdapterModel,
+        settings: TrainingSettings,
+        making: Making,
+        drawn: Drawn,
+        rewards: Tensor,
+    ) -> list[Batch]:
+        """Return the passes over answers, with their advantages.
+
+        Args:
+            model: That is trained.
+            settings: What a pass holds.
+            making: Of the training.
+            drawn: The answers.
+            rewards: ``(prompts, group)``.
+        """
+        own, size = self.generation, self.generation.group
         advantages, spreads = own.advantages(rewards)
         kept = np.arange(rewards.numel())
         if own.keeps is not None:  # of all prompts, where not all are trained on
@@ -147,8 +233,11 @@ class RolloutMaker:
             return []
         facts = (advantages.flatten(), rewards.flatten(), spreads.repeat_interleave(size))
         known = Rollouts(*(fact[torch.from_numpy(kept)] for fact in facts))
-        rows = np.repeat(share.tokens.rows[indices], size)[kept]
-        tokens = _token_set(rows, [list(asks[i].prompt) for i in kept], [answers[i] for i in kept])
+        rows = np.repeat(drawn.rows, size)[kept]
+        prompts, answers = drawn.prompts, drawn.answers
+        tokens = _token_set(
+            rows, [prompts[int(i) // size] for i in kept], [answers[int(i)] for i in kept]
+        )
         layout = Layout(model, TokenShare(tokens), budget_of(settings, model))
         parts = [_with(layout.batch(part), known, part) for part in layout.passes(_all(tokens))]
         return self._scored(model, parts, making)
@@ -157,24 +246,20 @@ class RolloutMaker:
         purpose = f"{making.purpose}answers {step} {place} {number}"
         return derive_seed(making.seed, purpose, making.client, making.round)
 
-    def _rewarded(
-        self,
-        model: AdapterModel,
-        read: Sequence[tuple[np.ndarray[tuple[int], np.dtype[np.int32]], int]],
-        prompts: Sequence[list[int]],
-        answers: Sequence[list[int]],
-    ) -> list[float]:
-        """Return the weighted sum of the rewards of each answer; count reward models' FLOPs."""
+    def rewarded(self, model: AdapterModel, drawn: Drawn) -> Tensor:
+        """Return ``(prompts, group)``: the weighted sum of the rewards of each answer.
+
+        FLOPs of reward models are counted as the model's.
+        """
         decode = partial(self.encoder.tokenizer.batch_decode, skip_special_tokens=True)
-        asked = decode(list(prompts))
-        references = decode([sequence[before:].tolist() for sequence, before in read])
-        size = self.generation.group
+        prompts, answers, size = drawn.prompts, drawn.answers, self.generation.group
+        asked, references = decode(list(prompts)), self.texts(drawn.references)
         found = [
             sum(
-                weight * own(asked[i // size], answer.strip(), references[i // size].strip())
+                weight * own(asked[i // size], answer, references[i // size])
                 for own, weight in self.rewards
             )
-            for i, answer in enumerate(decode(list(answers)))
+            for i, answer in enumerate(self.texts(answers))
         ]
         texts = [
             [*prompts[i // size], *answer]
@@ -184,7 +269,7 @@ class RolloutMaker:
             model.flops += scorer.flops(texts)
             own_rewards = scorer.of_tokens(texts)
             found = [a + weight * b for a, b in zip(found, own_rewards, strict=True)]
-        return found
+        return torch.tensor(found).view(-1, size)
 
     def _scored(self, model: AdapterModel, parts: list[Batch], making: Making) -> list[Batch]:
         """Return passes with the log-probs of their tokens that their loss needs beside its own."""
@@ -200,6 +285,35 @@ class RolloutMaker:
 
     def _logps(self, model: AdapterModel, part: Batch) -> Tensor:
         return completion_token_logps(model, part.sequences, self.generation.temperature)[0]
+
+
+@dataclass(frozen=True)
+class GradedAnswers:
+    """Makes optimizer batches of answers whose rewards are known already.
+
+    Attributes:
+        maker: Makes passes of them.
+        drawn: The answers.
+        rewards: ``(prompts, group)`` float32.
+    """
+
+    maker: RolloutMaker
+    drawn: Drawn
+    rewards: Tensor
+
+    def batches(
+        self, model: AdapterModel, share: TokenShare, settings: TrainingSettings, making: Making
+    ) -> Iterator[list[Batch]]:
+        """Yield each, all with log-probs of the policy that ``model`` holds before the first step."""
+        making = replace(making, again=True)
+        order = batch_order(settings, making.seed, making.purpose, making.client, making.round)
+        made = []
+        for places in epoch_batches(len(self.rewards), settings.batch_size, order, epochs=1):
+            drawn, rewards = self.drawn.take(places.tolist()), self.rewards[places]
+            made.append(self.maker.passes(model, settings, making, drawn, rewards))
+        for parts in made:
+            for _ in range(self.maker.generation.iterations):
+                yield parts
 
 
 def _reward_model(name: str, encoder: TextEncoder, device: torch.device | None) -> RewardScorer:

@@ -31,6 +31,7 @@ from fedloom.methods.feddm import FedDM, FedDMSettings
 from fedloom.methods.feddpa import FedDPA, FedDPASettings
 from fedloom.methods.feddyn import FedDyn, FedDynSettings
 from fedloom.methods.fedex_lora import FedExLoRA, FedExLoRASettings
+from fedloom.methods.fedgrpo import FedGRPO, FedGRPOSettings
 from fedloom.methods.fedkseed import FedKSeed, FedKSeedSettings
 from fedloom.methods.fedlease import FedLEASE, FedLEASESettings
 from fedloom.methods.fedmap import FedMAP, FedMAPSettings
@@ -126,6 +127,7 @@ OURS: dict[str, tuple[type[NamedSettings], type[Method]]] = {
     "fedmoe": (FedMoESettings, FedMoE),
     "distillation": (DistillationSettings, DistillationMethod),
     "fed_et": (FedETSettings, FedET),
+    "fedgrpo": (FedGRPOSettings, FedGRPO),
     "feddm": (FedDMSettings, FedDM),
     "split": (SplitSettings, Split),
     "centralised": (CentralisedSettings, Centralised),

@@ -299,6 +299,7 @@ def _server_side(bundles: ModelBundles, public: PublicRows | None, ledger: Ledge
         experiment.aggregation,
         federation.rounds,
         experiment.privacy.secure_aggregation,
+        bundles.server_maker(),
     )
 
 

@@ -262,6 +262,14 @@ class ModelBundles:
         own = next((group.rewards for group in groups if client in group.clients), None)
         return RolloutMaker.of(bundle.reader.encoder, generation, own, reference, device)
 
+    def server_maker(self) -> RolloutMaker | None:
+        """Return the same for the server, which has no reward."""
+        generation, own = self.objective.generation, self.of_server
+        if generation is None:
+            return None
+        reference = own.initial if own.starts else None
+        return RolloutMaker.of(own.reader.encoder, generation, (), reference, own.model.device)
+
     def front(self, bundle: ModelBundle, blocks: int, *, tail: bool) -> ClientPart:
         """Return the first blocks of a bundle's model with the starting adapter, loaded once."""
         key = (bundle.key, blocks, tail)

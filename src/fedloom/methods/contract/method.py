@@ -45,6 +45,7 @@ from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
 from fedloom.training.settings import TrainingSettings, Work
+from fedloom.training.steps import BatchMaker
 from fedloom.wire.messages import Payload, Reply
 
 Reveal = Literal[
@@ -57,6 +58,7 @@ Reveal = Literal[
     "first_tokens",
     "expert_probes",
     "inner_products",
+    "grades",
     "rows",
 ]
 """What a client's replies can hold beside numbers: each but the first two has a line of its own in a
@@ -173,6 +175,7 @@ class ServerSide:
         aggregation: How updates are put together.
         rounds: Of the run.
         sums_alone: Whether it sees sums of replies alone: an exchange with a few clients has none.
+        maker: Makes batches of answers, where the objective has some generated.
     """
 
     model: AdapterModel
@@ -189,6 +192,7 @@ class ServerSide:
     aggregation: AggregationSettings
     rounds: int = 1
     sums_alone: bool = False
+    maker: BatchMaker | None = None
 
 
 class Method(MethodTraits):
