@@ -1,5 +1,7 @@
 """Write ``errors.md``: a section for every error that a user can cause, by its first words.
 
+The same sections, as ``fedloom explain`` shows them, go into the package.
+
 Messages are collected from the code, so that none is missing and none is there that is no longer raised:
 what is given to a class of ``fedloom.errors`` or to a wrong option, what a check of settings raises, and
 the lines that checks between settings return. Of messages that do not say what to do themselves,
@@ -10,6 +12,7 @@ with the code and fails where a message has no way out.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -20,15 +23,18 @@ from typing import Any
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src" / "fedloom"
 
-LONGEST_HEADING = 70
-"""Characters of a heading, about."""
+EXPLANATIONS = SOURCE / "commands" / "explanations.jsonl"
+
+LONGEST_HEADING, LONGEST_NAME = 70, 40
+"""Characters of a heading, and of the name of a section, about."""
 
 PAGE = """# Every error by its first words
 
 <!-- written by docs/errors.py from the code and docs/errors.toml -->
 
-Search this page for the first words of a message; what is filled in (names, numbers, paths) is an
-ellipsis here. The most frequent errors are explained at more length in
+Search this page for the first words of a message, or run `fedloom explain NAME` with the name that the
+terminal gives below it, which shows its section; what is filled in (names, numbers, paths) is an ellipsis
+here. The most frequent errors are explained at more length in
 [Errors and what to do](troubleshooting.md). The exit code of a command is that of the error's class.
 
 """
@@ -205,14 +211,9 @@ def errors_page(messages: list[Message] | None = None) -> str:
     written, messages = known(), messages or collected()
     codes = exit_codes()
     lines: list[str] = []
-    for title, folders in AREAS.items():
-        own = [
-            message
-            for message in messages
-            if message.place.split("/")[0] in folders and message.kind not in FROM_MACHINES
-        ]
+    for title, sections in by_area(messages).items():
         lines += [f"## {title}", ""]
-        for words, alike in _by_words(own).items():
+        for words, alike in sections.items():
             lines += [f"### {_code(words.replace('`', ''))}", ""]
             for message in alike:
                 cause, way = explained(message, written)
@@ -222,6 +223,52 @@ def errors_page(messages: list[Message] | None = None) -> str:
     lines += ["## Messages of other machines", "", " ".join(written["machines"].split()), ""]
     lines += [f"- {_code(message.text)}" for message in others]
     return PAGE + "\n".join(lines).rstrip() + "\n"
+
+
+def by_area(messages: list[Message]) -> dict[str, dict[str, list[Message]]]:
+    """Return the messages that users cause, by part of the page and by first words."""
+    return {
+        title: _by_words(
+            [
+                message
+                for message in messages
+                if message.place.split("/")[0] in folders and message.kind not in FROM_MACHINES
+            ]
+        )
+        for title, folders in AREAS.items()
+    }
+
+
+def explanations(messages: list[Message]) -> str:
+    """Return what ``fedloom explain`` reads: of each section its name, first words and messages."""
+    written, codes = known(), exit_codes()
+    found: dict[str, list[Message]] = {}
+    for sections in by_area(messages).values():
+        for words, alike in sections.items():
+            found.setdefault(words, []).extend(alike)
+    names: set[str] = set()
+    lines = []
+    for words, alike in found.items():
+        names.add(name := _name(words, names))
+        told = []
+        for message in alike:
+            cause, way = explained(message, written)
+            texts = _plain(cause or "what it asks for is not there"), _plain(way)
+            told.append([message.text, *texts, codes[message.kind]])
+        lines.append(json.dumps([name, words, told], ensure_ascii=False))
+    return "\n".join(lines) + "\n"
+
+
+def _name(words: str, taken: set[str]) -> str:
+    """Return a name of small letters, digits and hyphens for first words, other than those taken."""
+    parts = re.findall(r"[a-z0-9]+", words.lower())
+    kept = parts[:2]
+    while len(kept) < len(parts) and len("-".join([*kept, parts[len(kept)]])) <= LONGEST_NAME:
+        kept.append(parts[len(kept)])
+    name = "-".join(kept)
+    if name not in taken:
+        return name
+    return next(own for n in range(2, 99) if (own := f"{name}-{n}") not in taken)
 
 
 def exit_codes() -> dict[str, int]:
@@ -244,6 +291,18 @@ def _code(text: str) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
+def _plain(text: str) -> str:
+    """Return a text of ``errors.toml`` or of a message as a sentence, links as their words alone."""
+    return _ended(re.sub(r"\[([^\]]*)\]\((\w+\.md)\)", r"\1 (docs/\2)", text))
+
+
+def _ended(text: str) -> str:
+    """Return a text as a sentence: with a capital, unless it begins with code, and a full stop."""
+    first = text.partition(" ")[0]
+    shown = text[:1].upper() + text[1:] if first.isalpha() and first != "pip" else text
+    return shown + ("" if shown.endswith((".", "?")) else ".")
+
+
 def _sentence(text: str) -> str:
     """Return a message as a sentence of the page, in which nothing is markup but code and links."""
     parts = re.split(r"(`[^`]*`|\[[^\]]*\]\(\w+\.md\))", text)
@@ -251,11 +310,10 @@ def _sentence(text: str) -> str:
         part if place % 2 else re.sub(r"([*_<>\[\]|])", r"\\\1", part)
         for place, part in enumerate(parts)
     )
-    first = shown.partition(" ")[0]
-    if first.isalpha() and first != "pip":
-        shown = shown[:1].upper() + shown[1:]
-    return shown + ("" if shown.endswith((".", "?")) else ".")
+    return _ended(shown)
 
 
 if __name__ == "__main__":
-    (HERE / "errors.md").write_text(errors_page(), encoding="utf-8")
+    found = collected()
+    (HERE / "errors.md").write_text(errors_page(found), encoding="utf-8")
+    EXPLANATIONS.write_text(explanations(found), encoding="utf-8")

@@ -85,6 +85,7 @@ def test_every_message_of_the_code_has_a_section_with_cause_and_way_out(errors):
     assert (DOCS / "errors.md").read_text() == errors["errors_page"](messages), (
         "run: python docs/errors.py"
     )
+    assert errors["EXPLANATIONS"].read_text() == errors["explanations"](messages)
     folders = {folder for area in errors["AREAS"].values() for folder in area}
     assert {message.place.split("/")[0] for message in messages} <= folders
 

@@ -98,6 +98,7 @@ def test_the_commands_and_options_are_these_and_no_others():
             "-q",
         ],
         "watch": ["--port"],
+        "explain": [],
         "label": ["--force", "--out"],
         "merge": [
             "--density",

@@ -12,11 +12,15 @@ from collections import Counter
 import pytest
 import typer
 
+from fedloom.commands.explain import sections
 from fedloom.commands.main import app
 from fedloom.security.certificates import make_authority
 from fedloom.security.client_registry import Members
 from fedloom.security.keys import make_key
 from sampling import every
+
+MORE_ABOUT = "more: fedloom explain "
+NAMES = {section.name for section in sections()}
 
 EXPERIMENTS = {
     "a file that is not there": ("gone.toml",),
@@ -98,6 +102,8 @@ def told(call, *words):
     assert code not in (0, None) and "Traceback" not in out
     assert sum(line.startswith("fedloom: ") for line in out.splitlines()) == 1 or "Error" in out
     assert len(out.splitlines()) <= 12
+    more = [line for line in out.splitlines() if line.startswith(MORE_ABOUT)]
+    assert {line.removeprefix(MORE_ABOUT) for line in more} <= NAMES
     return " ".join(out.replace("│", " ").split())
 
 
@@ -232,6 +238,10 @@ MORE = {
         "", "run started", "run started --output", "run started --output x --space tensors",
         "run started --output x --scale 0", "run started --output x --rule ties --density 2",
         "run started --output x --rank 0", "run started --output x --seed -1",
+    ),
+    "explain": (
+        "", "''", "' '", "zzz", "E0308", "no-run-folder-att", "--name no-run-folder-at", "-x", "no-run-folder-at --quiet",
+        "qwerty asdf", "no-run-folder-at no-run-folder-at",
     ),
     "export": (
         "", "empty", "good.toml", "run", "started --client one", "started --client 7",

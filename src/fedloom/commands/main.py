@@ -10,7 +10,7 @@ import typer
 
 from fedloom.commands.app import app
 from fedloom.display.untrusted_text import message
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, SettingsError
 
 # In the order in which help lists them.
 # isort: off
@@ -33,6 +33,7 @@ from fedloom.commands import status
 from fedloom.commands import audit
 from fedloom.commands import watch
 from fedloom.commands import report
+from fedloom.commands import explain
 
 # isort: on
 
@@ -56,6 +57,7 @@ COMMANDS = (
     audit,
     watch,
     report,
+    explain,
 )
 """Files whose import adds their commands to ``app``."""
 
@@ -75,6 +77,7 @@ def main() -> NoReturn:
         code = app(prog_name="fedloom", standalone_mode=False)
     except FedloomError as error:
         typer.secho(message(f"fedloom: {error}"), fg=typer.colors.RED, err=True)
+        _hint(*(error.problems if isinstance(error, SettingsError) else (str(error),)))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in ("flwr", "cryptography", "uvicorn"):
@@ -107,7 +110,14 @@ def _usage_error(error: Exception) -> NoReturn:
     ):  # typer's hint, which click's would repeat
         error.__dict__["possibilities"] = None
     show()
+    _hint(str(getattr(error, "message", "")))
     sys.exit(int(getattr(error, "exit_code", 2)))
+
+
+def _hint(*texts: str) -> None:
+    """Print how `fedloom explain` has more about errors, where it has."""
+    for line in explain.hints(*texts):
+        typer.secho(line, dim=True, err=True)
 
 
 def _of_plugin(error: Exception) -> str:
