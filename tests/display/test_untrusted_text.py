@@ -267,6 +267,7 @@ def test_a_file_without_a_section_is_no_experiment(call, tmp_path, text, command
     assert code == 2 and out == (
         f"fedloom: {tmp_path}/x.toml has 1 mistake:\n"
         "  - it has no section, so it describes no experiment; `fedloom init FILE` writes one\n"
+        "more: fedloom explain it-has-no-section-so-it-describes-no\n"
     )
 
 

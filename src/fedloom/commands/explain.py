@@ -21,6 +21,9 @@ FILE = Path(__file__).with_name("explanations.jsonl")
 FEWEST = 12
 """Characters of a message beside what is filled in from which it is told apart from others."""
 
+MISTAKE = "  - "
+"""Before each mistake that an error lists."""
+
 MOST_HINTS, MOST_SHOWN = 3, 5
 """Most sections that an error names, and that words are answered with at once."""
 
@@ -75,10 +78,11 @@ def section_of(text: str, known: list[Section]) -> Section | None:
     return best
 
 
-def hints(*texts: str) -> list[str]:
-    """Return lines that say how errors are explained, of those that are known, each once."""
-    known = sections()
-    found = [section_of(text, known) for text in texts]
+def hints(error: str) -> list[str]:
+    """Return lines that say how an error is explained, or each mistake that it lists, where it is known."""
+    known, lines = sections(), error.splitlines()
+    listed = [line.removeprefix(MISTAKE) for line in lines if line.startswith(MISTAKE)]
+    found = [section_of(text, known) for text in listed or [error]]
     names = dict.fromkeys(section.name for section in found if section is not None)
     return [f"more: fedloom explain {name}" for name in [*names][:MOST_HINTS]]
 

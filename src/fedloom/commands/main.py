@@ -10,7 +10,7 @@ import typer
 
 from fedloom.commands.app import app
 from fedloom.display.untrusted_text import message
-from fedloom.errors import FedloomError, SettingsError
+from fedloom.errors import FedloomError
 
 # In the order in which help lists them.
 # isort: off
@@ -77,7 +77,7 @@ def main() -> NoReturn:
         code = app(prog_name="fedloom", standalone_mode=False)
     except FedloomError as error:
         typer.secho(message(f"fedloom: {error}"), fg=typer.colors.RED, err=True)
-        _hint(*(error.problems if isinstance(error, SettingsError) else (str(error),)))
+        _hint(str(error))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in ("flwr", "cryptography", "uvicorn"):
@@ -114,9 +114,9 @@ def _usage_error(error: Exception) -> NoReturn:
     sys.exit(int(getattr(error, "exit_code", 2)))
 
 
-def _hint(*texts: str) -> None:
-    """Print how `fedloom explain` has more about errors, where it has."""
-    for line in explain.hints(*texts):
+def _hint(text: str) -> None:
+    """Print how `fedloom explain` has more about an error, where it has."""
+    for line in explain.hints(text):
         typer.secho(line, dim=True, err=True)
 
 
