@@ -130,13 +130,37 @@ def experts(model):
     }
 
 
+def shared_rows(model, file, clients):
+    """An experiment with long labels and sites, several scripts, and texts that many clients have."""
+    words = ("the patient was seen", "без жалоб", "and has no complaint, " * 30)
+    labels = ("urgent", "routine", "a label that is rather long and should not push the table out")
+    rows = [
+        {
+            "text": f"{words[i % 3]} {i % 400}",
+            "label": labels[i % 5 % 3],
+            "site": f"site number {i % 7} of a hospital with a long name",
+        }
+        for i in range(1200)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"path": model},
+        "data": {"source": str(file), "kind": "labelled", "max_length": 64},
+        "objective": {"name": "classification"},
+        "partition": {"kind": "dirichlet", "column": "site", "alpha": 0.3, "minimum": 2},
+        "federation": {"clients": clients},
+    }
+
+
 def pages(folder, model):
     """Make all runs that are not there yet, and write each page anew; returns name to page."""
     import fedloom
     from fedloom.experiment.experiment import Experiment
     from fedloom.reports.comparison_page import write_comparison
+    from fedloom.reports.data_page import write_data_page
     from fedloom.reports.run_page import write_report
     from fedloom.runs.comparison import compare, read_comparison
+    from fedloom.runs.data_statistics import data_statistics
     from fedloom.settings.toml import write_toml
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +181,10 @@ def pages(folder, model):
         file.write_text(write_toml(table))
         found[name] = write_comparison(compare(read_comparison(file), folder / name, workers=1))
     found["judged"] = judged(folder, some[:2])
+    for clients in (4, 40):
+        table = shared_rows(model, folder / "rows.jsonl", clients)
+        record = data_statistics(Experiment.from_table(table))
+        found[f"rows-{clients}"] = write_data_page(record, folder / f"rows-{clients}.html")
     return found
 
 

@@ -20,9 +20,9 @@ def window():
 
 
 def test_every_kind_of_page_at_every_width_light_and_dark(window, tmp_path, model_folder):
-    """Runs of 3, 20 and 200 clients, many values, experts, all comparisons and judges: no fault."""
+    """Runs of 3, 20 and 200 clients, many values, experts, all comparisons, judges, rows: no fault."""
     made = screenshots.pages(tmp_path, str(model_folder))
-    assert len(made) == 10
+    assert len(made) == 12
     found = []
     for name, page in made.items():
         for width in WIDTHS:

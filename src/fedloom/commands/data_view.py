@@ -11,15 +11,12 @@ from rich.text import Text
 
 from fedloom.accounting.quantities import human_count
 from fedloom.display.untrusted_text import message, named
-from fedloom.reports.data_page import client_rows, doubts, summary
+from fedloom.reports.data_page import WORDS, client_rows, doubts, summary
 from fedloom.runs.data_check import Finding
 from fedloom.runs.records import account_tables
 
 BAR = 40
 """Characters of the longest bar."""
-
-WORDS = ("script", "labels")
-"""What is said of clients in words."""
 
 STATES = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "fault": ("FAULT  ", "red")}
 

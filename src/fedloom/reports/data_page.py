@@ -19,6 +19,9 @@ MANY_CUT = 0.05
 LONGER = 0.6
 """Share of pairs whose chosen answer is the longer one above which it is told."""
 
+WORDS = ("script", "labels")
+"""What is said of clients in words."""
+
 SHOWN = 5
 """Clients that a sentence names."""
 
@@ -55,10 +58,10 @@ def render(record: Record) -> str:
     pictures |= {
         title: figures.partition_svg(record[part])
         for part, title in named.items()
-        if record[part] is not None
+        if record[part] is not None and len(record[part]["values"]) > 1
     }
     matrix = record["overlaps"]["rows"]["matrix"]
-    if matrix is not None:
+    if matrix is not None and record["overlaps"]["rows"]["twice"]:
         clients = [str(client) for client in record["overlaps"]["rows"]["clients"]]
         pictures["Rows that two clients share"] = figures.matrix_chart(
             matrix, clients, "rows with the same text", diagonal=False
@@ -74,7 +77,8 @@ def render(record: Record) -> str:
             name: row_account.lines(own)
             for name, own in row_account.sources(record["accounts"]).items()
         },
-        clients=client_rows(record),
+        clients=_without_empty(client_rows(record)),
+        words=WORDS,
     )
 
 
@@ -102,6 +106,12 @@ def client_rows(record: Record) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return rows without the columns that are empty for all."""
+    kept = [name for name in rows[0] if any(own[name] for own in rows)]
+    return [{name: own[name] for name in kept} for own in rows]
 
 
 def _commonest(record: Record | None) -> dict[int, str]:

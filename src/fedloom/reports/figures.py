@@ -9,6 +9,7 @@ Legends stand below the data, and what lies on top of each other is drawn so tha
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -66,6 +67,12 @@ MANY_CLIENTS = 40
 
 CROWD = 200
 """Clients of which none is a point of its own in a chart."""
+
+NAMED_IN_MATRIX = 20
+"""Clients that are named along each side of a square table at most: of more, every second or third."""
+
+LETTERS_ABREAST = 32
+"""Letters of all names below bars that stand beside each other; longer names are turned."""
 
 MANY_VALUES = 8
 """Values that bars can tell apart by colour."""
@@ -460,14 +467,16 @@ def matrix_chart(
         values: ``(n, n)``.
         labels: Of rows and columns.
         label: What the colours mean.
-        limits: Values of the darkest and the brightest colour; around 0 the map has two hues.
+        limits: Values of the darkest and the brightest colour; around 0 the map has two hues. Without
+            them values are counts, from 0 on.
         diagonal: Whether what a client has with itself is shown.
     """
     shown = [
         [float("nan") if i == j and not diagonal else value for j, value in enumerate(row)]
         for i, row in enumerate(values)
     ]
-    low, high = limits or (None, None)
+    most = max((value for row in shown for value in row if not math.isnan(value)), default=1)
+    low, high = limits or (0, max(1, most))
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=3.4)
         image = axes.imshow(
@@ -480,9 +489,11 @@ def matrix_chart(
         bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.set_label(label)
         bar.outline.set_visible(False)
+        if limits is None:
+            bar.locator = MaxNLocator(nbins=5, integer=True)
         axes.grid(visible=False)
-        step = -(-len(labels) // MANY_CLIENTS)
-        size = 9 if len(labels) <= MANY_CLIENTS // 2 else 6
+        step = -(-len(labels) // NAMED_IN_MATRIX)
+        size = 9 if len(labels) <= NAMED_IN_MATRIX else 7
         ticks = range(0, len(labels), step)
         axes.set_xticks(ticks, _labels(labels[::step]), rotation=90, fontsize=size)
         axes.set_yticks(ticks, _labels(labels[::step]), fontsize=size)
@@ -618,7 +629,8 @@ def histogram_chart(bins: Mapping[str, int], x_label: str, y_label: str) -> str:
         figure, axes = _figure()
         axes.bar(range(len(bins)), list(bins.values()), color=PALETTE[0], width=0.9)
         _finish_axes(axes, x_label, y_label)
-        axes.set_xticks(range(len(bins)), _labels(bins), rotation=45 if len(bins) > 6 else 0)
+        turned = 90 if sum(map(len, bins)) > LETTERS_ABREAST else 0
+        axes.set_xticks(range(len(bins)), _labels(bins), rotation=turned)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.grid(visible=False, axis="x")
         rows = [[name, count] for name, count in bins.items()]

@@ -52,11 +52,17 @@ def _environment() -> Any:
         "estimate": _estimate,
         "p": lambda value: "-" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "member": lambda name: f" ({name})" if name else "",
-        "sentence": lambda text: f"{text[:1].upper()}{text[1:]}.",
+        "sentence": _sentence,
         "words": lambda name: str(name).replace("_", " "),
     }
     environment.globals |= {"definitions": entries, "intervals": INTERVALS}
     return environment
+
+
+def _sentence(text: str) -> str:
+    """Return a line as a sentence: with a full stop, and a capital unless a setting begins it."""
+    first = text.split(" ", 1)[0]
+    return f"{text if '.' in first or '_' in first else text[:1].upper() + text[1:]}."
 
 
 def write_page(page: str, target: Path) -> Path:
