@@ -79,7 +79,7 @@ def section_of(text: str, known: list[Section]) -> Section | None:
 
 
 def hints(error: str) -> list[str]:
-    """Return lines that say how an error is explained, or each mistake that it lists, where it is known."""
+    """Return lines that say how an error, or each mistake that it lists, is explained, where it is."""
     known, lines = sections(), error.splitlines()
     listed = [line.removeprefix(MISTAKE) for line in lines if line.startswith(MISTAKE)]
     found = [section_of(text, known) for text in listed or [error]]
