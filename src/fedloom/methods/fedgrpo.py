@@ -12,17 +12,15 @@ Source: FedGRPO (https://arxiv.org/abs/2602.12014), equations 5 to 9. A round:
    experts as the reward of an answer, and takes GRPO's steps. Nobody else trains the policy.
 
 A client's own model is the adapter that the run starts from, fitted to its rows by their own answers
-before its first grades (``expert_epochs``); it never travels, nor does any answer of it.
+before its first grades (``expert_epochs``); it never travels, nor does any answer of it. A grade tells
+whether an answer is that of a client's row, and so, by trying, what the row says: a client's ``[policy]``
+must open ``grades``. A client that lies has no more say than any other expert.
 
 **A reconstruction.** The paper's equations standardise an answer's rewards over its experts, by which
 they add up to 0 and teach nothing; its code draws clients at random, has each grade answers of its own,
 and gives all the same true reward. Here grades are standardised within a client
 (``aggregation/expert_grades.py``), near questions are those with like tokens, and clients' models are
 adapters of one backbone. With one expert that has every answer it is GRPO on the server.
-
-A grade tells the server whether its answer is that of a client's row, and so, by trying, what the row
-says: a client's ``[policy]`` must open ``grades``. Which auxiliary questions a client has right travels
-as bits, and says how good its model is. A client that lies has no more say than any other expert.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -46,13 +43,14 @@ from fedloom.methods.bases.answer_grades import (
     RIGHT,
     GradeWire,
     competences,
+    examination,
     experts_for,
     grades_of,
     policy_answers,
     policy_steps,
     prepare_expert,
     questions_of,
-    rollouts_of,
+    right_answers,
 )
 from fedloom.methods.bases.parameter_averaging import ADAPTER, LEARNING_RATE
 from fedloom.methods.contract.checks import optimizer_anew
@@ -64,8 +62,7 @@ from fedloom.reports.sections.spec import SectionSpec
 from fedloom.rewards.functions import OURS
 from fedloom.settings.schema import NamedSettings, Of
 from fedloom.tensors import State, Tensors, by_client, join_parts, of_clients, part_of
-from fedloom.wire.messages import Exchange, Payload
-from fedloom.wire.schema import Schema, TensorSpec
+from fedloom.wire.messages import Payload
 
 COMPETENCE, GRADED, MEAN = "competence", "graded", "mean_grade"
 """In the rounds' details: each client's share of right auxiliary answers, how many questions it graded,
@@ -130,20 +127,13 @@ class FedGRPO(Method):
     bounded = MappingProxyType(
         {"questions": "max_batch", "auxiliary": "max_rows", "expert_epochs": "max_steps"}
     )
-    sections = (
-        SectionSpec("client_table", "Questions graded", "Of the round, by each client.", GRADED),
-        SectionSpec(
-            "client_table",
-            "Mean grade",
-            "Of the policy's answers, in the unit of each client's own rewards.",
-            MEAN,
-        ),
-        SectionSpec(
-            "client_table",
-            "Competence",
-            "Share of the auxiliary questions that each client's own model has right.",
-            COMPETENCE,
-        ),
+    sections = tuple(
+        SectionSpec("client_table", title, says, name)
+        for title, says, name in (
+            ("Questions graded", "Of the round, by each client.", GRADED),
+            ("Mean grade", "Of the policy's answers, in the unit of its own rewards.", MEAN),
+            ("Competence", "Share of auxiliary questions its own model has right.", COMPETENCE),
+        )
     )
 
     def __init__(self, settings: FedGRPOSettings) -> None:
@@ -182,10 +172,6 @@ class FedGRPO(Method):
         """Return the policy."""
         return part_of(state.tensors, ADAPTER)
 
-    def sent_for_evaluation(self, state: State) -> Tensors:
-        """Return the policy."""
-        return self.shared(state)
-
     def traffic(self, adapter: Tensors) -> Traffic:
         """Return the most that a client is sent and sends in a round: all questions are its."""
         wire = self._wire
@@ -203,15 +189,15 @@ class FedGRPO(Method):
         right = by_client(state.tensors, RIGHT)
         unknown = tuple(client for client in cohort.clients if client not in right)
         if own.choose == "competence" and unknown:
-            replies = yield self._examination(cohort, unknown)
+            replies = yield examination(cohort, unknown, own.auxiliary)
             right |= {reply.client: reply.payload.tensors[RIGHT] for reply in replies}
         assert server.public is not None, "assembly gives public rows to methods that need them"
         questions = self._questions(server.public, server.seed, cohort.round)
         drawn = policy_answers(server, policy, questions, cohort.round)
-        known = {client: right[client] for client in cohort.clients if client in right}
         alike = [dict.fromkeys(cohort.clients, 1.0)] * len(questions)
         if own.choose == "competence":
             auxiliary = server.public.share.take(np.arange(own.auxiliary))
+            known = {client: right[client] for client in cohort.clients if client in right}
             competence = competences(questions, auxiliary, known, own.nearest)
         else:
             competence = alike
@@ -238,13 +224,6 @@ class FedGRPO(Method):
         count = len(self._questions(server.public, server.seed, 1))
         return GradeWire.of(server.objective, count, server.width)
 
-    def _examination(self, cohort: Cohort, clients: tuple[int, ...]) -> Exchange:
-        """Return the exchange in which clients say what they have right."""
-        reply = Schema((TensorSpec(RIGHT, (self.settings.auxiliary,), torch.bool),))
-        sent = Payload(numbers={LEARNING_RATE.name: cohort.learning_rate})
-        request = Schema(numbers=(LEARNING_RATE,))
-        return Exchange.broadcast("examine", cohort.round, clients, sent, request, reply)
-
     def _note(self, cohort: Cohort, replies: Replies, right: Mapping[int, Tensor]) -> None:
         """Put into the round's details who graded what, and how."""
         grades = {reply.client: reply.payload.tensors[GRADES] for reply in replies}
@@ -256,14 +235,9 @@ class FedGRPO(Method):
             }
 
     def _examine(self, client: Client, payload: Payload) -> Payload:
-        own, public, maker = self.settings, client.public, rollouts_of(client.maker)
-        assert public is not None, "the engine gives clients the public rows"
+        own = self.settings
         prepare_expert(client, payload.numbers[LEARNING_RATE.name], own.expert_epochs)
-        rows = np.arange(own.auxiliary)
-        answers = maker.texts(maker.greedy(client.model, public.share, rows))
-        truths = maker.texts(maker.read(client.model, public.share, rows)[1])
-        pairs, judge = zip(answers, truths, strict=True), OURS[own.right]
-        return Payload({RIGHT: torch.tensor([judge("", a, truth) == 1 for a, truth in pairs])})
+        return Payload({RIGHT: right_answers(client, own.auxiliary, OURS[own.right])})
 
     def _grade(self, client: Client, payload: Payload) -> Payload:
         assert client.public is not None, "the engine gives clients the public rows"
@@ -272,8 +246,5 @@ class FedGRPO(Method):
         places, answers = wire.unpack(payload.tensors)
         prepare_expert(client, payload.numbers[LEARNING_RATE.name], self.settings.expert_epochs)
         grades = grades_of(client, questions, places, answers)
-        metrics = {
-            "reward": float(grades.double().mean()),
-            "reward_spread": float(grades.std(1).mean()),
-        }
-        return Payload({GRADES: grades}, metrics=metrics)
+        mean, spread = float(grades.double().mean()), float(grades.std(1).mean())
+        return Payload({GRADES: grades}, metrics={"reward": mean, "reward_spread": spread})

@@ -273,7 +273,9 @@ def _not_covered(experiment: Experiment) -> list[str]:
             f"anything from more than {experiment.privacy.colluding} clients that tell the coordinator "
             "their noise, or from a coordinator that deviates from the protocol with clients that help it"
         )
-    beside = "the run folder beside the model (who took part, rows and costs of each client, the audit log)"
+    beside = (
+        "the run folder beside the model (who took part, rows and costs of each client, audit log)"
+    )
     if experiment.privacy.amplification:
         beside = (
             "whoever learns who was drawn: by the server's own folder (.private), by its traffic or its "

@@ -25,6 +25,7 @@ from fedloom.methods.contract.method import ServerSide
 from fedloom.objectives.base import Objective
 from fedloom.objectives.sft import SFT
 from fedloom.randomness import generator
+from fedloom.rewards.functions import RewardFunction
 from fedloom.tensors import Tensors, is_finite
 from fedloom.training.settings import Work
 from fedloom.training.steps import BatchMaker, Making, train_locally
@@ -138,6 +139,31 @@ class GradeWire:
             raise MessageError(f"grades: {len(grades)} questions, {asked} were asked about")
         if not is_finite(grades):
             raise MessageError("grades: they are not finite", "not_finite")
+
+
+def examination(cohort: Cohort, clients: tuple[int, ...], count: int) -> Exchange:
+    """Return the exchange in which clients say which of the first public rows they have right."""
+    reply = Schema((TensorSpec(RIGHT, (count,), torch.bool),))
+    sent = Payload(numbers={LEARNING_RATE.name: cohort.learning_rate})
+    request = Schema(numbers=(LEARNING_RATE,))
+    return Exchange.broadcast("examine", cohort.round, clients, sent, request, reply)
+
+
+def right_answers(client: Client, count: int, reward: RewardFunction) -> Tensor:
+    """Return ``(count,)`` bool: which of the first public rows a client's model has right.
+
+    Args:
+        client: Its model holds what answers.
+        count: How many.
+        reward: 1 for an answer that is right.
+    """
+    public, maker = client.public, rollouts_of(client.maker)
+    assert public is not None, "the engine gives clients the public rows"
+    rows = np.arange(count)
+    answers = maker.texts(maker.greedy(client.model, public.share, rows))
+    truths = maker.texts(maker.read(client.model, public.share, rows)[1])
+    pairs = zip(answers, truths, strict=True)
+    return torch.tensor([reward("", answer, truth) == 1 for answer, truth in pairs])
 
 
 def competences(
