@@ -94,6 +94,7 @@ def play():
 
     def run(method, rounds=3, cohort=(0, 1), steps=2, rows=ROWS, absent=None):
         model = Model()
+        vars(method).setdefault("server", SimpleNamespace(sums_alone=False))
         kept, trainings = {client: {} for client in rows}, []
         state = method.initial_state({"lora_w": torch.tensor(START, dtype=torch.float64)})
         states = []
