@@ -52,7 +52,7 @@ def test_a_model_type(reading_of):
     check("gpt_neo", reading_of("gpt_neo"))
 
 
-@pytest.mark.parametrize("model_type", sampled(MODEL_TYPES, 12))
+@pytest.mark.parametrize("model_type", sampled(MODEL_TYPES, 3))
 def test_any_model_type(reading_of, model_type):
     check(model_type, reading_of(model_type))
 

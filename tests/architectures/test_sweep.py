@@ -52,7 +52,7 @@ def test_three_architectures(outcome_of, model_type):
     check(model_type, outcome_of(model_type))
 
 
-@pytest.mark.parametrize("model_type", sampled(MODEL_TYPES, 12))
+@pytest.mark.parametrize("model_type", sampled(MODEL_TYPES, 3))
 def test_an_architecture(outcome_of, model_type):
     check(model_type, outcome_of(model_type))
 

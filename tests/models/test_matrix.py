@@ -134,7 +134,7 @@ def some(cases):
     quick = [pytest.param(*case, id="-".join(case)) for case in cases if case in QUICK]
     return quick + [
         pytest.param(*own.values[0], id="-".join(own.values[0]), marks=own.marks)
-        for own in sampled([case for case in cases if case not in QUICK], 12)
+        for own in sampled([case for case in cases if case not in QUICK], 3)
     ]
 
 

@@ -97,7 +97,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, 4), ids=str)
+@pytest.mark.parametrize("case", sampled(CASES, 2), ids=str)
 def test_every_partition_kind_and_file_ends_in_the_same_adapter(
     tmp_path, monkeypatch, model_folder, case
 ):

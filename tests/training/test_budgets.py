@@ -105,7 +105,7 @@ def cell_of(file, method, budget, folder):
 CASES = [(method, budget) for method in METHODS.keys() - {"fedgrpo"} for budget in AMOUNTS]
 
 
-@pytest.mark.parametrize("case", [("pfedme", "steps"), *sampled(CASES, 12)])
+@pytest.mark.parametrize("case", [("pfedme", "steps"), *sampled(CASES, 3)])
 def test_a_budget_is_what_a_client_computes(file, tmp_path, case):
     method, budget = case
     experiment = cell_of(file, method, budget, tmp_path / "run")
@@ -122,7 +122,7 @@ MACHINES = [
 ]
 
 
-@pytest.mark.parametrize("case", sampled(MACHINES, 4))
+@pytest.mark.parametrize("case", sampled(MACHINES, 2))
 def test_a_budget_is_what_a_client_computes_between_machines(file, loopback, tmp_path, case):
     method, budget = case
     experiment = cell_of(file, method, budget, tmp_path / "run")
