@@ -34,6 +34,7 @@ from fedloom.federation.compression_messages import (
     ADAPTER,
     CODING_ERROR,
     LARGEST_SQUARE,
+    PREFIX,
     SQUARES,
     UPDATES,
     codecs_up,
@@ -325,7 +326,12 @@ class PresetChoice:
         everything = [
             spec
             for spec in exchange.reply_schema.tensors
-            if spec.name in names or (spec.dtype.is_floating_point and not spec.ragged)
+            if spec.name in names
+            or (
+                spec.dtype.is_floating_point
+                and not spec.ragged
+                and not spec.name.startswith(PREFIX)
+            )
         ]
         presets = CANDIDATES[UP] if UP in self.ways else ()
         mean, coded = _zeros(everything), {name: _zeros(specs) for name in presets}
