@@ -519,6 +519,7 @@ SLOW = {
     "privacy/test_accounting.py::test_forty_settings_agree_with_opacus_and_the_closed_form": 0,
     "privacy/test_accounting.py::test_the_table_of_noise_for_a_target": 1,  # 7 s each
     "privacy/test_accounting.py::test_the_table_of_privacy_loss_distributions": 4,
+    "privacy/test_private_mean.py::test_a_target_is_solved_with_the_rate": 1,
     "recipes/test_recipes.py::test_a_comparison_is_read": 5,
     "recipes/test_recipes.py::test_comparison": 1,
     "recipes/test_recipes.py::test_comparison_of_frameworks": 1,

@@ -35,7 +35,7 @@ def read(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", sampled(FEDERATED, 3))
+@pytest.mark.parametrize("method", sampled(FEDERATED, 1))
 def test_bits_are_those_of_a_simulation(three, mixture_folder, method, tmp_path):
     table = {
         "adapter": ADAPTERS.get(method, {}),

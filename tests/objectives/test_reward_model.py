@@ -25,6 +25,7 @@ from fedloom.evaluation.judges.choose import make_judges
 from fedloom.evaluation.metrics import reward_metrics
 from fedloom.evaluation.questions import Question
 from fedloom.evaluation.reward_models import RewardScorer, load_reward_model
+from fedloom.evaluation.rollouts import Drawn
 from fedloom.evaluation.verdicts import JudgingSettings
 from fedloom.experiment.experiment import Experiment
 from fedloom.objectives.reward_model import reward_model_loss
@@ -249,9 +250,8 @@ def test_it_judges_and_rewards(trained, experiment):
     own = experiment(**{**RUN, **table})
     client = assemble(own, partition_data(own), probe=False).local.client(0, 1)
     prompt, answers = [5, 6, 7], [[8], [9, 10]]
-    read = [(np.array([5, 6, 7, 8], np.int32), 3)]
-    found = client.maker._rewarded(client.model, read, [prompt], answers)
-    assert found == scorer.of_tokens([prompt + own for own in answers])
+    found = client.maker.rewarded(client.model, Drawn(np.array([0]), [prompt], [[8]], answers))
+    assert found.tolist() == [scorer.of_tokens([prompt + own for own in answers])]
 
 
 def test_a_folder_without_a_reward_model_is_named(tmp_path):
