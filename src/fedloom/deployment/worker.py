@@ -303,23 +303,27 @@ class Worker:
             header.run, number, segment, experiment, parts, kept, every, secret, own.policy, privacy
         )
         if experiment.privacy.secure_aggregation:
-            member, server = self.registration.number, self.registration.gateway
             with privacy.failing():
-                noise = added_noise(experiment)
-            self.run.sums = SecureSums(
-                self.client_folder,
-                server,
-                self.key,
-                header.run,
-                number,
-                member,
-                own.policy,
-                noise,
-                experiment.privacy.seeded,
-                experiment.federation.rounds,
-            )
+                self.run.sums = self._sums(header, experiment, own.policy)
             parts.local.secure = self.run.sums.clients(experiment.federation.seed)
         return self.run
+
+    def _sums(
+        self, header: RequestHeader, experiment: Experiment, policy: PolicySettings
+    ) -> SecureSums:
+        """Return the client's part in the sums of a run."""
+        return SecureSums(
+            self.client_folder,
+            self.registration.gateway,
+            self.key,
+            header.run,
+            header.client,
+            self.registration.number,
+            policy,
+            added_noise(experiment),
+            experiment.privacy.seeded,
+            experiment.federation.rounds,
+        )
 
     def _assembled(
         self, header: RequestHeader, experiment: Experiment, own: OwnFile, start: Start | None

@@ -82,6 +82,16 @@ class WeightBound:
     why: str
 
 
+def _recorder(audit: Record, exchange: Exchange, ages: Mapping[int, int]) -> Record:
+    """Return what writes an event of a client's message into the round in which it was asked."""
+
+    def note(event: str, *, client: int, **facts: Any) -> None:
+        asked = exchange.round - ages.get(client, 0)
+        audit(event, round=asked, action=exchange.action, client=client, **facts)
+
+    return note
+
+
 class Admission:
     """Checks answers and counts violations of clients.
 
@@ -144,13 +154,9 @@ class Admission:
         rejected: dict[int, str] = {}
         came: dict[int, dict[str, Any]] = {}
         weight_bound = self.weight_bound(sizes).examples
-
-        def note(event: str, client: int, **facts: Any) -> None:
-            asked = exchange.round - (ages or {}).get(client, 0)
-            audit(event, round=asked, action=exchange.action, client=client, **facts)
-
+        note = _recorder(audit, exchange, ages or {})
         for client, data in exchange.requests.items():
-            note("sent", client, bytes=len(data), message=exchange.digests[client])
+            note("sent", client=client, bytes=len(data), message=exchange.digests[client])
         for answer in answers:
             client = answer.client
             if client in replies or client in rejected or client not in exchange.requests:
@@ -175,10 +181,10 @@ class Admission:
         for client in exchange.requests:
             facts = came.get(client, {})
             if client in replies:
-                note("accepted", client, **facts)
+                note("accepted", client=client, **facts)
             else:
                 event = "refused" if "message" in facts else "absent"
-                note(event, client, **facts, reason=rejected.setdefault(client, "no answer"))
+                note(event, client=client, **facts, reason=rejected.setdefault(client, "no answer"))
         return [replies[client] for client in sorted(replies)], rejected
 
     def report(self, client: int, kind: ViolationKind, reason: str) -> None:

@@ -112,17 +112,7 @@ class ClientLevelPlan:
         sampling = rate if settings.amplification else 1.0
         correlation = _correlation(settings, members, cohort, rounds)
         accountant: Accountant = "rdp" if settings.distributes else settings.accountant
-        z = settings.noise_multiplier
-        if z is None:
-            assert settings.target_epsilon is not None, "one of both is given"
-            moved = 1.0 if correlation is None else correlation.sensitivity(rounds)
-            z = moved * solve_noise_multiplier(
-                settings.target_epsilon,
-                settings.delta,
-                sampling,
-                rounds if correlation is None else 1,
-                accountant,
-            )
+        z = _multiplier(settings, sampling, rounds, correlation, accountant)
         if correlation is not None and correlation.rounded and z > MOST_BANDED_NOISE:
             raise SettingsError(
                 [
@@ -340,6 +330,30 @@ def _shares(settings: PrivacySettings, z: float, cohort: int) -> NoiseShares | N
     nearest = settings.sum_rounding == "nearest"
     own = (settings.clip, settings.colluding, settings.sum_bits, cohort)
     return NoiseShares(z, *own, numbers=1, stochastic=not nearest)
+
+
+def _multiplier(
+    settings: PrivacySettings,
+    sampling: float,
+    rounds: int,
+    correlation: Correlation | None,
+    accountant: Accountant,
+) -> float:
+    """Return the noise multiplier that is given, or solved for the target.
+
+    Raises:
+        SettingsError: The budget cannot be met.
+    """
+    if settings.noise_multiplier is not None:
+        return settings.noise_multiplier
+    assert settings.target_epsilon is not None, "one of both is given"
+    assert settings.delta is not None, "the section asks for it with a unit"
+    moved, releases = 1.0, rounds
+    if correlation is not None:
+        moved, releases = correlation.sensitivity(rounds), 1
+    return moved * solve_noise_multiplier(
+        settings.target_epsilon, settings.delta, sampling, releases, accountant
+    )
 
 
 def _correlation(

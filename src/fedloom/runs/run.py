@@ -700,8 +700,36 @@ class _Run:
 
     def go(self, state: State, done: int) -> Result:
         """Run the remaining rounds, then write the final files."""
+        server = self._server()
+        plan = plan_of(self.experiment, self.parts, done)
+        self.observer.begin(replace(plan, folder=str(self.folder.path.resolve())))
+        if done < 0:
+            self.observer.stage(evaluated_first(self.parts))
+        self.saved = done
+        try:
+            with self._profiling(server, done) as server:
+                state = server.run(state, done)
+            self._keep_last()  # a run that ends early has not saved it
+        except BaseException as error:
+            self._keep_last()
+            if isinstance(error, KeyboardInterrupt):
+                raise self._interrupted() from None
+            if isinstance(self.observer, Withholding):
+                raise self.observer.shown(error) from None
+            raise
+        finally:
+            shutil.rmtree(self.folder.path / "spool", ignore_errors=True)
+            self.observer.end()
+            for tracker in self.trackers:
+                tracker.close()
+        if self.best is not None and self.best.state is not None:
+            state = self.best.state
+        return self._finish(state)
+
+    def _server(self) -> Server:
+        """Return what plays the rounds."""
         experiment, parts = self.experiment, self.parts
-        server = Server(
+        return Server(
             method=parts.method,
             engine=self.given.engine(parts),
             federation=experiment.federation,
@@ -735,30 +763,6 @@ class _Run:
             best=self.best,
             means_alone=parts.method.means_alone,
         )
-        plan = plan_of(experiment, parts, done)
-        self.observer.begin(replace(plan, folder=str(self.folder.path.resolve())))
-        if done < 0:
-            self.observer.stage(evaluated_first(parts))
-        self.saved = done
-        try:
-            with self._profiling(server, done) as server:
-                state = server.run(state, done)
-            self._keep_last()  # a run that ends early has not saved it
-        except BaseException as error:
-            self._keep_last()
-            if isinstance(error, KeyboardInterrupt):
-                raise self._interrupted() from None
-            if isinstance(self.observer, Withholding):
-                raise self.observer.shown(error) from None
-            raise
-        finally:
-            shutil.rmtree(self.folder.path / "spool", ignore_errors=True)
-            self.observer.end()
-            for tracker in self.trackers:
-                tracker.close()
-        if self.best is not None and self.best.state is not None:
-            state = self.best.state
-        return self._finish(state)
 
     def _held_out_loss(self, tensors: Tensors, round: int) -> float | None:
         """Return the loss of the global held-out set under an adapter."""
