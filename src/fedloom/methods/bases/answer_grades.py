@@ -320,15 +320,10 @@ def policy_steps(
     with server.ledger.measure(cohort.round, SERVER, "train") as cost:
         before = server.model.flops
         server.model.write(policy)
-        result = train_locally(
-            server.model,
+        result = server.train(
             questions,
             server.objective,
-            server.training,
-            learning_rate=cohort.learning_rate,
-            seed=server.seed,
-            client=SERVER,
-            round=cohort.round,
+            cohort,
             work=Work(epochs=1),
             purpose=POLICY,
             maker=GradedAnswers(maker, drawn.take(kept.tolist()), rewards[kept]),

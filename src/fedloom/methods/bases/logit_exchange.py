@@ -186,15 +186,10 @@ class LogitExchange(Method):
                 cohort,
             )
             server.model.write(state.tensors)
-            result = train_locally(
-                server.model,
+            result = server.train(
                 replace(public.share, teacher=lesson.teacher),
                 lesson.objective,
-                server.training,
-                learning_rate=cohort.learning_rate,
-                seed=server.seed,
-                client=SERVER,
-                round=cohort.round,
+                cohort,
                 work=Work(epochs=settings.server_epochs),
                 purpose="distil ",
             )

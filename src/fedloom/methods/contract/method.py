@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.accounting.costs import SERVER
 from fedloom.accounting.ledger import Ledger
 from fedloom.accounting.traffic import ParameterTraffic, Traffic
 from fedloom.aggregation.merging import Merging, merged
@@ -44,8 +45,9 @@ from fedloom.randomness import generator
 from fedloom.reports.sections.spec import SectionSpec
 from fedloom.settings.schema import NamedSettings
 from fedloom.tensors import State, Tensors, tensor_bytes
+from fedloom.training.results import LocalResult
 from fedloom.training.settings import TrainingSettings, Work
-from fedloom.training.steps import BatchMaker
+from fedloom.training.steps import BatchMaker, train_locally
 from fedloom.wire.messages import Payload, Reply
 
 Reveal = Literal[
@@ -193,6 +195,40 @@ class ServerSide:
     rounds: int = 1
     sums_alone: bool = False
     maker: BatchMaker | None = None
+
+    def train(
+        self,
+        share: TokenShare,
+        objective: Objective,
+        cohort: Cohort,
+        *,
+        work: Work,
+        purpose: str,
+        maker: BatchMaker | None = None,
+    ) -> LocalResult:
+        """Train what the server's model holds on rows that the server has, in place.
+
+        Args:
+            share: The rows.
+            objective: What is minimised.
+            cohort: Of the round, with its learning rate.
+            work: How much is done.
+            purpose: Tells it apart from other trainings of the round.
+            maker: Makes the batches, in place of rows shuffled anew in each epoch.
+        """
+        return train_locally(
+            self.model,
+            share,
+            objective,
+            self.training,
+            learning_rate=cohort.learning_rate,
+            seed=self.seed,
+            client=SERVER,
+            round=cohort.round,
+            work=work,
+            purpose=purpose,
+            maker=maker,
+        )
 
 
 class Method(MethodTraits):
