@@ -50,17 +50,20 @@ LIGHT = (
 """Files that import none of them: a child has these from its parent, so they are imported once."""
 
 
-def refuse_early(check: Callable[[], object]) -> None:
+def refuse_early(check: Callable[[], object]) -> bool:
     """Run a check that needs no model in a child, unless what computes is imported already.
 
     Args:
         check: Raises what the command would; it may write nothing.
 
+    Returns:
+        Whether it was run.
+
     Raises:
         FedloomError: What the check raised: its words and its exit code.
     """
     if "torch" in sys.modules or not hasattr(os, "fork"):
-        return  # nothing is gained, or not possible
+        return False  # nothing is gained, or not possible
     for name in LIGHT:
         importlib.import_module(name)
     reading, writing = os.pipe()
@@ -77,6 +80,7 @@ def refuse_early(check: Callable[[], object]) -> None:
         error = FedloomError(refused["text"])
         error.exit_code = refused["exit_code"]
         raise error
+    return True
 
 
 def _check_and_leave(check: Callable[[], object], writing: int) -> NoReturn:

@@ -145,8 +145,7 @@ def _run_here(
     if what.experiment is not None:
         require_experiment(what.experiment)
     check = partial(_check_run, what.experiment, what.assignments, what.resume, live=live)
-    refuse_early(check)
-    if live and "torch" in sys.modules:  # then nothing was checked
+    if not refuse_early(check) and live:  # which nothing else looks at
         check()
     shown = begin_loading(quiet)
     from fedloom.runs.run import resume_run, run_experiment
