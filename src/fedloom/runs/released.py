@@ -42,38 +42,26 @@ _METRICS: Fields = MappingProxyType({spec.name: None for own in METRICS.values()
 """Metrics on the global held-out set."""
 
 
-def _whole(*fields: str) -> dict[str, Fields | None]:
-    return dict.fromkeys(fields)
+def _whole(fields: str) -> dict[str, Fields | None]:
+    return dict.fromkeys(fields.split())
 
 
 _PRIVACY: Fields = MappingProxyType(
     _whole(
-        *("unit", "epsilon", "delta", "noise_multiplier", "clip", "sampling", "amplification"),
-        *("steps", "accountant"),
-        *("neighbours", "seeded", "drawn", "target_epsilon", "clip_quantile", "mechanism"),
-        *("noise_to_signal", "not_covered", "sentences"),
+        "unit epsilon delta noise_multiplier clip sampling amplification steps accountant neighbours "
+        "seeded drawn target_epsilon clip_quantile mechanism noise_to_signal not_covered sentences"
     )
 )
 
 RUN: Fields = MappingProxyType(
     {
         **_whole(
-            *(
-                "name",
-                "id",
-                "fedloom",
-                "versions",
-                "seed",
-                "engine",
-                "command",
-                "made_with",
-                "plugins",
-            ),
-            *("threads", "device", "tokens_per_pass", "model", "classes", "method", "selection"),
-            *("method_role", "traffic", "wire", "promise", "metric", "privacy_of_settings"),
+            "name id fedloom versions seed engine command made_with plugins threads device "
+            "tokens_per_pass model classes method selection method_role traffic wire promise metric "
+            "privacy_of_settings"
         ),
-        "data": _whole("source", "kind", "max_length", "global_held_out", "held_out_rows"),
-        "start": _whole("name", "run", "sha256", "reference"),
+        "data": _whole("source kind max_length global_held_out held_out_rows"),
+        "start": _whole("name run sha256 reference"),
         "privacy": _PRIVACY,
     }
 )
@@ -81,23 +69,21 @@ RUN: Fields = MappingProxyType(
 
 ROUND: Fields = MappingProxyType(
     {
-        **_whole("round", "learning_rate"),
-        "evaluation": {"global": _METRICS, **_whole("interval", "rows")},
+        **_whole("round learning_rate"),
+        "evaluation": {"global": _METRICS, **_whole("interval rows")},
     }
 )
 """Of a line of ``rounds.jsonl``."""
 
 SUMMARY: Fields = MappingProxyType(
     {
-        **_whole("status", "rounds", "metric", "judged_on", "before", "after", "after_interval"),
-        **_whole("change", "adapter", "best_round"),
+        **_whole(
+            "status rounds metric judged_on before after after_interval change adapter best_round"
+        ),
         "before_metrics": _METRICS,
         "after_metrics": _METRICS,
         "privacy": _PRIVACY,
-        "verified": _whole(
-            *("left_out", "folders", "loaded_by", "rows", "rows_are"),
-            *("difference", "allowed", "moved"),
-        ),
+        "verified": _whole("left_out folders loaded_by rows rows_are difference allowed moved"),
     }
 )
 """Of ``summary.json``."""
