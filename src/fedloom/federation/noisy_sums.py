@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedloom.privacy.distributed_noise import Floats, NoiseShares
-from fedloom.privacy.noise import NoiseSource
+from fedloom.privacy.distributed_noise import NoiseShares
+from fedloom.privacy.noise import Floats, NoiseSource
 from fedloom.privacy.secure_aggregation.masks import Words
 from fedloom.privacy.secure_aggregation.quantisation import Grid
 from fedloom.tensors import Tensors

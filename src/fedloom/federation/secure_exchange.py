@@ -437,7 +437,6 @@ class SecureAggregation:
         there = [client for client in clients if client not in left]
         yield _stage(plain, SHARES, dict.fromkeys(there, keys), session.take_shares)
         yield _answers(plain, session.shares(), session)
-        digest = digest_of(exchange, masking, next(iter(exchange.requests.values())))
         if (kept := self._kept(plain)) is not None:
             return kept  # the masks of this time stay on
         survivors = session.survivors
@@ -447,6 +446,7 @@ class SecureAggregation:
         signatures = dict.fromkeys(signed, session.signatures())
         self._spend(plain, survivors)
         yield _stage(plain, REVEALED, signatures, session.take_revealed)
+        digest = digest_of(exchange, masking, next(iter(exchange.requests.values())))
         words = session.unmasked(digest)
         words &= np.uint32(2 ** width_of(masking) - 1)
         if self.private is not None:

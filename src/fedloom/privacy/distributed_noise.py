@@ -26,15 +26,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedloom.privacy.noise import NoiseStream
+from fedloom.privacy.noise import Floats, Integers, NoiseStream
 from fedloom.privacy.secure_aggregation.graph import LEAST, threshold_of
 from fedloom.privacy.secure_aggregation.masks import Words
 from fedloom.privacy.secure_aggregation.quantisation import WIDEST
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 BIAS = math.exp(-0.5)
 """beta of the paper: the share of roundings that may be drawn again, which is what biases them."""
