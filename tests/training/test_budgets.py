@@ -31,6 +31,7 @@ NEEDED = {
     "fed_et": {**LABELLED, "public": {"rows": 8}},
     "feddm": LABELLED,
     "fedbiscuit": {"method": {"name": "fedbiscuit", "selectors": 1}},
+    "hilora": {"adapter": {"rank": 3}},
     "split": {**LABELLED, "evaluation": {"per_client": False}},
     "fedpdpo": {"method": {"name": "fedpdpo", "schedule": "alternating"}},
 }

@@ -11,7 +11,7 @@ import pytest
 
 from fedloom.data.builtin import builtin_examples
 from fedloom.data.examples import Instruction
-from fedloom.data.splits import row_text
+from fedloom.data.splits import row_key, row_text
 from fedloom.errors import DataError, FedloomError, ModelError, OutputError
 from fedloom.evaluation.privacy_audit.canaries import lower_bound
 from fedloom.reports.privacy_audit_page import render, summary
@@ -182,6 +182,24 @@ def test_rows_are_planted_by_coins_and_accounted_for(experiment):
     assert len(of_clients) == 2 * len(division.train) * ROWS_OF_A_CLIENT
     assert all(own.unit == own.client and own.kind != "label_flip" for own in of_clients)
     assert len({(own.kind, own.unit, own.coin) for own in of_clients}) == 2 * len(division.train)
+
+
+def test_a_row_that_another_client_trains_on_is_not_withheld(experiment):
+    """Two clients with the same rows: only those that both drew are compared with members."""
+    own = experiment(federation={"clients": 2})
+    division = partition_data(own)
+    same = division.train[0]
+    copies = [replace(row, row=row.row + 10_000) for row in same]
+    _, rows = plant(own, replace(division, train={0: same, 1: copies}), 0)
+    trained = {row_key(row) for members in rows.members.values() for row in members}
+    assert len(trained) < len(same)  # some rows were drawn at both
+    for client in (0, 1):
+        withheld = {row_key(row) for row in rows.withheld[client]}
+        assert withheld == {row_key(row) for row in same} - trained
+    alone = plant(own, replace(division, train={0: same, 1: []}), 0)[1]
+    assert len(alone.withheld[0]) > len(
+        rows.withheld[0]
+    )  # at one client alone they are all withheld
 
 
 @pytest.mark.parametrize("kind", ["preferences", "instructions", "feedback", "labelled"])

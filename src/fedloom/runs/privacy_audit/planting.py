@@ -112,10 +112,7 @@ def plant(
             f"all rows are of class {division.classes[0]!r}, and canaries take another: set "
             "--canaries 0, which plants none"
         )
-    members: dict[int, Sequence[Example]] = {}
-    withheld: dict[int, list[Example]] = {}
-    for client, rows in division.train.items():
-        members[client], withheld[client] = _withhold(experiment, client, rows)
+    members, withheld = _withhold(experiment, division.train)
     first = 1 + max((row.row for rows in division.train.values() for row in rows), default=-1)
     known = replace(division, train=members)
     planted = tuple(_canaries(experiment, known, canaries, first)) if canaries else ()
@@ -129,20 +126,26 @@ def plant(
 
 
 def _withhold(
-    experiment: Experiment, client: int, rows: Sequence[Example]
-) -> tuple[list[Example], list[Example]]:
-    """Return a client's members, and rows drawn from the same ones that nobody trains on.
+    experiment: Experiment, train: Mapping[int, Sequence[Example]]
+) -> tuple[dict[int, Sequence[Example]], dict[int, list[Example]]]:
+    """Return each client's members, and rows drawn from the same ones that nobody trains on.
 
     What is drawn are row numbers, so that the two answers of a pair stay on one side; a drawn row whose
-    exact duplicate is trained on is left out.
+    exact duplicate is trained on, at this client or at another, is left out.
     """
-    rng = generator(experiment.federation.seed, "audit withheld", client)
-    numbers = sorted({row.row for row in rows})
-    count = min(MOST_WITHHELD, int(WITHHELD_SHARE * len(numbers)))
-    drawn = set(rng.choice(numbers, size=count, replace=False).tolist()) if count else set()
-    members = [row for row in rows if row.row not in drawn]
-    known = {row_key(row) for row in members}
-    return members, [row for row in rows if row.row in drawn and row_key(row) not in known]
+    members: dict[int, Sequence[Example]] = {}
+    drawn: dict[int, set[int]] = {}
+    for client, rows in train.items():
+        rng = generator(experiment.federation.seed, "audit withheld", client)
+        numbers = sorted({row.row for row in rows})
+        count = min(MOST_WITHHELD, int(WITHHELD_SHARE * len(numbers)))
+        drawn[client] = set(rng.choice(numbers, size=count, replace=False).tolist())
+        members[client] = [row for row in rows if row.row not in drawn[client]]
+    known = {row_key(row) for rows in members.values() for row in rows}
+    return members, {
+        client: [row for row in rows if row.row in drawn[client] and row_key(row) not in known]
+        for client, rows in train.items()
+    }
 
 
 def _canaries(
