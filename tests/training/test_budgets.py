@@ -32,12 +32,13 @@ NEEDED = {
     "feddm": LABELLED,
     "fedbiscuit": {"method": {"name": "fedbiscuit", "selectors": 1}},
     "hilora": {"adapter": {"rank": 3}},
+    "ravan": {"adapter": {"rank": 4}},
     "split": {**LABELLED, "evaluation": {"per_client": False}},
     "fedpdpo": {"method": {"name": "fedpdpo", "schedule": "alternating"}},
 }
 """Sections without which a method cannot run, or trains once only."""
 
-TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala", "feddat", "fed_et"]  # fmt: skip
+TRAINS_AGAIN = ["ditto", "distillation", "fdlora", "fedavg_ft", "feddpa", "fedpdpo", "fedrep", "pfedme", "apfl", "fedala", "feddat", "fed_et", "hilora", "lora_a2", "fedlease"]  # fmt: skip
 """Methods that train several models in a round, or step several times on a batch."""
 
 
