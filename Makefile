@@ -65,10 +65,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing fedloom into $(VENV) (once, about two minutes and 2 GB)"
-	@$(PIP) install --constraint constraints.txt --editable .
+	@$(PIP) install --no-compile --constraint constraints.txt --editable .
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all processors; pip takes one. Some are templates
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
 	@echo "installing what the tests need into $(VENV) (once, about a minute)"
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
