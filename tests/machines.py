@@ -246,15 +246,9 @@ class Machines:
         return [json.loads(line) for line in lines]
 
     def stop(self):
-        for process in self.processes.values():
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+        """Kill all that is left: how processes end that are told to is tried by tests of their own."""
         for name in list(self.processes):
-            for pid in self.pids(name):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.kill(name)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def test_every_setting_says_what_it_is():
     assert [name for name, words in rows if not words] == []
 
 
+@cache
+def top_command():
+    """The command line, which takes a tenth of a second to make."""
+    return typer.main.get_command(app)
+
+
 def commands_in(page):
     for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
@@ -40,7 +47,7 @@ def commands_in(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_on_a_page_exist_with_their_options(page):
     for words in commands_in(page):
-        command, rest = typer.main.get_command(app), words[1:]
+        command, rest = top_command(), words[1:]
         while getattr(command, "commands", None) and rest and not rest[0].startswith("-"):
             assert rest[0] in command.commands, words
             command, rest = command.commands[rest[0]], rest[1:]

@@ -299,7 +299,6 @@ def allow(own, public, home, user="fedloom"):
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 class TestUnderSystemd:
     """In the order in which an operator meets it."""
 

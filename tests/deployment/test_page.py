@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import click
@@ -22,12 +23,18 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "federation.md").read_text()
 
 
+@cache
+def top_command():
+    """The command line, which takes a tenth of a second to make."""
+    return typer.main.get_command(main.app)
+
+
 def blocks(kind):
     return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
 
 
 def test_commands_on_the_page_are_commands():
-    command = typer.main.get_command(main.app)
+    command = top_command()
     said = re.findall(r"fedloom ((?:[a-z]+ )?[a-z]+)", "\n".join(blocks("sh")))
     for words in {name for name in said if not name.startswith(("server log", "is"))}:
         own = command.commands.get(words.split()[0])
@@ -68,7 +75,7 @@ def test_every_line_of_a_policy_is_on_the_page_with_its_default():
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_commands_that_a_page_names_are_there(page):
-    top = typer.main.get_command(main.app)
+    top = top_command()
     for words in re.findall(r"`fedloom ([a-z][^`]*)`", (ROOT / "docs" / page).read_text()):
         command, *rest = words.replace("…", " ").split()
         found = top.commands[command]

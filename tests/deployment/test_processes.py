@@ -13,7 +13,7 @@ from fedloom.security.audit_log import events
 from fedloom.security.certificates import make_authority
 from machines import machines
 
-pytestmark = [pytest.mark.slow, pytest.mark.serial]
+pytestmark = pytest.mark.slow
 
 
 def states(folder):
@@ -85,6 +85,7 @@ def test_figures_are_given_to_prometheus(federation_of_two, experiment):
     assert (get("healthz").text, get("readyz").text) == ("ok\n", "ok\n")
 
 
+@pytest.mark.serial
 def test_a_run_begins_within_ten_seconds_and_status_answers_within_two(
     federation_of_two, experiment
 ):
@@ -135,6 +136,7 @@ def test_a_mistake_in_the_run_is_told_where_it_was_asked_for(federation_of_two, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.serial
 class TestWhoIsNotLetIn:
     """One clear message in under five seconds, and a line in the server's audit log."""
 

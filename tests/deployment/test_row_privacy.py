@@ -269,7 +269,6 @@ class Site:
         return sum(path.read_bytes().count(b"\n") for path in steps)
 
 
-@pytest.mark.serial
 @pytest.mark.slow
 def test_a_client_that_is_killed_in_the_middle_never_counts_too_little(private):
     """Of 4 rounds of 20 steps; another run on the same rows is then refused."""

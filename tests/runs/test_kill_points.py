@@ -70,7 +70,7 @@ def killed_until_it_ends(context, path, folder, rng, whole, operations):
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("enough", tries(12, 1000))
+@pytest.mark.parametrize("enough", tries(8, 1000))
 def test_a_thousand_kills(experiment, tmp_path, enough):
     """Half of them at random moments, half before random file operations, of which a run has hundreds."""
     context = multiprocessing.get_context("forkserver")

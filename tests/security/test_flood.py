@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from machines import machines
+from sampling import tries
 
 MOST_MEMORY = 100e6
 MOST_SLOWER = 1.25
@@ -21,7 +22,6 @@ MOST_CPU = 3e-3
 MOST_DISK = 10e6
 SHARE = 0.5
 SLICE = 0.02
-ROUNDS = 20
 
 
 class Held:
@@ -82,15 +82,20 @@ def on_disk(folder):
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.slow
 @pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
-def test_members_play_on_while_strangers_flood_the_gateway(experiment):
-    settings = experiment(
-        federation={"clients": 2, "rounds": ROUNDS, "patience": 60},
-        training={"local_steps": 6},
-        evaluation={"every": ROUNDS, "per_client": False, "samples": 0},
-    )
+@pytest.mark.parametrize(
+    ("rounds", "order"),
+    tries((15, "busy flood flood busy"), (20, "busy flood flood busy flood busy")),
+)
+def test_members_play_on_while_strangers_flood_the_gateway(experiment, rounds, order):
+    def of(rounds):
+        return experiment(
+            federation={"clients": 2, "rounds": rounds, "patience": 60},
+            training={"local_steps": 6},
+            evaluation={"every": rounds, "per_client": False, "samples": 0},
+        )
+
     busy = [sys.executable, "-c", "while True: pass"]
     seconds, cpu, lasted, shares, counts = {}, {}, {}, {}, []
     with machines(2) as own:
@@ -104,11 +109,10 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment):
         ]
         gateway = own.processes["server"].pid
         serving = own.pids("server") - {own.player()}
-        own.run(settings, "warm")
+        own.run(of(2), "warm")
         before, disk, most = memory(serving), on_disk(own.server), 0
-        order = [busy, flood, flood, busy, flood, busy]
-        for turn, words in enumerate(order):
-            held = Held(words)
+        for turn, name in enumerate(order.split()):
+            held = Held({"busy": busy, "flood": flood}[name])
             began, start = cpu_seconds([gateway]), time.monotonic()
             watch = threading.Event()
 
@@ -118,8 +122,7 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment):
                     most = max(most, memory(serving))
 
             threading.Thread(target=look, daemon=True).start()
-            folder = own.run(settings, f"turn-{turn}")
-            name = "busy" if words is busy else "flood"
+            folder = own.run(of(rounds), f"turn-{turn}")
             cpu[name] = cpu.get(name, 0) + cpu_seconds([gateway]) - began
             lasted[name] = lasted.get(name, 0) + time.monotonic() - start
             share = held.used() / (time.monotonic() - start)
@@ -127,7 +130,7 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment):
             shares.setdefault(name, []).append(round(share, 3))
             watch.set()
             said = held.end()
-            if words is flood:
+            if name == "flood":
                 counts.append(json.loads(said))
             records = [
                 json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()

@@ -149,16 +149,15 @@ class AdapterSettings(Settings):
         owners |= {"initial_text": ("prompt",), "encoder_width": ("ptuning",)}
         owners |= dict.fromkeys(("experts", "top_k", "balance", "router"), experts)
         owners |= dict.fromkeys(VARIANTS, ("lora",))
+        defaults = type(self)()
         for name, kinds in owners.items():
-            given = getattr(self, name) != type(self).model_fields[name].get_default(
-                call_default_factory=True
-            )
+            given = getattr(self, name) != getattr(defaults, name)
             if self.kind not in kinds and given:
                 found.append(
                     f"adapter.{name} is a setting of {' and '.join(kinds)}; adapter.kind is {self.kind!r}"
                 )
         for name in ("top_k", "balance") if self.router == "linear" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if getattr(self, name) != getattr(defaults, name):
                 found.append(
                     f'adapter.{name} is a setting of router = "relevance"; adapter.router is "linear"'
                 )
