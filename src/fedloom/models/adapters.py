@@ -530,11 +530,13 @@ class AdapterModel:
                 base model as it was loaded.
         """
         was_training = self.model.training
-        self.model.eval()
+        if was_training:  # each change visits every module: as long as a step of a small model
+            self.model.eval()
         instead = self._as_loaded() if start is None else self.holding(start)
         with torch.no_grad(), self.base.as_loaded(), instead:
             yield
-        self.model.train(was_training)
+        if was_training:
+            self.model.train()
 
     @contextmanager
     def frozen(self, names: Collection[str]) -> Iterator[None]:
