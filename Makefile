@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Bytecode is kept: without it every process of every test compiles the package and each file of tests anew.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n 2 --dist loadfile
+# One more than there are processors: of slow tests that run at once, one or two wait for processes.
+MORE_WORKERS := -n 3 --dist loadfile
 
 .PHONY: demo test check slow full docs release clean
 
@@ -24,7 +26,7 @@ check: $(VENV)/.developing  ## formatting, lint, types, layers, tests
 	$(PYTEST) $(WORKERS)
 
 slow: $(VENV)/.developing  ## the tests that take minutes: kills, real processes, a sample of the full ones
-	$(PYTEST) $(WORKERS) --no-loadscope-reorder -m "slow and (sample or not full) and not serial"
+	$(PYTEST) $(MORE_WORKERS) --no-loadscope-reorder -m "slow and (sample or not full) and not serial"
 	$(PYTEST) -m "slow and (sample or not full) and serial" $$(grep -rl "mark.serial" --include="test_*.py" tests)
 
 full: SHELL := /bin/bash

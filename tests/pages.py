@@ -48,10 +48,16 @@ def shell(script, folder, **more):
     return done.stdout + done.stderr
 
 
-def play(page, folder):
-    """Write the files of a page and run its commands, in the order of the page; return what they say."""
-    said = []
-    for language, code in blocks(page):
+def play(page, folder, changes=()):
+    """Write the files of a page and run its commands, in the order of the page; return what they say.
+
+    Each of ``changes`` is a text of the page and what is written in its place.
+    """
+    said, found = [], blocks(page)
+    for before, after in changes:
+        assert any(before in code for _, code in found), before
+        found = [(language, code.replace(before, after)) for language, code in found]
+    for language, code in found:
         if language in ("toml", "python"):
             (folder / file_name(code)).write_text(code, encoding="utf-8")
         if language == "python":

@@ -15,6 +15,7 @@ from fedloom.deployment.client_file import OwnFile
 from fedloom.experiment.experiment import Experiment
 from fedloom.runs.comparison import read_comparison
 from pages import blocks, environment, file_name, play, shell
+from sampling import tries
 
 GUIDES = ("guide-private-deployment.md", "guide-research.md", "reproducibility.md")
 
@@ -36,13 +37,16 @@ def test_files_of_a_guide_are_what_their_names_say(page, tmp_path):
         READERS[name](tmp_path / name)
 
 
-@pytest.mark.slow
-def test_the_guide_of_research(tmp_path):
-    play("guide-research.md", tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "seeds"), tries(([("seeds = [0, 1, 2, 3, 4]", "seeds = [0, 1]")], 2), ([], 5))
+)
+def test_the_guide_of_research(tmp_path, changes, seeds):
+    play("guide-research.md", tmp_path, changes)
     folder = tmp_path / "comparisons" / "kto_vs_dpo"
     results = json.loads((folder / "results.json").read_text())
-    assert [(arm["objective"], arm["runs"]) for arm in results["arms"]] == [("dpo", 5), ("kto", 5)]
-    assert results["paired"][0]["units"] == 5 and (folder / "report.html").is_file()
+    runs = [(arm["objective"], arm["runs"]) for arm in results["arms"]]
+    assert runs == [("dpo", seeds), ("kto", seeds)]
+    assert results["paired"][0]["units"] == seeds and (folder / "report.html").is_file()
     # What the page says can be published holds no text of a row.
     (row, *_) = builtin_examples("preferences", 1, np.random.default_rng(0))
     assert "asks in the" in row.prompt
