@@ -330,7 +330,7 @@ class TestUnderSystemd:
         write_experiment(booted, experiment, model_folder, "/var/lib/fedloom/tried.toml")
         booted.call("chown fedloom /var/lib/fedloom/tried.toml")
         command = f"HOME=/var/lib/fedloom {PROGRAM} run tried.toml --engine flower --home server"
-        booted.call(command, user="fedloom", folder="/var/lib/fedloom")
+        booted.call(command, user="fedloom", folder="/var/lib/fedloom", timeout=300)
         assert booted.at("/var/lib/fedloom/runs/tried/adapter").is_dir()
 
     def test_others_see_nothing_of_it(self, booted):
