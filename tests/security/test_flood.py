@@ -98,7 +98,7 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment, rounds, o
 
     busy = [sys.executable, "-c", "while True: pass"]
     seconds, cpu, lasted, shares, counts = {}, {}, {}, {}, []
-    with machines(2) as own:
+    with machines(2) as own, contextlib.ExitStack() as begun:
         own.start_all()
         own.call("keys", "new", "stranger.key")
         flood = [
@@ -113,6 +113,7 @@ def test_members_play_on_while_strangers_flood_the_gateway(experiment, rounds, o
         before, disk, most = memory(serving), on_disk(own.server), 0
         for turn, name in enumerate(order.split()):
             held = Held({"busy": busy, "flood": flood}[name])
+            begun.callback(held.process.kill)  # where the test fails before it is ended
             began, start = cpu_seconds([gateway]), time.monotonic()
             watch = threading.Event()
 
