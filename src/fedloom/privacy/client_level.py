@@ -19,13 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from fedloom.privacy.noise import NoiseStream
+from fedloom.privacy.noise import Floats, Integers, NoiseStream
 from fedloom.tensors import Tensors
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 GRID = 1 << 30
 """Steps of the grid that a clip has. Noise of a multiplier of 2^-10 still has 2^20 steps, at which

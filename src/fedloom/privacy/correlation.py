@@ -24,10 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from fedloom.privacy.noise import Floats, Integers
 
 SCALE_BITS = 12
 """Coefficients are multiples of 2^-12, so that all sums are of whole numbers."""

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fedloom.errors import PluginError, PrivacyError
-from fedloom.privacy.client_level import ClippedSum, Integers
+from fedloom.privacy.client_level import ClippedSum
 from fedloom.privacy.correlation import Correlation
 from fedloom.privacy.ledger import PrivacyLedger
+from fedloom.privacy.noise import Integers
 
 Draw = Callable[[int, bytes, ClippedSum], dict[str, Integers]]
 """From a round, the hash of its release and a sum of its shape to the round's own draw."""

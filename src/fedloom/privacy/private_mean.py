@@ -20,17 +20,11 @@ from fedloom.privacy.accounting import (
     epsilon,
     solve_noise_multiplier,
 )
-from fedloom.privacy.client_level import (
-    GRID,
-    ClippedSum,
-    Integers,
-    next_clip,
-    update_multiplier,
-)
+from fedloom.privacy.client_level import GRID, ClippedSum, next_clip, update_multiplier
 from fedloom.privacy.correlation import Banded, Correlation, Participation, Tree
 from fedloom.privacy.distributed_noise import NoiseShares
 from fedloom.privacy.ledger import Entries, PrivacyLedger
-from fedloom.privacy.noise import Floats, NoiseSource
+from fedloom.privacy.noise import Floats, Integers, NoiseSource
 from fedloom.privacy.noise_chain import NoiseChain
 from fedloom.privacy.participations import Participations
 from fedloom.privacy.settings import Mechanism, PrivacySettings
