@@ -3,7 +3,9 @@
 Each process of a run notes the hash of each noise it draws, and of what it is for, in a file of the test's
 own. No kill loses a line of it, so that it says what was really released: the ledger must hold all of it,
 each noise once, however often it was drawn again. In some processes a sum differs by a step of its
-grid, as after rounding in another order: such a release is another one.
+grid, as after rounding in another order: such a release is another one. Where clients add the noise, a
+release is a sum without its masks, and a sum that is asked again has fresh noise; one that was on the
+disk before the kill is not asked again.
 """
 
 import json
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import dp_accounting
 import dp_accounting.rdp
@@ -20,33 +23,21 @@ import pytest
 from fedloom.privacy.correlation import Banded, Participation
 from fedloom.privacy.ledger import PrivacyLedger
 from fedloom.privacy.row_ledger import RowLedger
+from noted_noise import SERVER, releases
 from sampling import drawn, tries
 
 PROCESS = """
-import hashlib, os, sys
-from fedloom.privacy import client_level, noise
+import sys
+sys.path.insert(0, sys.argv[1])
+from fedloom.privacy import client_level
+from fedloom.privacy.distributed_noise import NoiseShares
 from fedloom.training import row_privacy
+from noted_noise import note_into
 
-NOTED, DIFFERS = sys.argv[1], int(sys.argv[2])
-stream, gaussian = noise.NoiseSource.stream, noise.NoiseStream.discrete_gaussian
-
-def named(self, purpose, round, party, digest=b""):
-    found = stream(self, purpose, round, party, digest)
-    found.release, found.part = f"{purpose}|{round}|{party}|{digest.hex()}", 0
-    return found
-
-def noted(self, sigma, count):
-    found = gaussian(self, sigma, count)
-    self.part += 1  # a tensor
-    line = f"{self.release}|{self.part} {hashlib.sha256(found.tobytes()).hexdigest()}\\n"
-    file = os.open(NOTED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(file, line.encode())
-    os.close(file)
-    return found
-
-noise.NoiseSource.stream, noise.NoiseStream.discrete_gaussian = named, noted
-if DIFFERS:
+note_into(sys.argv[2])
+if int(sys.argv[3]):
     whole, add = row_privacy.ClippedSum.whole, client_level.ClippedSum.add
+    rounded = NoiseShares.rounded
 
     def nearly(self):
         found = whole(self)
@@ -57,8 +48,14 @@ if DIFFERS:
         add(self, update)
         next(iter(self.steps.values()))[0] += 1
 
+    def otherwise(self, change, rng):
+        found = rounded(self, change, rng)
+        found[0] -= 1
+        return found
+
     row_privacy.ClippedSum.whole, client_level.ClippedSum.add = nearly, adding
-sys.argv[1:] = sys.argv[3:]
+    NoiseShares.rounded = otherwise
+sys.argv[1:] = sys.argv[4:]
 from fedloom.commands.main import main
 main()
 """
@@ -67,27 +64,26 @@ UNITS = {
     "client": {"unit": "client", "delta": 1e-2, "clip": 0.5},
     "row": {"unit": "row", "delta": 1e-3},
     "banded": {"unit": "client", "delta": 1e-2, "clip": 0.5, "mechanism": "banded", "bands": 3},
+    "distributed": {
+        "unit": "client",
+        "delta": 1e-2,
+        "clip": 0.5,
+        "noise": "distributed",
+        "secure_aggregation": True,
+    },
 }
+TESTS = Path(__file__).parents[1]
 
 
 def started(noted, differs, words):
-    command = [sys.executable, "-c", PROCESS, noted, str(int(differs)), *map(str, words)]
+    own = [TESTS, noted, int(differs), *words]
+    command = [sys.executable, "-c", PROCESS, *map(str, own)]
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
-
-def releases(noted):
-    """The noise of each release that was drawn; the same release must have had the same."""
-    found = {}
-    for line in noted.read_text().splitlines():
-        release, noise = line.rsplit(" ", 1)
-        assert found.setdefault(release, noise) == noise, "one release, two noises"
-    assert len(set(found.values())) == len(found), "two releases, one noise"
-    return found
 
 
 def counted(folder, unit):
@@ -99,12 +95,13 @@ def counted(folder, unit):
 
 
 def drawn_by(noted, unit):
-    """How many different noises each party drew on sums."""
+    """How many different noises each party drew on sums; that of clients is released with a sum."""
     found = {}
-    whole = {own.rpartition("|")[0] for own in releases(noted)} if noted.exists() else ()
+    whole = {own.rpartition("|")[0] for own in releases(noted)}
     for release in whole:
         party = int(release.split("|")[2])
-        found[party] = found.get(party, 0) + 1
+        if unit != "distributed" or party == SERVER:
+            found[party] = found.get(party, 0) + 1
     return found
 
 
@@ -118,11 +115,19 @@ def cost(unit, own, folder, rounds):
         held = [entry["round"] for entry in PrivacyLedger(folder / "privacy.jsonl").entries]
         moved = Banded(Participation.of(rounds, 1, None), 3).total(held)
         event, steps = dp_accounting.GaussianDpEvent(1.0 / moved), 1
+    elif unit == "distributed":  # of three clients all are left, and the noise of two is relied on
+        (least,) = {
+            own["noise_multiplier"] for own in PrivacyLedger(folder / "privacy.jsonl").entries
+        }
+        assert least == pytest.approx(1.0)
+        event = dp_accounting.GaussianDpEvent(least)
     direct.compose(event, steps)
     return direct
 
 
-@pytest.mark.parametrize("unit", ["client", "row", pytest.param("banded", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "unit", ["client", "row", "distributed", pytest.param("banded", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("kills", tries(2, 20))
 def test_killed_at_random_moments_it_never_counts_too_little_nor_twice(
     experiment, tmp_path, unit, kills
@@ -131,7 +136,7 @@ def test_killed_at_random_moments_it_never_counts_too_little_nor_twice(
     rounds = 2 * kills
     own = experiment(
         data={"builtin_rows": 40},
-        federation={"clients": 2, "rounds": rounds},
+        federation={"clients": 3 if unit == "distributed" else 2, "rounds": rounds},
         training={"local_steps": 2, "batch_size": 4},
         evaluation={"samples": 0, "max_examples": 2, "every": rounds, "per_client": False},
         privacy={"noise_multiplier": 1.0, "accountant": "rdp", **UNITS[unit]},
@@ -163,7 +168,7 @@ def test_killed_at_random_moments_it_never_counts_too_little_nor_twice(
             sum(held.values()) <= sum(real.values()) + done
         )  # what was written down, not drawn yet
     assert done == kills
-    if not differing:
+    if not differing and unit != "distributed":  # a sum that is asked again is another
         assert held == real
     stated = json.loads((folder / "summary.json").read_text())["privacy"]
     costs = [stated] if unit != "row" else stated["clients"].values()
