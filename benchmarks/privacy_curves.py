@@ -181,12 +181,20 @@ def table_of(lines: dict[Key, dict[str, object]]) -> list[str]:
             f"{len(accuracies)} | {interval([*accuracies.values()])} | "
             f"{'-' if z is None else f'{float(str(z)):.2f}'} |"
         )
+    return [*found, "", *losses(groups)]
+
+
+def losses(groups: dict[tuple[str, str, float | None, bool], dict[int, float]]) -> list[str]:
+    """Return what privacy costs, and z0 = 0 without privacy: differences of runs with one seed."""
+    found = []
     for (part, objective, epsilon, decoupled), accuracies in groups.items():
-        plain = groups.get((part, objective, epsilon, False), {})
+        plain = groups.get((part, objective, None, False), {})
         both = sorted(accuracies.keys() & plain.keys())
-        if decoupled and both:
+        if both and (decoupled or epsilon is not None):
+            changed = "z0 = 0 and no privacy" if decoupled else f"epsilon {epsilon:g}"
             lost = interval([plain[seed] - accuracies[seed] for seed in both])
-            found.append(f"\n{part}: KTO with z0 = 0 loses {lost} (paired by seed, no privacy).")
+            seeds = f"{len(both)} seed" + "s" * (len(both) > 1)
+            found.append(f"- {part}: {objective.upper()} with {changed} loses {lost} ({seeds}).")
     return found
 
 
