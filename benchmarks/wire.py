@@ -9,7 +9,8 @@ Parts:
 - builtin-try: two rounds of FedAvg as it is and with int8, to see in a minute that all of it works
 - builtin-sft: built-in instructions, model "tiny"; FedAvg, SCAFFOLD and FLoRA, and with the first seed
   Fed-SB and FedKSeed, which send little by construction
-- builtin-dpo: the same with built-in preferences and DPO
+- builtin-dpo: the same with built-in preferences and DPO, at a constant learning rate
+- builtin-dpo-cosine: at one that falls, so that a run does not end in the middle of a jump
 - hh-7m: SFT on chosen answers of HH-RLHF, the 64 tokens around their beginning, the model of
   ``--small``, FedAvg: as it is and three presets
 - hh-25m: the same with the model of ``--large``: as it is and one preset, the first seed
@@ -145,7 +146,8 @@ PARTS = {
     ),
     "builtin-sft": Part("sft", "builtin", 6, 6, 2e-3, "cosine", 6, 4, 1000, WHOLE),
     "builtin-dpo": Part("dpo", "builtin", 5, 10, 1e-3, "constant", 4, 8, 1000, WHOLE),
-    "hh-7m": Part("sft", "small", 3, 2, 3e-3, "cosine", 4, 4, 200, HH_7M),
+    "builtin-dpo-cosine": Part("dpo", "builtin", 6, 10, 1e-3, "cosine", 4, 8, 1000, WHOLE),
+    "hh-7m": Part("sft", "small", 6, 6, 3e-3, "cosine", 4, 4, 400, HH_7M),
     "hh-25m": Part("sft", "large", 3, 2, 3e-3, "cosine", 4, 4, 200, HH_25M),
 }
 
@@ -444,15 +446,19 @@ def claims(part: str, found: Sequence[Judged]) -> Iterator[str]:
         coded = [own for own in found if own.method == method and own.preset != PLAIN]
         for way, times in (("up", least), ("down", 8)):
             strong = [own for own in coded if own.fewer(way) >= times]
-            good = [own for own in strong if own.upper < EQUAL]
-            shown = "; ".join(
-                f"{own.preset}, {own.fewer(way):.1f} times, upper end {own.upper:+.2f} %"
-                for own in (good or strong)
-            )
+            told = {
+                f"{own.preset} ({own.fewer(way):.1f} times, upper end {own.upper:+.2f} % of "
+                f"{len(own.coded)} seeds)": own.upper
+                for own in strong
+            }
+            good = "; ".join(words for words, upper in told.items() if upper < EQUAL)
+            other = "; ".join(words for words, upper in told.items() if upper >= EQUAL)
+            verdict = f"holds with {good}" if good else "does not hold"
+            beyond = "" if strong else ": no preset has so few"
             if coded:
                 yield (
                     f"- {part}, {method}, {times} times fewer bytes {way} at equal loss: "
-                    f"{'holds' if good else 'does not hold'} ({shown or 'no preset has so few'})"
+                    f"{verdict}{beyond}{f'; not with {other}' if other else ''}"
                 )
     for own in found:
         if own.method in LITTLE:
