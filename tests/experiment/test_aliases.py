@@ -88,6 +88,73 @@ def test_values_are_ours():
     assert found.output.folder == "here"
 
 
+def test_a_whole_lora_config_and_switches_are_read():
+    """What is copied out of a script of TRL, with settings at their defaults."""
+    found = Experiment.from_table(
+        {
+            "model": {"dtype": "bfloat16", "load_in_4bit": False, "load_in_8bit": True},
+            "adapter": {
+                "r": 4,
+                "bias": "none",
+                "task_type": "CAUSAL_LM",
+                "fan_in_fan_out": False,
+                "inference_mode": False,
+                "lora_target_linear": True,
+                "finetuning_type": "lora",
+            },
+            "data": {"source": "builtin:instructions", "mask_history": True},
+            "objective": {"name": "grpo", "loss_type": "bnpo"},
+            "training": {"use_cpu": True, "report_to": "tensorboard", "output_dir": "here"},
+        }
+    )
+    assert (found.training.precision, found.model.quantization) == ("bf16", "int8")
+    assert (found.adapter.rank, found.adapter.kind, found.adapter.targets) == (
+        4,
+        "lora",
+        "all-linear",
+    )
+    assert found.data.train_on == "last_answer"
+    assert (found.objective.name, found.objective.averaging) == ("grpo", "dapo")
+    assert (found.training.device, found.output.folder) == ("cpu", "here")
+    assert found.output.trackers == ["tensorboard"]
+    assert "objective.loss_type is read as objective.averaging = 'dapo'" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("table", "section", "key", "value"),
+    [
+        ({"model": {"quantization_bit": 4}}, "model", "quantization", "int4"),
+        ({"adapter": {"adapter": "lora"}}, "adapter", "kind", "lora"),
+        ({"adapter": {"pissa_init": True}}, "adapter", "init_lora_weights", "pissa"),
+        ({"adapter": {"pissa_init": False}}, "adapter", "init_lora_weights", "default"),
+        ({"data": {"mask_history": False}}, "data", "train_on", "all_answers"),
+        ({"objective": {"loss_type": "ipo"}}, "objective", "name", "ipo"),
+        ({"training": {"use_cpu": False}}, "training", "device", "auto"),
+        ({"training": {"report_to": "none"}}, "output", "trackers", []),
+        ({"training": {"report_to": ["none"]}}, "output", "trackers", []),
+        (
+            {"training": {"report_to": ["wandb", "mlflow"]}},
+            "output",
+            "trackers",
+            ["wandb", "mlflow"],
+        ),
+        ({"training": {"eval_batch_size": 3}}, "evaluation", "batch_size", 3),
+        ({"training": {"early_stopping_steps": 2}}, "evaluation", "early_stopping_patience", 2),
+    ],
+)
+def test_values_that_ask_for_one_setting(table, section, key, value):
+    assert getattr(getattr(Experiment.from_table(table), section), key) == value
+
+
+def test_a_reference_that_is_computed_once_is_what_there_is():
+    found = Experiment.from_table({"objective": {"precompute_ref_log_probs": True}})
+    assert found == Experiment.from_table({})
+    [note] = found.notes
+    assert note.startswith(
+        "objective.precompute_ref_log_probs (TRL) changes nothing: the reference"
+    )
+
+
 @pytest.mark.parametrize(
     ("table", "line"),
     [
@@ -125,6 +192,27 @@ def test_values_are_ours():
         (
             {"training": {"per_device_train_batch_size": "4"}},
             "training.per_device_train_batch_size and gradient_accumulation_steps: '4' and 1 must be 1 or more",
+        ),
+        ({"model": {"quantization_bit": 3}}, "model.quantization_bit = 3: it is 4 or 8"),
+        ({"model": {"load_in_8bit": 1}}, "model.load_in_8bit = 1: it is true or false"),
+        (
+            {"model": {"dtype": "float16"}},
+            "model.dtype = 'float16': of its values 'bfloat16', 'float32' are read",
+        ),
+        (
+            {"adapter": {"bias": "all"}},
+            "adapter.bias = 'all': of PEFT's values there is 'none' alone; leave it out",
+        ),
+        (
+            {"adapter": {"fan_in_fan_out": 0}},
+            "adapter.fan_in_fan_out = 0: of PEFT's values there is False alone; leave it out",
+        ),
+        (
+            {
+                "data": {"source": "builtin:instructions"},
+                "objective": {"name": "grpo", "loss_type": "dapo", "averaging": "grpo"},
+            },
+            "objective.loss_type is TRL's name of objective.averaging, which is given too",
         ),
         (
             {"adapter": {"lora_rank": "big"}},

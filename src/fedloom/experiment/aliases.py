@@ -74,10 +74,41 @@ def _first_factors(theirs: Any) -> Any:
     return "default" if theirs is True else theirs
 
 
-def _pissa(theirs: Any) -> Any:
-    if not isinstance(theirs, bool):
-        raise _NotReadError("it is true or false")
-    return "pissa" if theirs else _NOTHING
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A value that is of another setting than its name's others: ``section.key`` and the value there."""
+
+    ours: str
+    value: Any
+
+
+def _if_true(value: Any) -> Callable[[Any], Any]:
+    """Return what reads a switch that asks for a value where it is on, and else for nothing."""
+
+    def read(theirs: Any) -> Any:
+        if not isinstance(theirs, bool):
+            raise _NotReadError("it is true or false")
+        return value if theirs else _NOTHING
+
+    return read
+
+
+def _bits(theirs: Any) -> Any:
+    if isinstance(theirs, bool) or theirs not in (4, 8):
+        raise _NotReadError("it is 4 or 8")
+    return f"int{theirs}"
+
+
+def _loss(theirs: Any) -> Any:
+    if isinstance(theirs, str) and theirs in _AVERAGES:
+        return _Elsewhere("objective.averaging", _AVERAGES[theirs])
+    return _LOSSES(theirs)
+
+
+def _trackers(theirs: Any) -> Any:
+    if theirs == "none" or theirs == ["none"]:
+        return _NOTHING
+    return _listed(theirs)
 
 
 def _listed(theirs: Any) -> Any:
@@ -119,6 +150,11 @@ _LOSSES = _one_of(
     }
 )
 
+_AVERAGES = {"grpo": "grpo", "bnpo": "dapo", "dapo": "dapo", "dr_grpo": "dr_grpo"}
+"""Losses of TRL's GRPO to how tokens are averaged; a batch is normalised whole here, so bnpo is dapo."""
+
+_PRECISIONS = _one_of({"bfloat16": "bf16", "float32": "fp32"})
+
 HF, PEFT, TRL = "transformers", "PEFT", "TRL"
 FACTORY, AXOLOTL = "LLaMA-Factory", "axolotl"
 FEDLLM, FLOWER = "OpenFedLLM", "Flower"
@@ -127,6 +163,13 @@ ALIASES: dict[str, Alias] = {
     "model.model_name_or_path": Alias("model.path", HF),
     "model.base_model": Alias("model.path", AXOLOTL),
     "model.model_revision": Alias("model.revision", TRL),
+    "model.load_in_4bit": Alias("model.quantization", TRL, _if_true("int4")),
+    "model.load_in_8bit": Alias("model.quantization", TRL, _if_true("int8")),
+    "model.quantization_bit": Alias("model.quantization", FACTORY, _bits),
+    "model.dtype": Alias("training.precision", TRL, _PRECISIONS),
+    "model.torch_dtype": Alias("training.precision", HF, _PRECISIONS),
+    "adapter.adapter": Alias("adapter.kind", AXOLOTL, _one_of({"lora": "lora"})),
+    "adapter.finetuning_type": Alias("adapter.kind", FACTORY, _one_of({"lora": "lora"})),
     "adapter.r": Alias("adapter.rank", PEFT),
     "adapter.lora_r": Alias("adapter.rank", AXOLOTL),
     "adapter.lora_rank": Alias("adapter.rank", FACTORY),
@@ -137,16 +180,19 @@ ALIASES: dict[str, Alias] = {
     "adapter.target_modules": Alias("adapter.targets", PEFT),
     "adapter.lora_target": Alias("adapter.targets", FACTORY),
     "adapter.lora_target_modules": Alias("adapter.targets", AXOLOTL),
+    "adapter.lora_target_linear": Alias("adapter.targets", AXOLOTL, _if_true("all-linear")),
     "adapter.layers_to_transform": Alias("adapter.layers", PEFT),
     "adapter.peft_use_dora": Alias("adapter.use_dora", AXOLOTL),
     "adapter.peft_use_rslora": Alias("adapter.use_rslora", AXOLOTL),
     "adapter.peft_init_lora_weights": Alias("adapter.init_lora_weights", AXOLOTL, _first_factors),
-    "adapter.pissa_init": Alias("adapter.init_lora_weights", FACTORY, _pissa),
+    "adapter.pissa_init": Alias("adapter.init_lora_weights", FACTORY, _if_true("pissa")),
     "adapter.lora_modules_to_save": Alias("adapter.modules_to_save", TRL),
     "adapter.additional_target": Alias("adapter.modules_to_save", FACTORY, _listed),
     "data.dataset_name": Alias("data.source", TRL),
     "data.dataset_config": Alias("data.subset", TRL),
     "data.dataset_train_split": Alias("data.split", TRL),
+    "data.dataset_test_split": Alias("data.test_split", TRL),
+    "data.mask_history": Alias("data.train_on", FACTORY, _if_true("last_answer")),
     "data.mix_strategy": Alias("data.stopping_strategy", FACTORY, _MIXTURES),
     "data.max_seq_length": Alias("data.max_length", TRL),
     "data.cutoff_len": Alias("data.max_length", FACTORY),
@@ -156,7 +202,7 @@ ALIASES: dict[str, Alias] = {
     "data.dataset_sample": Alias("data.max_rows", FEDLLM),
     "data.val_size": Alias("data.test_fraction", FACTORY),
     "data.val_set_size": Alias("data.test_fraction", AXOLOTL),
-    "objective.loss_type": Alias("objective.name", TRL, _LOSSES),
+    "objective.loss_type": Alias("objective.name", TRL, _loss),
     "objective.rpo_alpha": Alias("objective.sft_weight", TRL),
     "objective.cpo_alpha": Alias("objective.sft_weight", TRL),
     "objective.simpo_gamma": Alias("objective.gamma", TRL),
@@ -203,11 +249,16 @@ ALIASES: dict[str, Alias] = {
     "training.load_best_model_at_end": Alias("evaluation.load_best_model_at_end", HF),
     "training.metric_for_best_model": Alias("evaluation.metric_for_best_model", HF),
     "training.early_stopping_patience": Alias("evaluation.early_stopping_patience", AXOLOTL),
+    "training.early_stopping_steps": Alias("evaluation.early_stopping_patience", FACTORY),
     "training.max_length": Alias("data.max_length", TRL),
     "training.bf16": Alias("training.precision", HF, _precision),
     "training.fp16": Alias("training.precision", HF, _not_half),
     "training.seed": Alias("federation.seed", HF),
+    "training.use_cpu": Alias("training.device", HF, _if_true("cpu")),
     "training.per_device_eval_batch_size": Alias("evaluation.batch_size", HF),
+    "training.eval_batch_size": Alias("evaluation.batch_size", AXOLOTL),
+    "training.output_dir": Alias("output.folder", HF),
+    "training.report_to": Alias("output.trackers", HF, _trackers),
     "output.output_dir": Alias("output.folder", HF),
 }
 """``section.name`` as it is elsewhere, to the setting here."""
@@ -223,8 +274,21 @@ ALREADY = {
     "training.padding_free": (TRL, _PACKED),
     "training.neat_packing": (FACTORY, _PACKED),
     "training.sample_packing": (AXOLOTL, _PACKED),
+    "objective.precompute_ref_log_probs": (
+        TRL,
+        "the reference's log-probabilities are computed once in any case, and kept in the cache folder",
+    ),
 }
 """``section.name`` of what is done in any case, to whose name it is and what is done."""
+
+ONLY = {
+    "adapter.bias": (PEFT, "none"),
+    "adapter.task_type": (PEFT, "CAUSAL_LM"),
+    "adapter.fan_in_fan_out": (PEFT, False),
+    "adapter.inference_mode": (PEFT, False),
+}
+"""``section.name`` of settings that are often written down at their default, to whose name it is and that
+value, which is the one that there is here."""
 
 PER_PASS, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 """Of transformers' ``TrainingArguments``: their product is ``training.batch_size``."""
@@ -247,13 +311,14 @@ def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str
     problems: list[str] = []
     _read_batches(found, notes, problems)
     _read_what_is_done(found, notes, problems)
+    _read_defaults(found, problems)
     for name, alias in ALIASES.items():
         section, key = name.split(".")
         own = found.get(section)
         if not isinstance(own, dict) or key not in own:
             continue
         theirs = own.pop(key)
-        place, ours = alias.ours.split(".")
+        setting = alias.ours
         try:
             value = alias.value(theirs)
         except _NotReadError as error:
@@ -261,15 +326,18 @@ def with_own_names(table: Mapping[str, Any]) -> tuple[Table, list[str], list[str
             continue
         if value is _NOTHING:
             continue
+        if isinstance(value, _Elsewhere):
+            setting, value = value.ours, value.value
+        place, ours = setting.split(".")
         target = found.setdefault(place, {})
         if not own and place != section:
             del found[section]
         if not isinstance(target, dict) or ours in target:
-            problems.append(f"{name} is {alias.origin}'s name of {alias.ours}, which is given too")
+            problems.append(f"{name} is {alias.origin}'s name of {setting}, which is given too")
             continue
         target[ours] = value
         remark = f" ({alias.remark})" if alias.remark else ""
-        notes.append(f"{name} is read as {alias.ours} = {quoted(value, 60)}{remark}")
+        notes.append(f"{name} is read as {setting} = {quoted(value, 60)}{remark}")
     return found, notes, problems
 
 
@@ -285,6 +353,21 @@ def _read_what_is_done(table: Table, notes: list[str], problems: list[str]) -> N
             problems.append(f"{name} = {quoted(asked, 60)}: it is true or false")
         elif asked:
             notes.append(f"{name} ({origin}) changes nothing: {done}")
+
+
+def _read_defaults(table: Table, problems: list[str]) -> None:
+    """Take out settings at the one value that there is here; any other is a problem."""
+    for name, (origin, default) in ONLY.items():
+        section, key = name.split(".")
+        own = table.get(section)
+        if not isinstance(own, dict) or key not in own:
+            continue
+        asked = own.pop(key)
+        if type(asked) is not type(default) or asked != default:
+            problems.append(
+                f"{name} = {quoted(asked, 60)}: of {origin}'s values there is {quoted(default, 20)} "
+                "alone; leave it out"
+            )
 
 
 def require_own_names(table: Mapping[str, Any], place: str) -> tuple[Table, list[str]]:
