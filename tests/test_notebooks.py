@@ -5,6 +5,7 @@ last expression of a cell, which is shown by its ``_repr_html_``.
 """
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -71,6 +72,28 @@ def test_they_are_stripped_and_have_cells_that_are_python():
                 assert cell["outputs"] == [] and cell["execution_count"] is None
                 ast.parse(re.sub(r"^!.*$", "pass", text, flags=re.M))
         assert '"pip", "install"' in cells(name)[1][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_first_cell_installs(name, tmp_path, monkeypatch):
+    """Nothing where fedloom is installed; else a wheel in the folder, else the clone that it is."""
+    code, asked = cells(name)[1][1], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: asked.append(words[-1]))
+    exec(code, {})
+    assert asked == []
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda own: None if own == "fedloom" else there(own)
+    )
+    with pytest.raises(SystemExit, match="upload fedloom-VERSION-py3-none-any"):
+        exec(code, {})
+    assert asked == []
+    (tmp_path / "pyproject.toml").touch()
+    exec(code, {})
+    (tmp_path / "fedloom-0.1.0-py3-none-any.whl").touch()
+    exec(code, {})
+    assert asked == [".[flower,privacy]", "fedloom-0.1.0-py3-none-any.whl[flower,privacy]"]
 
 
 @pytest.mark.full
