@@ -400,6 +400,23 @@ def test_answers_of_another_policy():
     assert metrics["kl"].item() == pytest.approx(0, abs=1e-6)  # the policy's, at its temperature
 
 
+def test_answers_may_have_one_ratio_for_all_their_tokens():
+    """The first of L tokens has a ratio of 2^L and the others of 1, so that each answer's mean is 2."""
+    mask = FOUR.completion_mask[:, 1:]
+    logps = torch.where(mask, bits(-1, -2, -3)[FOUR.input_ids[:, 1:].clamp(max=2)], 0.0)
+    first = mask & (mask.cumsum(1) == 1)
+    uneven = logps - torch.where(first, BIT * mask.sum(1, keepdim=True), 0.0)
+    settings = {"clip": 0.125, "clip_high": 0.25}
+
+    def loss(old, **more):
+        own = batch(4, rollouts=rollouts(old_logps=old, reference_logps=None))
+        return GRPO(GRPOSettings(**settings, **more)).loss(Model(), own, None)[0].item()
+
+    even = loss(logps - BIT)
+    assert loss(uneven, importance_sampling_level="sequence") == pytest.approx(even)
+    assert loss(uneven) != pytest.approx(even, rel=0.1)
+
+
 def warmed():
     return torch.tensor([warm(part) for part in PARTS])[FOUR.input_ids[:, 1:].clamp(max=2)]
 

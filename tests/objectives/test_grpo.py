@@ -8,7 +8,13 @@ import math
 import pytest
 import torch
 
-from fedloom.objectives.grpo import averaged, divergence, group_advantages, token_losses
+from fedloom.objectives.grpo import (
+    GRPOSettings,
+    averaged,
+    divergence,
+    group_advantages,
+    token_losses,
+)
 from fedloom.reports.glossary import GLOSSARY
 
 REWARDS = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
@@ -48,6 +54,30 @@ def test_clipping_by_hand():
     assert clipped.tolist() == [[True, False], [False, True]]
     losses.sum().backward()
     assert logps.grad[0, 0] == 0 and logps.grad[1, 1] == 0  # what is clipped is not learnt from
+
+
+def test_ratios_of_answers_by_hand():
+    """Ratios 4 and 1, their geometric mean is 2, and the third token is padding; 1 / 8 alone is 1 / 8."""
+    old = torch.zeros(2, 3)
+    logps = torch.tensor([[4.0, 1.0, 7.0], [0.125, 5.0, 9.0]]).log().requires_grad_()
+    answers = torch.tensor([[True, True, False], [True, False, False]])
+    losses, clipped = token_losses(logps, old, torch.tensor([-3.0, -2.0]), 0.5, 0.25, answers)
+    assert losses[0].tolist() == pytest.approx([6.0] * 3)  # min(-6, -3.75)
+    assert losses[1].tolist() == pytest.approx([1.0] * 3)  # min(-0.25, -1), clipped at 1 / 2
+    assert clipped.tolist() == [[False] * 3, [True] * 3]
+    averaged(losses, answers, "grpo", 3).backward()
+    assert logps.grad[0].tolist() == pytest.approx([1.5, 1.5, 0.0])  # 3 x 2 / 2 tokens / 2 answers
+    assert logps.grad[1].tolist() == [0.0] * 3
+
+
+def test_ratios_of_answers_are_averaged_over_answers_alone():
+    for averaging in ("dapo", "dr_grpo"):
+        own = GRPOSettings(importance_sampling_level="sequence", averaging=averaging)
+        [fault] = own.faults()
+        assert fault.startswith(
+            f'objective.averaging = "{averaging}" counts an answer by its tokens'
+        )
+    assert GRPOSettings(importance_sampling_level="sequence").faults() == []
 
 
 def test_what_stands_at_a_bound_or_has_no_advantage_is_not_clipped():

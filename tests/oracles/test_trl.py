@@ -316,8 +316,11 @@ def test_simpo():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_grpo(loss_type, beta):
+@pytest.mark.parametrize(
+    ("loss_type", "level"),
+    [("grpo", "token"), ("dapo", "token"), ("dr_grpo", "token"), ("grpo", "sequence")],
+)
+def test_grpo(loss_type, level, beta):
     """Loss, gradient, divergence and share of clipped tokens, of policies far apart."""
     torch.manual_seed(4)
     rows, length, longest = 8, 6, 9
@@ -338,7 +341,7 @@ def test_grpo(loss_type, beta):
         max_completion_length=longest,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         use_vllm=False,
         current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled=False,
@@ -364,7 +367,8 @@ def test_grpo(loss_type, beta):
     expected = GRPOTrainer._compute_loss(self, self.model, inputs)
     (expected_gradient,) = torch.autograd.grad(expected, policy, retain_graph=True)
 
-    losses, clipped = token_losses(policy, old, advantages, 0.2, 0.3)
+    whole = mask if level == "sequence" else None
+    losses, clipped = token_losses(policy, old, advantages, 0.2, 0.3, whole)
     divergences = divergence(policy, reference)
     loss = averaged(losses + beta * divergences, mask, loss_type, longest)
     (gradient,) = torch.autograd.grad(loss, policy)
@@ -372,6 +376,8 @@ def test_grpo(loss_type, beta):
     torch.testing.assert_close(gradient, expected_gradient, **TOLERANCE)
     recorded = self._metrics["train"]
     share = float((clipped & mask).sum() / mask.sum())
+    if level == "sequence":  # TRL's share is then of answers
+        share = float(clipped[:, 0].float().mean())
     assert share == pytest.approx(recorded["clip_ratio/region_mean"][0]) and share > 0
     if beta:
         mean = float((divergences.detach() * mask).sum() / mask.sum())

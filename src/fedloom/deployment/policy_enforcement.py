@@ -79,8 +79,8 @@ TAKEN = _names(
         "objective.kto": "reference beta weights desirable_weight undesirable_weight z0",
         "objective.bco": "reference beta",
         "objective.pdpo": "reference beta gamma reward_mode label_smoothing sft_weight",
-        "objective.grpo": "reference beta clip clip_high averaging scale temperature rewards "
-        "reward_weights",
+        "objective.grpo": "reference beta clip clip_high importance_sampling_level averaging scale "
+        "temperature rewards reward_weights",
         "objective.rejection_sampling": "minimum temperature rewards reward_weights",
         "objective.pkto": "reference beta weights desirable_weight undesirable_weight z0 gamma",
         "federation": "rounds clients_per_round seed",

@@ -59,6 +59,10 @@ class GRPOSettings(RewardedSettings, ReferenceSettings):
     """epsilon: the ratio to the policy that generated is clipped below 1 - epsilon."""
     clip_high: float | None = Field(default=None, gt=0)
     """It is clipped above 1 + this (default: clip)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """token: each token has its own ratio. sequence: all tokens of an answer have the geometric mean of
+    theirs (GSPO, 2507.18071), which moves less, so clip is smaller (its paper: 3e-4, above 4e-4); the
+    loss is the mean over answers, averaging = "grpo"."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the divergence from the reference model, per token; 0 leaves that model out."""
     iterations: int = Field(default=1, ge=1)
@@ -68,6 +72,16 @@ class GRPOSettings(RewardedSettings, ReferenceSettings):
     ] = None
     """The reference model: "start", the base model with the adapter that the run starts from, or "base",
     the base model alone (default: "start" where there is an adapter.start)."""
+
+    def faults(self) -> list[str]:
+        """Return what cannot be, one line each."""
+        found = super().faults()
+        if self.importance_sampling_level == "sequence" and self.averaging != "grpo":
+            found.append(
+                f'objective.averaging = "{self.averaging}" counts an answer by its tokens, each with the '
+                'same ratio by objective.importance_sampling_level = "sequence": use averaging = "grpo"'
+            )
+        return found
 
 
 def group_advantages(
@@ -99,9 +113,17 @@ def divergence(logps: Tensor, reference: Tensor) -> Tensor:
 
 
 def token_losses(
-    logps: Tensor, old: Tensor, advantages: Tensor, low: float, high: float
+    logps: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    low: float,
+    high: float,
+    answers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return -min(r A, clip(r, 1 - low, 1 + high) A) of each token, and whether it was clipped.
+
+    The ratio r is that of a token, or of its answer: the exponential of the mean log-ratio of the
+    answer's tokens (Zheng et al. 2025, GSPO, https://arxiv.org/abs/2507.18071, equation 7).
 
     Args:
         logps: ``(answers, length)`` log-probs under the policy.
@@ -109,8 +131,13 @@ def token_losses(
         advantages: ``(answers,)``.
         low: epsilon, above 0.
         high: Likewise.
+        answers: ``(answers, length)``, true on an answer's tokens, for ratios of whole answers.
     """
-    ratio, own = (logps - old).exp(), advantages[:, None]
+    log_ratio, own = logps - old, advantages[:, None]
+    if answers is not None:
+        means = (log_ratio * answers).sum(1) / answers.sum(1).clamp(min=1)
+        log_ratio = means[:, None].expand_as(logps)
+    ratio = log_ratio.exp()
     clipped = ((ratio < 1 - low) & (own < 0)) | ((ratio > 1 + high) & (own > 0))
     return -torch.minimum(ratio * own, ratio.clamp(1 - low, 1 + high) * own), clipped
 
@@ -188,7 +215,8 @@ class GRPO(Objective):
             return sft_loss(logps, mask), {}
         old = logps.detach() if drawn.old_logps is None else drawn.old_logps
         high = own.clip if own.clip_high is None else own.clip_high
-        losses, clipped = token_losses(logps, old, drawn.advantages, own.clip, high)
+        whole = mask if own.importance_sampling_level == "sequence" else None
+        losses, clipped = token_losses(logps, old, drawn.advantages, own.clip, high, whole)
         tokens = mask.sum()
         metrics = {
             "reward": drawn.rewards.mean(),
