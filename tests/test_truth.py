@@ -35,7 +35,7 @@ def test_arms_without_a_difference(count):
 
 @pytest.mark.full
 def test_a_difference_is_found_the_surer_the_more_rows():
-    found = {(own.cell.seeds, own.cell.rows): own for own in (simulate(c, 400) for c in POWER)}
+    found = {(own.cell.seeds, own.cell.rows): own for own in (simulate(c, 1200) for c in POWER)}
     print(table(found.values()))
     for seeds in (2, 3, 5, 10):
         powers = [found[seeds, rows].rows_power for rows in (50, 200, 500)]

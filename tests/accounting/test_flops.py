@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.accounting.flops import LinearShape, ModelShape, backward_flops, forward_flops
+from fedloom.aggregation.lora import stacked
 from fedloom.models.adapters import PROMPTS, AdapterModel, AdapterSettings, attach_adapter
 from fedloom.models.load import load_backbone
 from fedloom.models.split_model import ClientPart, ServerPart
@@ -175,3 +176,37 @@ def test_halves_against_torch(model_folder, classes, tail):
         everything = counter.get_total_flops()
     assert front.flops == pytest.approx(client, rel=1e-6)
     assert back.flops == pytest.approx(everything - client, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 4},
+        {"rank": 4, "use_dora": True},
+        {"kind": "ia3"},
+        {"kind": "prompt", "virtual_tokens": 5},
+        {"kind": "ptuning", "virtual_tokens": 5, "encoder_width": 24},
+    ],
+    ids=["lora", "dora", "ia3", "prompt", "ptuning"],
+)
+def test_a_reference_without_an_adapter_against_torch(model_folder, settings):
+    """What the adapter would compute is not counted, whatever rank it had last."""
+    backbone = load_backbone(str(model_folder), pad_token_id=0)
+    backbone.set_attn_implementation("eager")
+    model = AdapterModel(attach_adapter(backbone, AdapterSettings(**settings)), pad=0)
+    ids = torch.randint(3, 100, (3, 40))
+
+    def count():
+        before = model.flops
+        with FlopCounterMode(display=False) as counter, model.reference():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=9)
+        assert model.flops - before == counter.get_total_flops() > 0
+        return model.flops - before
+
+    first, shape = count(), model.shape
+    if settings == {"rank": 4}:
+        own = model.read()
+        model.write(stacked([own, own], [0.5, 0.5]))
+        assert count() == first
+        model.write(own)
+    assert model.shape == shape

@@ -71,12 +71,19 @@ SUITED = {
         "data": {"source": "builtin:labelled"},
     },
     "split": {"objective": {"name": "classification"}, "data": {"source": "builtin:labelled"}},
+    "fedgrpo": {
+        "data": {"source": "builtin:sums"},
+        "objective": {"name": "grpo", "group": 3, "max_new_tokens": 3},
+        "public": {"rows": 8},
+    },
+    "hilora": {"federation": {"rounds": 3}},
     "classification": {"method": {"name": "fedavg"}, "objective": {"name": "classification"}},
     "ia3": {"method": {"name": "fedavg"}, "adapter": {"kind": "ia3", "rank": 8}},
 }
 SUITED["classification"]["data"] = {"source": "builtin:labelled"}
 SUITED["distillation"]["public"] = {"rows": 8}
 SUITED["split"]["public"] = {"rows": 8}
+SUITED["fed_et"] = SUITED["feddm"] = SUITED["distillation"]
 
 
 def lines_of(folder):
@@ -143,13 +150,14 @@ def trained(experiment, monkeypatch, mixture_folder):
 
         monkeypatch.setattr(runner, "Verifier", verifier)
         sections = {"method": {"name": name}, **SUITED.get(name, {})}
+        federation = {"rounds": 1, "clients": 2, **sections.pop("federation", {})}
         if name == "fedmoe":
             sections["model"] = {"path": str(mixture_folder)}
         if name == "split":
             sections["evaluation"] = {"per_client": False}
         result = fedloom.run(
             experiment(
-                **sections, output={"verify": True}, federation={"rounds": 1, "clients": 2},
+                **sections, output={"verify": True}, federation=federation,
                 training={"learning_rate": 1e-2, "local_steps": 2},
             )
         )  # fmt: skip

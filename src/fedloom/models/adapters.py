@@ -59,7 +59,7 @@ from fedloom.models.backbone_delta import MOVED, FrozenWeights
 from fedloom.models.configuration import BLOCKS, number, text_part
 from fedloom.models.cut_factors import CUT, require_own_weights, save_beside_whole
 from fedloom.models.embedding_noise import EmbeddingNoise
-from fedloom.models.flop_shape import block_of, model_shape
+from fedloom.models.flop_shape import block_of, model_shape, without_adapter
 from fedloom.models.heads import OWN, PersonalHead, save_personal
 from fedloom.models.output_head import OutputHead, output_head
 from fedloom.models.peft_backends import BITSANDBYTES, TORCHAO, without
@@ -641,12 +641,18 @@ class AdapterModel:
             self.hold(own)
             self.shape, self.base.changes = shape, changes
 
-    def _without_adapter(self) -> AbstractContextManager[None]:
-        """Return a context in which the adapter does nothing."""
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """Inside, the adapter does nothing and costs nothing, whatever rank was held last."""
         if self.first:  # what they were cut out of is whole with them alone
-            return self.holding(self.first)
-        switched_off: AbstractContextManager[None] = self.model.disable_adapter()
-        return switched_off
+            with self.holding(self.first):
+                yield
+            return
+        shape, virtual_tokens = self.shape, self.virtual_tokens
+        self.shape, self.virtual_tokens = without_adapter(shape, parts=self.own is not None), 0
+        with self.model.disable_adapter():
+            yield
+        self.shape, self.virtual_tokens = shape, virtual_tokens
 
     def _stand_aside(self, off: bool) -> None:
         if self.own is not None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from fedloom.models.expert_layers import (
     Routing,
     Seen,
 )
-from fedloom.models.flop_shape import linear_widths, model_shape
+from fedloom.models.flop_shape import linear_widths, model_shape, without_adapter
 from fedloom.models.routed_experts import RoutedLinear
 from fedloom.randomness import derive_seed
 from fedloom.tensors import Tensors
@@ -166,8 +165,7 @@ class ExpertModel(AdapterModel):
     def _without_adapter(self) -> Iterator[None]:
         """Inside, no experts work and none count, whoever's they are."""
         self.routing.off, shape = True, self.shape
-        linears = tuple(replace(own, rank=0, router=0) for own in shape.linears)
-        self.shape = replace(shape, linears=linears)
+        self.shape = without_adapter(shape, parts=self.own is not None)
         try:
             yield
         finally:

@@ -126,6 +126,30 @@ def model_shape(
     )
 
 
+def without_adapter(shape: ModelShape, *, parts: bool) -> ModelShape:
+    """Return the shape of a forward pass in which the adapter does nothing.
+
+    Args:
+        shape: That of the model with its adapter.
+        parts: Whether a client's own parts lie before the output layer, which do nothing either.
+    """
+
+    def alone(linears: tuple[LinearShape, ...]) -> tuple[LinearShape, ...]:
+        return tuple(replace(x, rank=0, router=0) for x in linears)
+
+    return replace(
+        shape,
+        linears=alone(shape.linears),
+        head=alone((shape.head,))[0],
+        before_head=() if parts else alone(shape.before_head),
+        reward=None,
+        encoder=(),
+        encoded=0,
+        once=(),
+        again=(),
+    )
+
+
 def is_pooled(model: nn.Module) -> bool:
     """Return whether a classifier's head reads one position of each row, as those of encoders do.
 
