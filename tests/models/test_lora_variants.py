@@ -233,6 +233,8 @@ def test_stacks_of_experts_have_no_factors_cut_out(mixture_folder):
         ({"kind": "full", "modules_to_save": ["lm_head"]}, "adapter.modules_to_save is a setting"),
         ({"init_lora_weights": "pissa", "start": "x"}, "adapter.start gives trained ones"),
         ({"targets": "(q"}, "is not a regular expression: missing"),
+        ({"targets": "q{99999999999}.*"}, "the repetition number is too large"),
+        ({"targets": "[[q]*(?:)"}, "is not a regular expression: Possible nested set"),
         ({"targets": ".*q", "kind": "experts"}, "takes names of layers"),
     ],
 )

@@ -185,8 +185,10 @@ class AdapterSettings(Settings):
             yield f"adapter.targets has {len(pattern)} characters; at most {LONGEST_PATTERN} are read"
             return
         try:
-            re.compile(pattern)
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of what reads otherwise in a later version
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, Warning) as error:
             yield f"adapter.targets = {pattern!r} is not a regular expression: {error}"
 
     @property
