@@ -73,11 +73,19 @@ def test_a_pattern_that_never_ends_is_an_error():
         ("a" * 501, "has 501 characters"),
         ("(a+)(?#)+", "has a comment or the flag x"),
         ("(?ix)a{1 0 0 0 0 0 0}", "has a comment or the flag x"),
+        ("(?R)?a", "calls a group anew"),
+        ("(a(?1))", "calls a group anew"),
+        ("(?P<n>b(?&n))", "calls a group anew"),
+        ("(?P<n>b(?P>n))", "calls a group anew"),
     ],
 )
 def test_a_pattern_is_bounded_before_it_is_compiled(monkeypatch, pattern, text):
     monkeypatch.setattr("fedloom.rewards.functions.regex.compile", lambda own: 1 / 0)
     assert text in fault_of(f"regex:{pattern}")
+
+
+def test_flags_that_exclude_each_other_are_a_fault():
+    assert "holds no regular expression: ASCII, LOCALE and" in fault_of("regex:(?a)(?u)b")
 
 
 def test_groups_too_deep_are_a_fault(monkeypatch):

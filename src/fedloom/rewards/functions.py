@@ -57,6 +57,9 @@ _TOKEN = re.compile(r"\\.|\{[^{}]*\}|.", re.DOTALL)
 _UNREAD = re.compile(r"\(\?(?:#|[A-Za-z0-9]*x)")
 """Comments in a pattern, and the flag by which blanks in it mean nothing."""
 
+_CALL = re.compile(r"\(\?(?:R|[0-9]|&|P>)")
+"""A group that is called from elsewhere or within itself: looking for it takes memory without end."""
+
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 
 
@@ -133,6 +136,8 @@ def _fault_of_pattern(text: str) -> str:
         return f"{shown}... has {len(text)} characters, {LONGEST_PATTERN} at most are taken"
     if _UNREAD.search(text):
         return f"{shown} has a comment or the flag x: leave it out"
+    if _CALL.search(text):
+        return f"{shown} calls a group anew, which may never end: write out what it has"
     if _repeats(text) > REPEATS:
         return (
             f"{shown} repeats too much: the counts of its repetitions, 2 for each + behind a group, "
@@ -140,7 +145,7 @@ def _fault_of_pattern(text: str) -> str:
         )
     try:
         regex.compile(text)
-    except regex.error as error:
+    except (regex.error, ValueError) as error:  # the latter of flags that exclude each other
         return f"{shown} holds no regular expression: {error}"
     except RecursionError:
         return f"{shown} holds too many groups within each other"
