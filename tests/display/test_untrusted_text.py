@@ -282,8 +282,12 @@ def test_an_unknown_section_alone_is_told(call, tmp_path):
     [
         (b"a = " + b"[" * 5000, "not TOML: nested too deeply"),
         (b"a = " + b"9" * 5000, "not TOML: Exceeds the limit (4300 digits) for integer string"),
-        (b"[data]\nsource = '\xff'", "not TOML: 'utf-8' codec can't decode byte 0xff"),
-        (b"\xff\xfe[\0d\0", "not TOML: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" + b"a." * 3000 + b"a]", "not TOML: nested too deeply"),
+        (b"a." * 32 + b"a = 1", "not TOML: nested too deeply"),
+        (b"a = " + b"[" * 32 + b"1" + b"]" * 32, "not TOML: nested too deeply"),
+        (b'[output]\nfolder = "a\\u0000b"', "holds the character NUL; leave it out"),
+        (b"[data]\nsource = '\xff'", "not TOML: byte 18 is not UTF-8; save the file in UTF-8"),
+        (b"\xff\xfe[\0d\0", "not TOML: byte 1 is not UTF-8; save the file in UTF-8"),
         (b"# " + b"x" * 2**24, "larger than 16 MiB, as no settings are"),
         (b'[data]\n"\\u001b[2J" = 1', r"data.\x1b[2J: unknown key"),
     ],
@@ -292,6 +296,25 @@ def test_a_file_that_is_no_toml_is_one_message(call, tmp_path, content, words):
     (tmp_path / "x.toml").write_bytes(content)
     code, out = call("run", tmp_path / "x.toml")
     assert code == 2 and words in out and "Traceback" not in out and not HIDDEN.search(out)
+
+
+def test_the_mark_before_a_text_in_utf8_is_no_mistake(call, tmp_path):
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf[nothing]\n")
+    code, out = call("run", tmp_path / "x.toml")
+    assert code == 2 and "[nothing]: unknown section; " in out
+
+
+def test_a_path_that_is_too_long_is_told_with_its_reason(call, tmp_path, experiment):
+    (tmp_path / "x.toml").write_text(experiment().to_toml())
+    code, out = call("run", tmp_path / "x.toml", "--set", f"output.folder={'a' * 5000}")
+    assert code == 1 and "File name too long; choose another output.folder" in out
+
+
+@pytest.mark.parametrize("words", [["report"], ["run", "--resume"], ["run"], ["compare"]])
+def test_a_path_that_the_system_refuses_is_one_message(call, words):
+    code, out = call(*words, "a" * 5000)
+    assert code == 1 and "File name too long; write a shorter path" in out
+    assert "Traceback" not in out and len(out) < 500
 
 
 def test_bytes_of_the_command_line_that_are_no_text(call, tmp_path, experiment):

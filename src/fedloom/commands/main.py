@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from typing import NoReturn
@@ -9,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from fedloom.commands.app import app
-from fedloom.display.untrusted_text import message
+from fedloom.display.untrusted_text import message, short
 from fedloom.errors import FedloomError
 
 # In the order in which help lists them.
@@ -93,7 +94,7 @@ def main() -> NoReturn:
             sys.exit(141)
         raise
     except Exception as error:
-        if told := _out_of_memory(error) or _of_plugin(error):
+        if told := _out_of_memory(error) or _of_path(error) or _of_plugin(error):
             typer.secho(message(f"fedloom: {told}"), fg=typer.colors.RED, err=True)
             sys.exit(1)
         _usage_error(error)
@@ -125,6 +126,25 @@ def _of_plugin(error: Exception) -> str:
     from fedloom.settings.plugins import plugin_error
 
     return str(plugin_error(error) or "")
+
+
+WAYS_OUT = {
+    errno.ENAMETOOLONG: "write a shorter path",
+    errno.EACCES: "give this user the right to it, or name another path",
+    errno.EPERM: "give this user the right to it, or name another path",
+    errno.ELOOP: "its links lead in a circle; name what they are meant to lead to",
+    errno.ENOSPC: "the disk is full; make room, or name a path on another",
+    errno.EROFS: "nothing can be written there; name another path",
+}
+"""What to do about what the system says of a path."""
+
+
+def _of_path(error: Exception) -> str:
+    """Return what the system says of a path that nobody expected, empty for any other error."""
+    if not isinstance(error, OSError) or error.errno not in WAYS_OUT or error.filename is None:
+        return ""
+    path = short(str(error.filename), 200)
+    return f"the system refuses {path!r}: {error.strerror}; {WAYS_OUT[error.errno]}"
 
 
 def _out_of_memory(error: Exception) -> str:

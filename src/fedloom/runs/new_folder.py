@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedloom.data.reader import require_files
+from fedloom.display.untrusted_text import short
 from fedloom.errors import (
     DataError,
     OutputError,
@@ -33,9 +34,9 @@ def new_folder(experiment: Experiment) -> Iterator[RunFolder]:
     chosen, path = experiment.output.folder, free_folder(experiment)
     apart = experiment.privacy.amplification
     while True:
-        remove_temporary(path, names.EXPERIMENT)  # of a run that was killed before it began
-        _require_free(experiment, path)
         try:
+            remove_temporary(path, names.EXPERIMENT)  # of a run that was killed before it began
+            _require_free(experiment, path)
             path.mkdir(parents=True, exist_ok=bool(chosen))
             path.chmod(0o700)  # held-out prompts and answers are in it
             if apart:
@@ -51,7 +52,8 @@ def new_folder(experiment: Experiment) -> Iterator[RunFolder]:
             path = free_folder(experiment)
         except OSError as error:
             raise OutputError(
-                f"cannot make the run folder {path}: {error.strerror}; choose another output.folder"
+                f"cannot make the run folder {short(str(path), 300)}: {error.strerror}; choose another "
+                "output.folder"
             ) from error
     folder = RunFolder(names.own_folder_of(path) if apart else path)
     with folder.locked():

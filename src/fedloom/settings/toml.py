@@ -11,11 +11,18 @@ from typing import Any
 
 import tomli_w
 
+from fedloom.display.untrusted_text import quoted
 from fedloom.errors import SettingsError
 from fedloom.settings.schema import Table, reason_of
 
 LARGEST = 16 * 2**20
 """Bytes of a file of settings; one of TOML that names every member of a federation has some thousands."""
+
+DEEPEST = 32
+"""Tables and lists within each other."""
+
+MARK = "\ufeff"
+"""What editors of Windows write before a text in UTF-8."""
 
 NOT_TOML = (ValueError, RecursionError)
 """Exceptions of ``tomllib``: invalid TOML, invalid UTF-8, a number of thousands of digits, brackets
@@ -33,13 +40,13 @@ def read_toml(path: Path) -> Table:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise SettingsError([f"larger than {LARGEST >> 20} MiB, as no settings are"], str(path))
-        return tomllib.loads(content.decode())
+        return _loaded(content.decode().removeprefix(MARK))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
         hint = f"; did you mean {near[0]!r}?" if near else "; `fedloom init` writes one"
         raise SettingsError([f"file not found: {path}{hint}"], "the command") from None
     except NOT_TOML as error:
-        raise SettingsError([f"not TOML: {reason_of(error)}"], str(path)) from None
+        raise SettingsError([f"not TOML: {_reason(error)}"], str(path)) from None
     except OSError as error:
         raise SettingsError([f"cannot be read: {error.strerror}"], str(path)) from None
 
@@ -51,9 +58,35 @@ def parse_toml(text: str, source: str) -> Table:
         SettingsError: It is not TOML.
     """
     try:
-        return tomllib.loads(text)
+        return _loaded(text)
     except NOT_TOML as error:
-        raise SettingsError([f"not TOML: {reason_of(error)}"], source) from None
+        raise SettingsError([f"not TOML: {_reason(error)}"], source) from None
+
+
+def _loaded(text: str) -> Table:
+    """Return the table of a text, whose depth and texts harm nothing that reads it.
+
+    Raises:
+        ValueError: It is not TOML, too deep, or a text holds NUL, which no path and no C library takes.
+        RecursionError: Brackets are nested too deeply.
+    """
+    table = tomllib.loads(text)
+    inner: list[Any] = [table]
+    for _ in range(DEEPEST):
+        values = [v for own in inner for v in (own.values() if isinstance(own, dict) else own)]
+        if bad := next((v for v in values if isinstance(v, str) and "\0" in v), None):
+            raise ValueError(f"the text {quoted(bad, 60)} holds the character NUL; leave it out")
+        inner = [v for v in values if isinstance(v, dict | list)]
+        if not inner:
+            return table
+    raise RecursionError
+
+
+def _reason(error: Exception) -> str:
+    """Return in words what is wrong, and of what is no TOML's fault also what to do."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8; save the file in UTF-8"
+    return reason_of(error).partition("; use sys.")[0]
 
 
 def require_section(table: Table, source: str) -> None:
@@ -122,7 +155,7 @@ def is_text(text: str) -> bool:
 
 def _toml_value(text: str) -> object:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return _loaded(f"value = {text}")["value"]
     except NOT_TOML:
         return text
 
