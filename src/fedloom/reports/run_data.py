@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from fedloom.display.untrusted_text import quoted
 from fedloom.errors import OutputError, first_line
 from fedloom.reports.client_rounds import client_costs
 from fedloom.reports.record_marks import doubts
 from fedloom.security import audit_log
 from fedloom.storage import run_folder as names
-from fedloom.storage.run_folder import Record, Snapshot
+from fedloom.storage.run_folder import Record, RunFolder, Snapshot
 
 MANY = 20
 """Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
@@ -139,7 +140,8 @@ def read_run(folder: Path) -> Run:
             f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
             "from a backup"
         )
-    rounds = files.read_lines(names.ROUNDS)
+    rounds, costs = (_records(files, name) for name in (names.ROUNDS, names.COSTS))
+    _require_costs(folder, costs)
     if "withheld" in run:
         run = {**run, "data": {**WITHHELD_DATA, **run["data"]}}
         rounds = [_filled(record) for record in rounds]
@@ -148,13 +150,44 @@ def read_run(folder: Path) -> Run:
         run=run,
         partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
         rounds=rounds,
-        costs=files.read_lines(names.COSTS),
+        costs=costs,
         samples=files.read_json(names.SAMPLES) or [],
         summary=files.read_json(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
         doubts=doubts(files),
         starts=_starts(folder),
     )
+
+
+def _records(files: RunFolder, name: str) -> list[Record]:
+    """Return the records of a file of lines.
+
+    Raises:
+        OutputError: A line is none.
+    """
+    records = files.read_lines(name)
+    for line, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise OutputError(
+                f"{files.path / name}, line {line}: {quoted(record, 60)} is no record"
+            )
+    return records
+
+
+def _require_costs(folder: Path, costs: list[Record]) -> None:
+    """Check that costs are numbers, which are added up wherever they are shown.
+
+    Raises:
+        OutputError: One is not; it names the line.
+    """
+    for line, record in enumerate(costs, 1):
+        for name, value in record.items():
+            kind = str if name == "phase" else int if name in ("round", "client") else int | float
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise OutputError(
+                    f"{folder / names.COSTS}, line {line}: {name} = {quoted(value, 60)} is not what a "
+                    "run wrote; put the file back from a backup"
+                )
 
 
 def _filled(record: Record) -> Record:
