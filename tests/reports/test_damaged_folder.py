@@ -58,12 +58,14 @@ def trained(costs):
         ("costs.jsonl", lambda own: trained(own).pop("steps"), "wrote (KeyError: 'steps'); put its files back"),
         ("rounds.jsonl", lambda own: own.insert(1, 7), "rounds.jsonl, line 2: 7 is no record"),
         ("rounds.jsonl", lambda own: own[1].update(offences=1.5), "wrote (TypeError: 'float' object is"),
+        ("summary.json", None, "summary.json holds [7], which no run wrote: put it back"),
         ("run.json", lambda own: own.pop("threads"), "(UndefinedError: 'dict object' has no attribute"),
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_one_message(folder, name, damage, words):
-    content = read(folder / name)
-    damage(content)
+    content = [7]
+    if damage is not None:
+        damage(content := read(folder / name))
     put(folder / name, content)
     with pytest.raises(OutputError) as told:
         write(folder)

@@ -189,7 +189,7 @@ def compare(
         plan, Path(folder) if folder is not None else None, workers=workers, observer=observer
     )
     page = write_page_of([done], None, observer.warning)
-    return ComparisonResult(done, page, RunFolder(done).read_json(RESULTS) or {})
+    return ComparisonResult(done, page, RunFolder(done).read_record(RESULTS) or {})
 
 
 def evaluate(

@@ -120,7 +120,7 @@ def privacy(
             observer=observer,
             inversions=inversions,
         )
-    for line in summary(folder.read_json(AUDIT) or {}):
+    for line in summary(folder.read_record(AUDIT) or {}):
         say(line)
     say(f"audit: {write_privacy_audit(folder.path)}  (open it in a browser)")
 

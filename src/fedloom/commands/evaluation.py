@@ -180,7 +180,7 @@ def show_benchmark(
             candidates, benchmark, chosen, settings, target, bars
         )
     page = write_evaluation(folder)
-    record = RunFolder(folder).read_json(names.EVALUATION)
+    record = RunFolder(folder).read_record(names.EVALUATION) or {}
     console.print(_score_table(record))
     for line in _doubts(record):
         console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)

@@ -118,7 +118,7 @@ class _RequestedRun:
     def _resumed(self, folder: Path) -> Result:
         experiment = Experiment.from_toml(folder / names.EXPERIMENT)
         self._emit_folder(folder, experiment)
-        participants = known(RunFolder.existing(folder).read_json(names.RUN))
+        participants = known(RunFolder.existing(folder).read_record(names.RUN))
         if participants is None:  # the run was stopped before its first round
             participants = chosen(experiment, self.server_folder.members())
         with contextlib.closing(self._engine(experiment, participants)) as engine:

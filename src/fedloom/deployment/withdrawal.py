@@ -98,7 +98,7 @@ def works_of(server_folder: ServerFolder, member: Member) -> list[Work]:
 def _record(path: Path) -> dict[str, Any]:
     if not path.is_dir():  # it was moved or deleted
         return {}
-    found: dict[str, Any] = RunFolder(path).read_json(names.RUN) or {}
+    found: dict[str, Any] = RunFolder(path).read_record(names.RUN) or {}
     return found
 
 
@@ -116,7 +116,7 @@ def _work(path: Path, member: Member, members: Members) -> Work | None:
         folder = RunFolder.existing(path)
     except OutputError:  # it was moved or deleted
         return None
-    record: dict[str, Any] = folder.read_json(names.RUN) or {}
+    record: dict[str, Any] = folder.read_record(names.RUN) or {}
     clients = [own["client"] for own in record.get("members", []) if own["number"] == member.number]
     if not clients:
         return None
@@ -130,7 +130,7 @@ def _work(path: Path, member: Member, members: Members) -> Work | None:
         return None
     saved = [int(own.name.removeprefix("round-")) for own in folder.checkpoints.glob("round-*")]
     before = [round for round in saved if round < rounds[0]]
-    summary: dict[str, Any] = folder.read_json(names.SUMMARY) or {}
+    summary: dict[str, Any] = folder.read_record(names.SUMMARY) or {}
     adapter = (summary.get("adapter") or {}).get("sha256")
     numbers = [own["number"] for own in record["members"] if own["number"] != member.number]
     others = [members.numbered(number) for number in numbers if members.is_allowed(number)]

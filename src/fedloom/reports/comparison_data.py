@@ -112,7 +112,7 @@ def read_cells(folder: Path) -> tuple[Record, list[GridRun]]:
     Raises:
         OutputError: It is not a comparison, or no run in it has finished.
     """
-    record = RunFolder(folder).read_json(names.COMPARISON)
+    record = RunFolder(folder).read_record(names.COMPARISON)
     if record is None:
         raise OutputError(f"{folder} is not a comparison: it has no {names.COMPARISON}")
     cells, diverged = [], list[str]()

@@ -32,7 +32,7 @@ def write_evaluation(folder: Path, target: Path | None = None) -> Path:
         OutputError: It is no such folder, or the page cannot be written.
     """
     files = RunFolder(folder)
-    record = files.read_json(names.EVALUATION)
+    record = files.read_record(names.EVALUATION)
     if record is None:
         raise OutputError(f"{folder} is not an evaluation: it has no {names.EVALUATION}")
     page = render(record, files.read_lines(names.ANSWERS))

@@ -164,7 +164,7 @@ class LiveRun:
                     f"{folder / names.RUNS}/NAME"
                 )
             self.folder = RunFolder.existing(folder)
-            if "withheld" in (self.folder.read_json(names.RUN) or {}):
+            if "withheld" in (self.folder.read_record(names.RUN) or {}):
                 raise OutputError(
                     f"{folder} does not have what rounds took and who took part in them "
                     "(privacy.amplification), and there is nothing to watch: give it to fedloom report"
@@ -238,7 +238,7 @@ class LiveRun:
 
     def _begin(self) -> _Read | None:
         """Return a state without rounds; nothing while the run has not written what it is."""
-        run = self.folder.read_json(names.RUN)
+        run = self.folder.read_record(names.RUN)
         if run is None:
             return None
         table = tomllib.loads(self.folder.read_text(names.EXPERIMENT))
@@ -249,7 +249,7 @@ class LiveRun:
         metric = {key: run["metric"].get(key) for key in ("name", "help", "higher_is_better")}
         model = short(str(run["model"]["name"]), LONGEST)
         read = _Read(id, rounds, costs, metric, model, int(table["federation"]["rounds"]))
-        partition = self.folder.read_json(names.PARTITION) or {"clients": []}
+        partition = self.folder.read_record(names.PARTITION) or {"clients": []}
         for own in partition["clients"]:
             read.clients[int(own["client"])] = LiveClient()
         for own in run.get("members", []):

@@ -32,7 +32,7 @@ def write_privacy_audit(folder: Path, target: Path | None = None) -> Path:
     Raises:
         OutputError: The folder holds no audit, or the page cannot be written.
     """
-    record = RunFolder(folder).read_json(names.AUDIT)
+    record = RunFolder(folder).read_record(names.AUDIT)
     if record is None:
         raise OutputError(
             f"{folder} holds no privacy audit ({names.AUDIT}): fedloom audit privacy makes one"

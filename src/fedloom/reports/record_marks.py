@@ -162,7 +162,7 @@ def doubts(folder: RunFolder) -> list[str]:
     Raises:
         OutputError: A record cannot be read.
     """
-    summary = folder.read_json(SUMMARY)
+    summary = folder.read_record(SUMMARY)
     try:
         if summary is not None:
             found = _of_summary(folder, summary)

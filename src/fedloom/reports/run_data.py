@@ -15,7 +15,7 @@ from fedloom.reports.client_rounds import client_costs
 from fedloom.reports.record_marks import doubts
 from fedloom.security import audit_log
 from fedloom.storage import run_folder as names
-from fedloom.storage.run_folder import Record, RunFolder, Snapshot
+from fedloom.storage.run_folder import Record, Snapshot
 
 MANY = 20
 """Clients whose table is as long as a page; it is then searched, and scrolls in a box of its own."""
@@ -132,7 +132,7 @@ def read_run(folder: Path) -> Run:
         OutputError: It is not a run folder, or was stopped before it began.
     """
     files = Snapshot.existing(folder)
-    run = files.read_json(names.RUN)
+    run = files.read_record(names.RUN)
     if run is None:
         raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
     if missing := [name for name in NEEDED if not isinstance(run, dict) or name not in run]:
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Run:
             f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
             "from a backup"
         )
-    rounds, costs = (_records(files, name) for name in (names.ROUNDS, names.COSTS))
+    rounds, costs = files.read_lines(names.ROUNDS), files.read_lines(names.COSTS)
     _require_costs(folder, costs)
     if "withheld" in run:
         run = {**run, "data": {**WITHHELD_DATA, **run["data"]}}
@@ -148,30 +148,15 @@ def read_run(folder: Path) -> Run:
     return Run(
         label=folder.resolve().name,
         run=run,
-        partition=files.read_json(names.PARTITION) or {"clients": [], "values": []},
+        partition=files.read_record(names.PARTITION) or {"clients": [], "values": []},
         rounds=rounds,
         costs=costs,
         samples=files.read_json(names.SAMPLES) or [],
-        summary=files.read_json(names.SUMMARY),
+        summary=files.read_record(names.SUMMARY),
         experiment=files.read_text(names.EXPERIMENT),
         doubts=doubts(files),
         starts=_starts(folder),
     )
-
-
-def _records(files: RunFolder, name: str) -> list[Record]:
-    """Return the records of a file of lines.
-
-    Raises:
-        OutputError: A line is none.
-    """
-    records = files.read_lines(name)
-    for line, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise OutputError(
-                f"{files.path / name}, line {line}: {quoted(record, 60)} is no record"
-            )
-    return records
 
 
 def _require_costs(folder: Path, costs: list[Record]) -> None:

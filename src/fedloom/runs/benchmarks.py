@@ -358,7 +358,7 @@ def _write_answers(
 
 def _kept_answers(target: RunFolder, digest: str) -> dict[str, list[str]] | None:
     """Return the answers of an evaluation that was stopped after them, or had other judges."""
-    record = target.read_json(names.ANSWERED)
+    record = target.read_record(names.ANSWERED)
     if record is None or record.get("digest") != digest:
         return None
     lines = target.read_lines(names.ANSWERS)

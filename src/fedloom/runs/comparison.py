@@ -576,7 +576,7 @@ def _is_done(folder: Path, grid_run: GridRun) -> bool:
             f"{path} holds a run with other settings in [{'], ['.join(different)}]; give another "
             "folder with --to, or delete that one"
         )
-    known = (RunFolder(path).read_json(names.RUN) or {}).get("start") or {}
+    known = (RunFolder(path).read_record(names.RUN) or {}).get("start") or {}
     start = find_start(grid_run.experiment) if known else None
     if start is not None and start.digests() != known["sha256"]:
         raise OutputError(
@@ -605,7 +605,7 @@ def _require_same_rows(folder: Path, done: Sequence[GridRun]) -> None:
     models: dict[str, str] = {}
     for grid_run in first.values():
         path = folder / names.RUNS / grid_run.name
-        run = RunFolder(path).read_json(names.RUN) or {}
+        run = RunFolder(path).read_record(names.RUN) or {}
         model = of_server(grid_run.experiment).model.path
         if model not in models:
             models[model] = fingerprint(model_folder(model))
@@ -628,7 +628,7 @@ def _other_versions(folder: Path, done: Sequence[GridRun], of: int) -> list[str]
     """Return a warning about runs made with other versions than the remaining ones will be."""
     found: Counter[str] = Counter()
     for grid_run in done:
-        run = RunFolder(folder / names.RUNS / grid_run.name).read_json(names.RUN)
+        run = RunFolder(folder / names.RUNS / grid_run.name).read_record(names.RUN)
         found[", ".join(other_versions(run, versions())) if run else ""] += 1
     return [
         f"{count} of {of} runs were made with other versions than those that are left will be: {text}; "

@@ -171,7 +171,7 @@ def _converted(
 
 def _classes(folder: RunFolder, experiment: Experiment) -> tuple[str, ...]:
     """Return the classes of a run as it recorded them; its rows may be gone by now."""
-    recorded = (folder.read_json(names.RUN) or {}).get("classes")
+    recorded = (folder.read_record(names.RUN) or {}).get("classes")
     return tuple(recorded) if recorded else partition_data(experiment).classes
 
 
@@ -184,13 +184,13 @@ def _facts(
     reward: bool,
 ) -> Facts:
     """Return the facts of an export: those of the adapter, or what a run from before has of them."""
-    known = RunFolder(adapter).read_json(FACTS)
+    known = RunFolder(adapter).read_record(FACTS)
     if known is None:
         path = _base_path(experiment, client)
         base = base_facts(path, experiment.model.revision)
         known = facts_of(experiment, client, base, UNKNOWN_PROMPT, classes)
-        test = (folder.read_json(names.RUN) or {}).get("data", {}).get("global_held_out", 0)
-        known["evaluation"] = evaluation_facts(client, folder.read_json(names.SUMMARY), test)
+        test = (folder.read_record(names.RUN) or {}).get("data", {}).get("global_held_out", 0)
+        known["evaluation"] = evaluation_facts(client, folder.read_record(names.SUMMARY), test)
     task = "reward" if reward else known["task"]
     return {**known, "task": task}
 

@@ -174,7 +174,7 @@ def find_start(experiment: Experiment) -> Start | None:
     path = Path(name).expanduser()
     if (path / names.EXPERIMENT).is_file():
         found = _of_run(path, name)
-        record = RunFolder(path).read_json(names.RUN) or {}
+        record = RunFolder(path).read_record(names.RUN) or {}
         found = replace(found, run=record.get("id"), record=record)
         if found.shared is None and not found.clients:
             raise ModelError(

@@ -219,7 +219,7 @@ def _rows(paths: Sequence[Path]) -> tuple[list[float] | None, str]:
     found = []
     for path in paths:
         run = run_of(path)
-        record = RunFolder(run).read_json(names.PARTITION) if run is not None else None
+        record = RunFolder(run).read_record(names.PARTITION) if run is not None else None
         if run is None or record is None:
             return None, f"the rows of {path} are not known, as it lies in no run folder"
         folder = Path(os.path.abspath(path))

@@ -136,7 +136,7 @@ def release(folder: RunFolder, summary: Record) -> Record:
                 shutil.copytree(folder.path / name, target.path / name)
     except OSError as error:
         raise OutputError(f"cannot write {target.path}: {error.strerror or error}") from error
-    run = of_schema(folder.read_json(names.RUN) or {}, RUN)
+    run = of_schema(folder.read_record(names.RUN) or {}, RUN)
     target.write_json(names.RUN, {**run, "withheld": WITHHELD})
     rounds = [of_schema(line, ROUND) for line in folder.read_lines(names.ROUNDS)]
     target.append(names.ROUNDS, rounds)

@@ -354,7 +354,7 @@ def resume_run(
     with folder.locked(), worker_source(workers, ray) as source:
         for place in (folder.path, folder.checkpoints):
             remove_temporary(place)
-        begun: Record | None = folder.read_json(names.RUN)
+        begun: Record | None = folder.read_record(names.RUN)
         experiment, start = experiment_of(folder, begun, experiment_file, assignments, observer)
         given.require_secret(experiment)
         given = given.withholding(folder)
@@ -937,7 +937,7 @@ class _Run:
             self.remote.end(self._own_models(state))
         if self.experiment.wire.compresses:
             summary["wire"] = compression_record(
-                self.folder.read_json(names.RUN) or {},
+                self.folder.read_record(names.RUN) or {},
                 self.folder.read_lines(names.COSTS),
                 self.folder.read_lines(names.ROUNDS),
             )

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedloom.display.untrusted_text import quoted
 from fedloom.errors import OutputError, first_line
 from fedloom.storage.files import lock, write_atomically
 
@@ -249,6 +250,20 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise OutputError(f"{self.path / name} cannot be read: {error}") from error
 
+    def read_record(self, name: str) -> Record | None:
+        """Return the object in a JSON file, or ``None`` where there is no such file.
+
+        Raises:
+            OutputError: It is not JSON, or no object.
+        """
+        record = self.read_json(name)
+        if record is None or isinstance(record, dict):
+            return record
+        raise OutputError(
+            f"{self.path / name} holds {quoted(record, 60)}, which no run wrote: put it back from a "
+            "backup"
+        )
+
     def read_text(self, name: str) -> str:
         """Return a file's text, empty where there is no such file.
 
@@ -262,15 +277,26 @@ class RunFolder:
             raise OutputError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_lines(self, name: str) -> list[Record]:
-        """Return the records of a JSONL file; a last line torn by a kill is left out."""
+        """Return the records of a JSONL file; a last line torn by a kill is left out.
+
+        Raises:
+            OutputError: Another line is not JSON, or a line is no object.
+        """
         records: list[Record] = []
         lines = self.read_text(name).splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise OutputError(f"{self.path / name}, line {number}: {error}") from error
+                continue
+            if not isinstance(record, dict):
+                raise OutputError(
+                    f"{self.path / name}, line {number}: {quoted(record, 60)} is no record: put the "
+                    "file back from a backup"
+                )
+            records.append(record)
         return records
 
 

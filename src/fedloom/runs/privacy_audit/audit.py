@@ -126,7 +126,7 @@ def _shortened(experiment: Experiment, rounds: int | None) -> Experiment:
 
 def _record(experiment: Experiment, folder: RunFolder, of: str) -> Record:
     """Return what an audit's record begins with."""
-    summary = folder.read_json(names.SUMMARY) or {}
+    summary = folder.read_record(names.SUMMARY) or {}
     privacy = experiment.privacy
     return {
         "fedloom": versions()["fedloom"],
@@ -314,7 +314,7 @@ def _run_record(folder: RunFolder) -> Record:
     Raises:
         OutputError: It is not what a run writes.
     """
-    known: Record | None = folder.read_json(names.RUN)
+    known: Record | None = folder.read_record(names.RUN)
     if known is None:
         return {}
     fits = isinstance(known, dict) and isinstance(known.get("model", {}), dict)
