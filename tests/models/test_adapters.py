@@ -223,3 +223,32 @@ def test_an_adapter_on_a_tied_output_layer_is_untied_when_it_is_loaded(
         merged = loaded.merge_and_unload()
         assert torch.allclose(merged(input_ids=ids).logits, before, atol=1e-4)
     assert not merged.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        lambda model: model.reference(),
+        lambda model: model.reference(model.read()),
+        lambda model: model.evaluating(),
+    ],
+    ids=["base model", "start", "evaluation"],
+)
+def test_a_pass_that_fails_leaves_the_model_as_it_was(model_folder, inside):
+    """Where memory does not suffice, smaller passes follow, and then training goes on."""
+    model = build(model_folder)
+    model.write(perturbed(model))
+    model.model.train()
+    shape, held, said = model.shape, model.parameters, logits(model)
+    training = []
+
+    def run_out():
+        with inside(model):
+            training.append(model.model.training)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run_out()
+    assert training == [False] and model.model.training
+    assert model.shape == shape and model.parameters == held
+    assert torch.equal(logits(model), said)

@@ -292,3 +292,19 @@ def test_the_base_model_counts_the_same_whichever_experts_are_in_place(model_fol
     assert counted[0] == counted[1] == counter.get_total_flops() + attention
     model(input_ids=IDS, attention_mask=MASK)
     assert model.flops - before > counted[1] * 2
+
+
+def test_a_reference_pass_that_fails_leaves_the_experts_as_they_were(model_folder):
+    model = build(model_folder)
+    start = model.read()
+    model.write({n: t for n, t in start.items() if "experts." not in n or ".experts.1." in n})
+    held, said = {name: layer.ids for name, layer in model.layers.items()}, logits(model)
+
+    def run_out():
+        with model.reference(start):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run_out()
+    assert {name: layer.ids for name, layer in model.layers.items()} == held
+    assert torch.equal(logits(model), said)

@@ -98,8 +98,7 @@ def works_of(server_folder: ServerFolder, member: Member) -> list[Work]:
 def _record(path: Path) -> dict[str, Any]:
     if not path.is_dir():  # it was moved or deleted
         return {}
-    found: dict[str, Any] = RunFolder(path).read_record(names.RUN) or {}
-    return found
+    return RunFolder(path).read_record(names.RUN) or {}
 
 
 def _started(path: Path, records: Mapping[Path, Mapping[str, Any]]) -> Iterator[Path]:

@@ -535,10 +535,12 @@ class AdapterModel:
         if was_training:  # each change visits every module: as long as a step of a small model
             self.model.eval()
         instead = self._as_loaded() if start is None else self.holding(start)
-        with torch.no_grad(), self.base.as_loaded(), instead:
-            yield
-        if was_training:
-            self.model.train()
+        try:
+            with torch.no_grad(), self.base.as_loaded(), instead:
+                yield
+        finally:
+            if was_training:
+                self.model.train()
 
     @contextmanager
     def frozen(self, names: Collection[str]) -> Iterator[None]:
@@ -575,9 +577,11 @@ class AdapterModel:
         """Switch dropout and gradients off."""
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            yield
-        self.model.train(was_training)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
 
     def save(self, folder: Path) -> None:
         """Write a folder that ``PeftModel.from_pretrained`` loads, and a client's own parts beside."""
@@ -626,9 +630,11 @@ class AdapterModel:
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:
         self._stand_aside(True)
-        with self._without_adapter():
-            yield
-        self._stand_aside(False)
+        try:
+            with self._without_adapter():
+                yield
+        finally:  # smaller passes are tried where memory did not suffice
+            self._stand_aside(False)
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[None]:
@@ -652,9 +658,11 @@ class AdapterModel:
             return
         shape, virtual_tokens = self.shape, self.virtual_tokens
         self.shape, self.virtual_tokens = without_adapter(shape, parts=self.own is not None), 0
-        with self.model.disable_adapter():
-            yield
-        self.shape, self.virtual_tokens = shape, virtual_tokens
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.shape, self.virtual_tokens = shape, virtual_tokens
 
     def _stand_aside(self, off: bool) -> None:
         if self.own is not None:

@@ -156,10 +156,12 @@ class ExpertModel(AdapterModel):
     def holding(self, tensors: Tensors) -> Iterator[None]:
         """Inside, the trained tensors and the experts are these; afterwards those as before."""
         held = {name: layer.ids for name, layer in self.layers.items()}
-        with super().holding(tensors):
-            yield
-        for name, ids in held.items():
-            self.layers[name].ids = ids
+        try:
+            with super().holding(tensors):
+                yield
+        finally:
+            for name, ids in held.items():
+                self.layers[name].ids = ids
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:

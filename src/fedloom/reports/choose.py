@@ -30,16 +30,16 @@ def write_page_of(
     try:
         return _written(folders, target, warn)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise damaged(folders, error) from error
+        raise _damaged(folders, error) from error
     except Exception as error:
         from jinja2 import TemplateError  # takes a tenth of a second
 
         if not isinstance(error, TemplateError):
             raise
-        raise damaged(folders, error) from error
+        raise _damaged(folders, error) from error
 
 
-def damaged(folders: Sequence[Path], error: Exception) -> OutputError:
+def _damaged(folders: Sequence[Path], error: Exception) -> OutputError:
     """Return what to say of records that no page can be made of: they come from anywhere."""
     return OutputError(
         f"{', '.join(map(str, folders))}: a record there is not what a run wrote "

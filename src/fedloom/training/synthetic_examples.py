@@ -72,8 +72,10 @@ class EmbeddingLoss:
         """Inside, the model has no dropout."""
         was_training = self.model.model.training
         self.model.model.eval()
-        yield
-        self.model.model.train(was_training)
+        try:
+            yield
+        finally:
+            self.model.model.train(was_training)
 
     def _logits(self, inputs: Tensor) -> Tensor:
         rows, length, _ = inputs.shape
