@@ -58,7 +58,7 @@ def trained(costs):
         ("costs.jsonl", lambda own: trained(own).pop("steps"), "wrote (KeyError: 'steps'); put its files back"),
         ("rounds.jsonl", lambda own: own.insert(1, 7), "rounds.jsonl, line 2: 7 is no record"),
         ("rounds.jsonl", lambda own: own[1].update(offences=1.5), "wrote (TypeError: 'float' object is"),
-        ("summary.json", None, "summary.json holds [7], which no run wrote: put it back"),
+        ("summary.json", None, "summary.json is not what a run wrote, it holds [7]: put it"),
         ("run.json", lambda own: own.pop("threads"), "(UndefinedError: 'dict object' has no attribute"),
     ],
 )  # fmt: skip

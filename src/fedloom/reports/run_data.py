@@ -135,7 +135,7 @@ def read_run(folder: Path) -> Run:
     run = files.read_record(names.RUN)
     if run is None:
         raise OutputError(f"{folder} holds a run that was stopped before it began: no {names.RUN}")
-    if missing := [name for name in NEEDED if not isinstance(run, dict) or name not in run]:
+    if missing := [name for name in NEEDED if name not in run]:
         raise OutputError(
             f"{folder / names.RUN} is not what a run wrote, it lacks {', '.join(missing)}: put it back "
             "from a backup"

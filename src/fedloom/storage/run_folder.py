@@ -260,8 +260,8 @@ class RunFolder:
         if record is None or isinstance(record, dict):
             return record
         raise OutputError(
-            f"{self.path / name} holds {quoted(record, 60)}, which no run wrote: put it back from a "
-            "backup"
+            f"{self.path / name} is not what a run wrote, it holds {quoted(record, 60)}: put it back "
+            "from a backup"
         )
 
     def read_text(self, name: str) -> str:

@@ -314,10 +314,8 @@ def _run_record(folder: RunFolder) -> Record:
     Raises:
         OutputError: It is not what a run writes.
     """
-    known: Record | None = folder.read_record(names.RUN)
-    if known is None:
-        return {}
-    fits = isinstance(known, dict) and isinstance(known.get("model", {}), dict)
+    known = folder.read_record(names.RUN) or {}
+    fits = isinstance(known.get("model", {}), dict)
     if not fits or not isinstance(known.get("classes") or [], list):
         raise OutputError(f"{folder.path / names.RUN} is not what a run wrote: put it back")
     return known
